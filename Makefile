@@ -1,0 +1,47 @@
+# Everything runs in .venv, at the exact versions of constraints.txt. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL_DEPENDS := $(BIN)/python pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-6s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.demo ## learn one person's taste from a few clicks (examples/quickstart.py)
+	@$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev ## run the tests
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## lint, formatting, types, and the direction of the imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy bt_hf
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+clean: ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find bt_hf tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("bt_hf needs Python 3.10 or newer, but " \
+	    + sys.executable + " is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@echo "Creating $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+# A stamp is newer than what it was installed from, so that nothing is installed twice. The tests run the examples
+# too, so the development environment is the demo's and more.
+$(VENV)/.demo: $(INSTALL_DEPENDS)
+	@echo "Installing bt_hf and what the demo needs into $(VENV) (PyTorch is large: minutes the first time) ..."
+	@$(PIP) install -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(INSTALL_DEPENDS)
+	@echo "Installing bt_hf and its development tools into $(VENV) (PyTorch is large: minutes the first time) ..."
+	@$(PIP) install -c constraints.txt -e '.[demo,dev]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,46 @@
+"""Adapt text-image models to one person's taste from a handful of clicks.
+
+The public names are imported when they are first used, so that `import bt_hf` is instant and a user of rewards
+never imports diffusers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_MODULES = {
+    "BradleyTerryConfig": "bt_hf.reward.config",
+    "BradleyTerryTrainer": "bt_hf.reward.trainer",
+    "PreferenceScorer": "bt_hf.reward.scorer",
+    "bradley_terry_loss": "bt_hf.losses",
+    "cross_validate": "bt_hf.reward.validation",
+    "load_preference_pairs": "bt_hf.pairs",
+}
+
+__all__ = [
+    "BradleyTerryConfig",
+    "BradleyTerryTrainer",
+    "PreferenceScorer",
+    "bradley_terry_loss",
+    "cross_validate",
+    "load_preference_pairs",
+]
+
+if TYPE_CHECKING:
+    from bt_hf.losses import bradley_terry_loss
+    from bt_hf.pairs import load_preference_pairs
+    from bt_hf.reward.config import BradleyTerryConfig
+    from bt_hf.reward.scorer import PreferenceScorer
+    from bt_hf.reward.trainer import BradleyTerryTrainer
+    from bt_hf.reward.validation import cross_validate
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'bt_hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

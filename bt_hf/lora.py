@@ -1,0 +1,61 @@
+"""LoRA defaults for each family of models."""
+
+import re
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+# The last linear layer of each tower, by family: a small change there moves the embedding directly, everything below
+# stays frozen and is computed once (see `reward/cache.py`).
+OUTPUT_LAYERS = (
+    # CLIP, MetaCLIP 2, AltCLIP, Chinese-CLIP
+    ("text_projection", "visual_projection"),
+    # SigLIP and SigLIP 2, whose vision tower ends in an attention-pooling head
+    ("text_model.head", "vision_model.head.mlp.fc2"),
+)
+
+
+def default_lora_config(model: nn.Module, rank: int = 8) -> LoraConfig:
+    """A LoRA on the last linear layer of both towers of a dual encoder.
+
+    Args:
+        model: The dual encoder.
+        rank: Rank of the update; alpha equals it, so that the update is not rescaled.
+
+    Raises:
+        ValueError: The family is unknown; pass a `peft_config` that names the target modules.
+    """
+    modules = dict(model.named_modules())
+    for names in OUTPUT_LAYERS:
+        if all(isinstance(modules.get(name), nn.Linear) for name in names):
+            pattern = "|".join(re.escape(name) for name in names)
+            return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=rf"^({pattern})$")
+    raise ValueError(
+        f"There is no LoRA default for {type(model).__name__}: pass `peft_config=LoraConfig(target_modules=[...])`."
+    )
+
+
+def add_adapter(model: nn.Module, config: PeftConfig | None) -> PeftModel:
+    """Wrap a dual encoder with a fresh adapter; `logit_scale` and all base weights are frozen."""
+    return get_peft_model(model, config or default_lora_config(model))
+
+
+def constant_direction(features: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:
+    """A vector `a` with a·x = 1 for every row x of `features`, as nearly as there is one.
+
+    A bias written as a linear map. What a layer norm puts out lies on a hyperplane that does not pass through the
+    origin (sum of (x - beta) / gamma = 0), so behind one such a vector exists, and LoRA can shift its output by a
+    constant without a bias parameter.
+
+    Args:
+        features: (N, H), inputs of a linear layer.
+        ridge: Ridge penalty relative to the mean squared feature.
+
+    Returns:
+        (H,) float64.
+    """
+    x = features.double()
+    penalty = ridge * x.pow(2).mean() * len(x)
+    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.linalg.solve(gram, x.sum(0))

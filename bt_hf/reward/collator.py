@@ -1,0 +1,71 @@
+"""Rows of preference pairs to batches for a dual encoder."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers.processing_utils import ProcessorMixin
+
+from bt_hf.encoders import context_length, tokenize
+from bt_hf.images import to_rgb
+
+logger = logging.getLogger(__name__)
+
+
+class PreferenceCollator:
+    """Turn rows of the contract into a batch: B prompts and 2B images, the chosen first, then the rejected.
+
+    Args:
+        processor: Processor of the dual encoder.
+
+    Example:
+        Two rows become
+
+        ```python
+        {
+            "input_ids": ...,       # (2, L)
+            "attention_mask": ...,  # (2, L), if the tokenizer gives one
+            "pixel_values": ...,    # (4, 3, H, W): chosen 0, chosen 1, rejected 0, rejected 1
+            "preference": tensor([1.0, 0.5]),
+            "weight": tensor([1.0, 1.0]),
+        }
+        ```
+    """
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor = processor
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        images = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+        return {
+            **tokenize(self.processor, [row["prompt"] for row in rows]),  # (B, L)
+            **self.preprocess(images),  # (2B, 3, H, W)
+            **labels(rows),
+        }
+
+    def preprocess(self, images: list[Any]) -> dict[str, torch.Tensor]:
+        """Images in any form that a dataset may hold -> what the vision tower reads."""
+        return dict(self.processor.image_processor([to_rgb(image) for image in images], return_tensors="pt"))
+
+
+def labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """`preference` and `weight` of each row as float32 (B,); 1 where a row has none."""
+    return {name: torch.tensor([float(row.get(name, 1.0)) for row in rows]) for name in ("preference", "weight")}
+
+
+def count_truncated(processor: ProcessorMixin, prompts: list[str]) -> int:
+    """How many prompts are longer than the text tower's context; said once, as a warning."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    limit = context_length(processor)
+    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False)["input_ids"]]
+    count = sum(length > limit for length in lengths)
+    if count:
+        logger.warning(
+            "%d of %d prompts are longer than the model's context of %d tokens and are truncated (the longest has %d).",
+            count,
+            len(prompts),
+            limit,
+            max(lengths),
+        )
+    return count

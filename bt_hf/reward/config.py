@@ -1,0 +1,85 @@
+"""Options of `BradleyTerryTrainer`."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class BradleyTerryConfig(TrainingArguments):
+    """Options of [`BradleyTerryTrainer`]: those of `transformers.TrainingArguments`, with defaults for few pairs.
+
+    The objective is the mean over pairs of
+
+        bradley_terry_loss(margin, preference) + alignment_weight * KL(base || adapted)
+
+    plus `prior_weight` times half the squared size of the shift (see `warm_start`) divided by the number of pairs,
+    which is the Gaussian prior of a maximum a posteriori fit: it matters with 8 pairs and fades with 800.
+
+    Example:
+        >>> from bt_hf import BradleyTerryConfig
+        >>> BradleyTerryConfig(output_dir="my-taste", report_to="none").num_train_epochs
+        10
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    num_train_epochs: float = field(default=10, metadata={"help": "How often each pair is seen."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs in a batch on each device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pairs in a batch of evaluation."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    logging_steps: float = field(default=5, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept off: the collator reads the columns of the row contract."}
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Share of clicks taken to be slips of the hand, in [0, 0.5], as in conservative DPO."},
+    )
+    warm_start: bool = field(
+        default=True,
+        metadata={
+            "help": "Begin with the best constant shift of the text embedding (a convex fit of the same objective, "
+            "milliseconds), written into the LoRA of the text projection. Skipped where there is no such LoRA, where "
+            "training goes on from an adapter, or where a constant shift can't be expressed."
+        },
+    )
+    prior_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the Gaussian prior on the shift; larger is more cautious."}
+    )
+    alignment_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of KL(base || adapted) over the images that a prompt retrieves: larger keeps more of the "
+            "base's text-image alignment, 0 turns it off."
+        },
+    )
+    alignment_bank_size: int = field(
+        default=256, metadata={"help": "How many training pairs' images the KL is taken over, at most."}
+    )
+    full_finetuning: bool = field(
+        default=False, metadata={"help": "Train all weights instead of a LoRA; a frozen copy serves as the base."}
+    )
+    cache_features: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute what lies below the first trained layer once per prompt and image instead of every "
+            "epoch. Off for streams and with a data collator of your own (it may augment)."
+        },
+    )
+    cache_max_gb: float = field(
+        default=4.0, metadata={"help": "No cache if it would take more than this much memory, in GB."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Allow to write over an adapter that `output_dir` already holds."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Pinned memory is for copies to a GPU; without one torch only warns about it.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if not 0.0 <= self.label_smoothing <= 0.5:
+            raise ValueError(f"`label_smoothing` should be in [0, 0.5], but got {self.label_smoothing}.")
+        for name in ("prior_weight", "alignment_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` should be at least 0, but got {getattr(self, name)}.")

@@ -1,0 +1,337 @@
+"""Adapt a dual encoder to one person's taste."""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import EvalPrediction, TrainerCallback
+from transformers.processing_utils import ProcessorMixin
+
+from bt_hf import encoders
+from bt_hf.lora import add_adapter
+from bt_hf.losses import alignment_loss, bradley_terry_loss
+from bt_hf.metrics import preference_metrics
+from bt_hf.pairs import check_columns, overlapping_rows
+from bt_hf.reward import warm_start
+from bt_hf.reward.cache import CachedPairs, FeatureCache
+from bt_hf.reward.card import write_reward_card
+from bt_hf.reward.collator import PreferenceCollator, count_truncated
+from bt_hf.reward.config import BradleyTerryConfig
+from bt_hf.trainer import PreferenceTrainer, refuse_to_overwrite
+
+logger = logging.getLogger(__name__)
+Pairs = Dataset | IterableDataset | CachedPairs
+
+
+class BradleyTerryTrainer(PreferenceTrainer):
+    """Adapt CLIP and its kin, so that rewards r(t, I) = s cos(text(t), image(I)) predict one person's preferences.
+
+    P(a preferred to b | t) = sigmoid(r(t, a) - r(t, b)), trained with a LoRA (Gallego, arXiv 2308.07929).
+
+    Args:
+        model: Hub id or folder of a dual encoder, a loaded one, a `PeftModel`, or the id or folder of a published
+            adapter, from which training goes on.
+        args: Options; default `BradleyTerryConfig("reward-adapter")`.
+        train_dataset: Pairs in the row contract, as `load_preference_pairs` gives them. A `Dataset`, a stream, or
+            `CachedPairs`.
+        eval_dataset: Held-out pairs, or a dict of several.
+        processing_class: Processor of the model; default: the one saved beside it.
+        data_collator: Default `PreferenceCollator(processing_class)`. One of your own turns the cache off.
+        peft_config: Any PEFT config; default `lora.default_lora_config`.
+        compute_metrics: Further metrics of `EvalPrediction(predictions=(margins, base_margins), label_ids=(preference,
+            weight))`, added to the default ones.
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
+
+    Raises:
+        FileExistsError: `args.output_dir` already holds an adapter.
+        PreferenceDataError: A dataset is not in the row contract, or has no rows.
+        TypeError: The model is not a dual encoder.
+        ValueError: The options contradict each other.
+
+    Example:
+        ```python
+        from bt_hf import BradleyTerryTrainer, load_preference_pairs
+
+        pairs = load_preference_pairs("my-clicks/")  # prompt, chosen, rejected
+        trainer = BradleyTerryTrainer("openai/clip-vit-base-patch32", train_dataset=pairs)
+        trainer.train()
+        trainer.save_model("my-taste")
+        ```
+    """
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        args: BradleyTerryConfig | None = None,
+        train_dataset: Pairs | None = None,
+        eval_dataset: Pairs | dict[str, Pairs] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        data_collator: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        args = args or BradleyTerryConfig("reward-adapter")
+        refuse_to_overwrite(args.output_dir, args.overwrite_output_dir or bool(args.resume_from_checkpoint))
+        # A margin and its labels, as the evaluation loop gathers them.
+        args.label_names = ["preference", "weight"]
+        source = model
+        model, self._fresh_adapter = _adapt(model, args.full_finetuning, peft_config)
+        processing_class = processing_class or encoders.find_processor(source, model)
+        # Weights of the whole model move in full fine-tuning: keep the base for comparison.
+        self.reference = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
+        collator = data_collator or PreferenceCollator(processing_class)
+        self._check_data(train_dataset, eval_dataset, processing_class)
+        self.cache: FeatureCache | None = None
+        if data_collator is None:
+            train_dataset, eval_dataset = self._cache(model, collator, args, train_dataset, eval_dataset)
+        self._user_metrics = compute_metrics
+        self._banks: dict[str, torch.Tensor] = {}
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+    @staticmethod
+    def _check_data(train: Pairs | None, evaluation: Any, processor: ProcessorMixin) -> None:
+        sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+        for pairs in sets:
+            if pairs is not None and not isinstance(pairs, CachedPairs):
+                check_columns(pairs)
+        if not isinstance(train, Dataset):
+            return
+        count_truncated(processor, list(train["prompt"]))
+        for pairs in sets[1:]:
+            if isinstance(pairs, Dataset) and (overlap := overlapping_rows(train, pairs)):
+                logger.warning(
+                    "%d of %d evaluation pairs are also in the training set: their accuracy says nothing about new "
+                    "pairs.",
+                    overlap,
+                    len(pairs),
+                )
+
+    def _cache(
+        self, model: nn.Module, collator: PreferenceCollator, args: BradleyTerryConfig, train: Any, evaluation: Any
+    ) -> tuple[Any, Any]:
+        """Replace map-style datasets by ones whose frozen features are computed once."""
+        if isinstance(train, CachedPairs):
+            self.cache = train.cache
+        elif args.cache_features and isinstance(train, Dataset):
+            model.to(args.device)
+            self.cache = FeatureCache(model, collator, max_bytes=args.cache_max_gb * 1e9)
+            cached = self.cache.add(train) if self.cache.useful else None
+            if cached is None:
+                self.cache = None
+            train = cached or train
+        if self.cache is None:
+            return train, evaluation
+
+        def add(pairs: Any) -> Any:
+            return (self.cache.add(pairs) or pairs) if self.cache and isinstance(pairs, Dataset) else pairs
+
+        is_dict = isinstance(evaluation, dict)
+        return train, {name: add(pairs) for name, pairs in evaluation.items()} if is_dict else add(evaluation)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        # Cached and plain rows need different collators; the Trainer knows one.
+        if not isinstance(dataset, CachedPairs):
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        own, self.data_collator = self.data_collator, dataset.cache.collate
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = own
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does; a fresh LoRA begins at the best constant shift (`warm_start`)."""
+        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
+        self._prepare(begin=not resume)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare(self, begin: bool) -> None:
+        """Embed training pairs with the base, for the alignment term and for the warm start."""
+        start = begin and self._fresh_adapter and self.args.warm_start
+        if not (start or self.args.alignment_weight) or self.train_dataset is None:
+            return
+        embedded = self._embed_training_pairs(512)
+        size = self.args.alignment_bank_size
+        self._banks = {name: embedded[name][:size].to(self.args.device) for name in ("text", "chosen", "rejected")}
+        layer = warm_start.text_lora(self.model) if start else None
+        if layer is None:
+            return
+        delta = warm_start.fit_shift(
+            **embedded,
+            scale=encoders.logit_scale(self.model).item(),
+            prior_weight=self.args.prior_weight,
+            alignment_weight=self.args.alignment_weight,
+            label_smoothing=self.args.label_smoothing,
+            bank_size=size,
+        )
+        features = self._projection_inputs(layer)
+        error = warm_start.write_shift(self.model, layer, delta, features)
+        if error > warm_start.TOLERANCE:
+            logger.info("No warm start: a shift would vary by %.0f %% from text to text.", 100 * error)
+        self._fresh_adapter = False
+
+    @torch.no_grad()
+    def _embed_training_pairs(self, limit: int) -> dict[str, torch.Tensor]:
+        """Base embeddings of up to `limit` training pairs, in their own order: each (N, D), on the CPU."""
+        step = self.args.per_device_eval_batch_size
+        cached = isinstance(self.train_dataset, CachedPairs)
+        rows = iter(self.train_dataset)
+        collate = self.train_dataset.cache.collate if cached else self.data_collator
+        columns: dict[str, list[torch.Tensor]] = {}
+        seen = 0
+        while seen < limit:
+            chunk = [row for row, _ in zip(rows, range(min(step, limit - seen)), strict=False)]
+            if not chunk:
+                break
+            seen += len(chunk)
+            batch = self._prepare_inputs(collate(chunk))
+            with self.base_model() as model:
+                text, images = self._embed(model, batch)
+            chosen, rejected = images.chunk(2)
+            values = {"text": text, "chosen": chosen, "rejected": rejected}
+            values |= {name: batch[name] for name in ("preference", "weight")}
+            for name, value in values.items():
+                columns.setdefault(name, []).append(value.cpu())
+        return {name: torch.cat(values) for name, values in columns.items()}
+
+    @torch.no_grad()
+    def _projection_inputs(self, layer: nn.Module) -> torch.Tensor:
+        """What the text projection reads, for words of the model's vocabulary: (N, H)."""
+        texts = warm_start.vocabulary_texts(self.processing_class.tokenizer)
+        seen: list[torch.Tensor] = []
+        base = self.model.get_base_model()
+        with layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu())):
+            for start in range(0, len(texts), 128):
+                inputs = encoders.tokenize(self.processing_class, texts[start : start + 128])
+                base.get_text_features(**self._prepare_inputs(inputs))
+        return torch.cat(seen)
+
+    @contextmanager
+    def base_model(self) -> Iterator[nn.Module]:
+        """The untouched base, within a context that restores the adapter."""
+        if self.reference is not None:
+            yield self.reference.to(self.args.device)
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        with model.eval().disable_adapter():
+            yield model
+        model.train(training)
+
+    def _embed(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised text (B, D) and image (2B, D) embeddings, through the model's own `forward`."""
+        inputs = {name: value for name, value in inputs.items() if name not in ("preference", "weight")}
+        recall = self.cache.recall(inputs) if self.cache is not None else nullcontext(inputs)
+        with recall as inputs:
+            output = model(**inputs)
+        return output.text_embeds.float(), output.image_embeds.float()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Bradley-Terry loss of a batch, with the alignment term while training. See `BradleyTerryConfig`."""
+        preference, weight = inputs["preference"], inputs["weight"]
+        scale = encoders.logit_scale(self.accelerator.unwrap_model(model))
+        text, images = self._embed(model, inputs)  # (B, D), (2B, D)
+        rewards = scale * (text.repeat(2, 1) * images).sum(-1)  # (2B,)
+        chosen, rejected = rewards.chunk(2)
+        margins = chosen - rejected
+        losses = bradley_terry_loss(margins, preference, self.args.label_smoothing)
+        align = model.training and bool(self._banks) and self.args.alignment_weight > 0
+        base_text = base_images = None
+        if align or not model.training:
+            with torch.no_grad(), self.base_model() as base:
+                base_text, base_images = self._embed(base, inputs)
+        if align:
+            divergence = self._alignment(scale, text, images, base_text, base_images)
+            losses = losses + self.args.alignment_weight * divergence
+            self.record(alignment=divergence)
+        loss = self.reduce(losses, weight, num_items_in_batch)
+        if model.training:
+            decided = preference != 0.5
+            hits = (margins > 0) == (preference > 0.5)
+            self.record(
+                accuracy=hits[decided], margin=margins, reward_chosen=chosen, reward_rejected=rejected
+            )
+        if not return_outputs:
+            return loss
+        base_margins = scale * (base_text * (base_images[: len(text)] - base_images[len(text) :])).sum(-1)
+        return loss, {"loss": loss, "margins": margins, "base_margins": base_margins}
+
+    def _alignment(
+        self,
+        scale: torch.Tensor,
+        text: torch.Tensor,
+        images: torch.Tensor,
+        base_text: torch.Tensor,
+        base_images: torch.Tensor,
+    ) -> torch.Tensor:
+        """KL(base || adapted) of each pair, (B,), of its prompt over images and of its images over prompts.
+
+        Against fixed banks of base embeddings rather than the batch: a pair's loss then does not depend on which
+        other pairs share its batch, so accumulation and several processes change nothing.
+        """
+        over_images = [
+            alignment_loss(scale * text @ self._banks[name].T, scale * base_text @ self._banks[name].T)
+            for name in ("chosen", "rejected")
+        ]
+        bank = self._banks["text"]
+        over_texts = alignment_loss(scale * images @ bank.T, scale * base_images @ bank.T)  # (2B,)
+        return sum(over_images) / 2 + torch.stack(over_texts.chunk(2)).mean(0)
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        margins, base_margins = (np.asarray(values, dtype=float) for values in prediction.predictions)
+        preference, weight = (np.asarray(values, dtype=float) for values in prediction.label_ids)
+        metrics = preference_metrics(margins, preference, weight)
+        base = preference_metrics(base_margins, preference, weight)
+        metrics |= {f"base_{name}": value for name, value in base.items()}
+        self.last_evaluation = {"margins": margins, "base_margins": base_margins, "preference": preference}
+        return metrics | (self._user_metrics(prediction) if self._user_metrics else {})
+
+    def write_card(self, folder: Path) -> None:
+        write_reward_card(folder, self)
+
+
+def _adapt(model: Any, full_finetuning: bool, peft_config: PeftConfig | None) -> tuple[nn.Module, bool]:
+    """Load `model` and put an adapter on it. Returns it and whether the adapter is a fresh one."""
+    if not isinstance(model, nn.Module):
+        model = encoders.load_dual_encoder(model, is_trainable=True)
+    encoders.check_dual_encoder(model)
+    if isinstance(model, PeftModel):
+        if full_finetuning or peft_config is not None:
+            raise ValueError(
+                "`model` already has an adapter, so training goes on from it: leave out `full_finetuning` and "
+                "`peft_config`, or merge the adapter first (`model.merge_and_unload()`)."
+            )
+        return model, False
+    if full_finetuning:
+        if peft_config is not None:
+            raise ValueError("`full_finetuning` and `peft_config` exclude each other: leave one of them out.")
+        # r = s cos(...) with a trained s would only change how sure the model is; the folder contract freezes it.
+        model.logit_scale.requires_grad_(False)
+        return model, False
+    return add_adapter(model, peft_config), True
