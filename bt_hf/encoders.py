@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
@@ -164,14 +164,17 @@ def embed_images(model: PreTrainedModel | PeftModel, inputs: Mapping[str, torch.
 
 
 def tokenize(processor: ProcessorMixin, texts: list[str], **kwargs: Any) -> dict[str, torch.Tensor]:
-    """Tokenize as the model was trained: SigLIP's towers expect every prompt padded to the full context."""
+    """Tokenize as the model was trained."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    full = "siglip" in type(processor).__name__.lower() or "siglip" in type(tokenizer).__name__.lower()
-    padding = "max_length" if full else True
+    padding = "max_length" if fills_context(processor) else True
     length = context_length(processor)
-    return dict(
-        tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt", **kwargs)
-    )
+    return dict(tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt", **kwargs))
+
+
+def fills_context(processor: ProcessorMixin) -> bool:
+    """Whether every prompt is padded to the full context: SigLIP's text towers pool the last token."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return any("siglip" in type(part).__name__.lower() for part in (processor, tokenizer))
 
 
 def context_length(processor: ProcessorMixin) -> int:

@@ -64,7 +64,8 @@ class PreferenceTrainer(Trainer):
                 values = torch.cat(self._running[name])
                 sums = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
                 total, count = self.accelerator.gather(sums[None]).sum(0).tolist()
-                logs[name] = total / count
+                if count:  # an accuracy of ties alone has no pairs
+                    logs[name] = total / count
             self._running.clear()
         super().log(logs, start_time)
 

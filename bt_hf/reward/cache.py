@@ -7,7 +7,7 @@ layers; the model's own `forward` still runs, so DDP, PEFT and gradient checkpoi
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from bt_hf.encoders import tokenize
+from bt_hf.encoders import fills_context, tokenize
 from bt_hf.images import to_rgb
 from bt_hf.reward.collator import PreferenceCollator, labels
 
@@ -121,6 +121,8 @@ class FrozenPrefix:
         originals = {name: base.get_submodule(name) for name in stand_ins}
         try:
             for name, module in stand_ins.items():
+                # Stays below its stand-in, uncalled: DDP looks for its buffers.
+                module.original = originals[name]
                 base.set_submodule(name, module)
             yield
         finally:
@@ -170,62 +172,55 @@ class FeatureCache:
         Returns:
             The dataset with cached features, or `None` if it would take more than `max_bytes`.
         """
+        before = self.bytes
         rows: list[dict[str, Any]] = []
-        prompts: list[str] = []
-        pending: list[tuple[bytes, Any]] = []
-        names: set[bytes] = set(self._images)
-        progress = tqdm(total=len(dataset), desc=description, unit="pair", leave=False)
-        for row in dataset:
+        images: dict[bytes, Any] = {}
+        texts: dict[str, None] = {}
+        for row in tqdm(dataset, desc=description, unit="pair", leave=False):
             keys = []
             for column in ("chosen", "rejected"):
                 image = to_rgb(row[column])
                 key = hashlib.blake2b(image.tobytes(), digest_size=16, salt=repr(image.size).encode()[:16]).digest()
                 keys.append(key)
-                if key not in names:
-                    names.add(key)
-                    pending.append((key, image))
-            prompts.append(row["prompt"])
-            rows.append(
-                {
-                    "prompt": row["prompt"],
-                    "images": tuple(keys),
-                    **{name: row.get(name, 1.0) for name in ("preference", "weight")},
-                }
-            )
-            progress.update()
-            if len(pending) >= self.batch_size and not self._add_images(pending, len(dataset)):
+                if key not in self._images:
+                    images[key] = image
+            if row["prompt"] not in self._texts:
+                texts[row["prompt"]] = None
+            labels_of_row = {name: row.get(name, 1.0) for name in ("preference", "weight")}
+            rows.append({"prompt": row["prompt"], "images": tuple(keys), **labels_of_row})
+            if max(len(images), len(texts)) < self.batch_size and len(rows) < len(dataset):
+                continue
+            self._add_images(images)
+            self._add_texts(list(texts))
+            images, texts = {}, {}
+            # Said as soon as it can be foreseen, not after hours.
+            expected = before + (self.bytes - before) / len(rows) * len(dataset)
+            if expected > self.max_bytes:
+                logger.warning(
+                    "Features of %d pairs would take %.1f GB, more than `cache_max_gb`: going on without a cache.",
+                    len(dataset),
+                    expected / 1e9,
+                )
                 return None
-            pending = [] if len(pending) >= self.batch_size else pending
-        progress.close()
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        for start in range(0, len(missing), self.batch_size):
-            self._add_texts(missing[start : start + self.batch_size])
-        if pending and not self._add_images(pending, len(dataset)):
-            return None
         return CachedPairs(self, rows)
 
     @torch.no_grad()
-    def _add_images(self, pending: list[tuple[bytes, Any]], pairs: int) -> bool:
-        inputs = self.collator.preprocess([image for _, image in pending])
-        features = self._compute(self.image_prefix, inputs)
-        for index, (key, _) in enumerate(pending):
+    def _add_images(self, images: dict[bytes, Any]) -> None:
+        if not images:
+            return
+        features = self._compute(self.image_prefix, self.collator.preprocess(list(images.values())))
+        for index, key in enumerate(images):
             self._images[key] = {name: value[index].clone() for name, value in features.items()}
-        self._count(features, len(pending))
-        expected = self.bytes / len(self._images) * 2 * pairs
-        if expected > self.max_bytes:
-            logger.warning(
-                "Features of %d pairs would take about %.1f GB, more than `cache_max_gb`: training without a cache.",
-                pairs,
-                expected / 1e9,
-            )
-            return False
-        return True
+        self._count(self._images[key] for key in images)
 
     @torch.no_grad()
     def _add_texts(self, prompts: list[str]) -> None:
+        if not prompts:
+            return
         inputs = tokenize(self.collator.processor, prompts)
         features = {**inputs, **self._compute(self.text_prefix, inputs)}
-        lengths = inputs["attention_mask"].sum(1).tolist() if "attention_mask" in inputs else None
+        trim = "attention_mask" in inputs and not fills_context(self.collator.processor)
+        lengths = inputs["attention_mask"].sum(1).tolist() if trim else None
         for index, prompt in enumerate(prompts):
             # Without the padding of this batch; `collate` pads again, to the longest of its own.
             end = lengths[index] if lengths else None
@@ -233,7 +228,7 @@ class FeatureCache:
                 name: value[index, :end].clone() if name != "text_hidden" or value.ndim == 3 else value[index].clone()
                 for name, value in features.items()
             }
-        self._count(features, len(prompts))
+        self._count(self._texts[prompt] for prompt in prompts)
 
     def _compute(self, prefix: FrozenPrefix | None, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         side = "text" if "input_ids" in inputs else "image"
@@ -248,9 +243,10 @@ class FeatureCache:
         kept = {name: value for name, value in inputs.items() if name != "pixel_values"}
         return {**kept, f"{side}_hidden": hidden.cpu()}
 
-    def _count(self, features: dict[str, torch.Tensor], number: int) -> None:
-        self.computed += number
-        self.bytes += sum(value.nbytes for value in features.values())
+    def _count(self, features: Iterable[dict[str, torch.Tensor]]) -> None:
+        for values in features:
+            self.computed += 1
+            self.bytes += sum(value.nbytes for value in values.values())
 
     def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Rows of `CachedPairs` -> a batch with hidden states in place of pixels."""

@@ -1,2 +1,160 @@
-def write_reward_card(folder, trainer):
-    (folder / "README.md").write_text("x")
+"""The card of a reward: what is known about a run, and nothing that is not."""
+
+import math
+from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from peft import PeftModel
+
+from bt_hf import encoders
+from bt_hf.cards import eval_result, hub_id, render_card, versions
+
+_TAGS = ("preference", "reward-model", "bradley-terry")
+
+
+def write_reward_card(folder: Path, trainer: Any) -> None:
+    """Write `README.md` into `folder`, from what `trainer` (a `BradleyTerryTrainer`) knows so far."""
+    facts = reward_facts(trainer)
+    render_card("reward_adapter.md", facts, reward_metadata(facts)).save(folder / "README.md")
+
+
+def reward_facts(trainer: Any) -> dict[str, Any]:
+    """The values of the template `reward_adapter.md`. What is not known is left out, or empty."""
+    args, model, state = (getattr(trainer, name, None) for name in ("args", "model", "state"))
+    accelerator = getattr(trainer, "accelerator", None)
+    if accelerator is not None and model is not None:
+        model = accelerator.unwrap_model(model)
+    name = Path(getattr(args, "output_dir", None) or "reward").resolve().name
+    base = encoders.base_name(model) if model is not None else ""
+    adapter = isinstance(model, PeftModel)
+    evaluations = _evaluations(getattr(state, "log_history", None) or [])
+    held_out = _count(getattr(trainer, "eval_dataset", None))
+    if held_out and len(evaluations) == 1:
+        evaluations[0]["title"] = f"{held_out} held-out pairs"
+    processor = type(getattr(trainer, "processing_class", None)).__name__.lower()
+    return {
+        "name": name,
+        "address": getattr(args, "hub_model_id", None) or name,
+        "adapter": adapter,
+        "lora": adapter and "LORA" in str(getattr(_adapter_config(model), "peft_type", "")),
+        "family": getattr(getattr(model, "config", None), "model_type", None),
+        "base_model": hub_id(base) if base else None,
+        "base_name": (hub_id(base) or Path(base).name) if base else None,
+        "base_path": f"path/to/{Path(base).name or 'base'}",
+        # As the model was trained: see `encoders.tokenize`.
+        "padding": '"max_length"' if "siglip" in processor else "True",
+        "pairs": _count(getattr(trainer, "train_dataset", None)),
+        "verdict": getattr(trainer, "verdict", None),
+        "evaluations": evaluations,
+        "training": _training(trainer, args, model if adapter else None, state),
+        "versions": versions(("torch", "transformers", *(("peft",) if adapter else ()), "datasets")),
+    }
+
+
+def reward_metadata(facts: Mapping[str, Any]) -> ModelCardData:
+    """The metadata of the card, for the Hub's search and its widgets."""
+    known: dict[str, Any] = {}
+    tags = ["bt_hf", *([facts["family"]] if facts["family"] else []), *_TAGS, *(["lora"] if facts["lora"] else [])]
+    if facts["base_model"]:
+        known["base_model"] = facts["base_model"]
+        known["base_model_relation"] = "adapter" if facts["adapter"] else "finetune"
+    if facts["evaluations"]:
+        known["model_name"] = facts["name"]
+        known["eval_results"] = [result for evaluation in facts["evaluations"] for result in _results(evaluation)]
+    return ModelCardData(
+        library_name="peft" if facts["adapter"] else "transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=tags,
+        **known,
+    )
+
+
+def _evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The last evaluation on each data set: its title, its numbers, and the rows of its table."""
+    last: dict[str, Mapping[str, Any]] = {}
+    for entry in log_history:
+        for key in entry:
+            prefix = key.removesuffix("accuracy")
+            # `eval_base_accuracy` has no base beside it, so this finds those of the trained model only.
+            if prefix != key and prefix.startswith("eval_") and f"{prefix}base_accuracy" in entry:
+                last[prefix] = entry
+    found = []
+    for prefix, entry in last.items():
+        title = f"the held-out pairs {name}" if (name := prefix[len("eval_") : -1]) else "held-out pairs"
+        rows: list[dict[str, Any]] = []
+        for who, start in (("this model", prefix), ("its base", f"{prefix}base_")):
+            accuracy, low, high, log_loss = (
+                entry.get(start + key, math.nan) for key in ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
+            )
+            rows.append(
+                {
+                    "name": who,
+                    "accuracy": f"{accuracy:.3f}",
+                    "interval": f"{low:.3f} to {high:.3f}",
+                    "log_loss": f"{log_loss:.3f}",
+                    "numbers": {"accuracy": accuracy, "low": low, "high": high, "log_loss": log_loss},
+                }
+            )
+        # Without a number, such as for ties alone, there is nothing to claim.
+        if all(math.isfinite(number) for row in rows for number in row["numbers"].values()):
+            found.append({"title": title, "subset": name or None, "rows": rows})
+    return found
+
+
+def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
+    numbers, base = (row["numbers"] for row in evaluation["rows"])
+    title, subset = evaluation["title"], evaluation["subset"]
+    return [
+        eval_result(
+            title,
+            "accuracy",
+            "Accuracy",
+            numbers["accuracy"],
+            subset,
+            low_95=numbers["low"],
+            high_95=numbers["high"],
+            base=base["accuracy"],
+        ),
+        eval_result(title, "log_loss", "Log loss", numbers["log_loss"], subset, base=base["log_loss"]),
+    ]
+
+
+def _training(trainer: Any, args: Any, model: PeftModel | None, state: Any) -> dict[str, Any]:
+    """Pairs, steps, seed, and what decides how the run goes, in the order of the card."""
+    facts = {"pairs": _count(getattr(trainer, "train_dataset", None)), "steps": getattr(state, "global_step", None)}
+    names = {
+        "seed": "seed",
+        "epochs": "num_train_epochs",
+        "pairs in a batch": "train_batch_size",
+        "gradient accumulation": "gradient_accumulation_steps",
+        "peak learning rate": "learning_rate",
+        "schedule": "lr_scheduler_type",
+        "label smoothing": "label_smoothing",
+        "warm start": "warm_start",
+        "weight of the prior": "prior_weight",
+        "weight of the alignment": "alignment_weight",
+    }
+    for fact, name in names.items():
+        facts[fact] = getattr(args, name, None)
+    if (getattr(args, "max_steps", None) or -1) > 0:
+        facts["epochs"] = None
+    facts["schedule"] = getattr(facts["schedule"], "value", facts["schedule"])
+    config = _adapter_config(model)
+    if config is not None and model is not None:
+        facts["adapter"] = str(getattr(config.peft_type, "value", config.peft_type))
+        facts["rank"], facts["alpha"] = getattr(config, "r", None), getattr(config, "lora_alpha", None)
+        modules = sorted(getattr(model.base_model, "targeted_module_names", []))
+        modules = [f"`{name}`" for name in modules[:6]] + [f"{len(modules) - 6} more"] * (len(modules) > 6)
+        facts["on"] = ", ".join(modules) or None
+    return {fact: value for fact, value in facts.items() if value is not None}
+
+
+def _adapter_config(model: Any) -> Any:
+    return model.peft_config.get(model.active_adapter) if isinstance(model, PeftModel) else None
+
+
+def _count(pairs: Any) -> int | None:
+    """How many pairs there are; `None` for a stream or for several sets."""
+    return len(pairs) if isinstance(pairs, Sized) and not isinstance(pairs, dict) else None

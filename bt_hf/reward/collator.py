@@ -62,7 +62,7 @@ def count_truncated(processor: ProcessorMixin, prompts: list[str]) -> int:
     count = sum(length > limit for length in lengths)
     if count:
         logger.warning(
-            "%d of %d prompts are longer than the model's context of %d tokens and are truncated (the longest has %d).",
+            "%d of %d prompts are longer than the model's context of %d tokens and are truncated (the longest: %d).",
             count,
             len(prompts),
             limit,

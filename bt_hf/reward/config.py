@@ -76,6 +76,8 @@ class BradleyTerryConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Dispatching cuts every tensor of a stream's batch to B rows, but of images there are 2B.
+        self.accelerator_config.dispatch_batches = False
         # Pinned memory is for copies to a GPU; without one torch only warns about it.
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if not 0.0 <= self.label_smoothing <= 0.5:

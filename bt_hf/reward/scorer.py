@@ -83,7 +83,9 @@ class PreferenceScorer:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def score(self, prompts: str | Sequence[str], images: Sequence[Any], batch_size: int | None = None) -> torch.Tensor:
+    def score(
+        self, prompts: str | Sequence[str], images: Sequence[Any], batch_size: int | None = None
+    ) -> torch.Tensor:
         """Reward of each image for its prompt.
 
         Args:
@@ -104,6 +106,8 @@ class PreferenceScorer:
                 f"`score` needs one prompt for each image, or a single prompt, but got {len(prompts)} prompts and "
                 f"{len(images)} images."
             )
+        if not images:
+            return torch.empty(0)
         distinct = list(dict.fromkeys(prompts))
         rows = torch.tensor([distinct.index(prompt) for prompt in prompts], dtype=torch.long)
         text = self.embed_texts(distinct, batch_size)[rows]
@@ -175,13 +179,18 @@ class PreferenceScorer:
         """Scale the adapter at inference: 0 is the base, 1 the taste as trained, between them a milder one.
 
         Raises:
-            TypeError: The model has no LoRA.
+            TypeError: The model has no LoRA, or one with DoRA.
         """
         layers = [module for module in self.model.modules() if hasattr(module, "set_scale")]
         if not isinstance(self.model, PeftModel) or not layers:
             raise TypeError("`set_scale` needs a model with a LoRA adapter.")
+        adapter = self.model.active_adapter
+        if any(getattr(layer, "use_dora", {}).get(adapter) for layer in layers):
+            raise TypeError(
+                "`set_scale` needs a plain LoRA: with DoRA magnitudes are trained too, so 0 is not the base."
+            )
         for layer in layers:
-            layer.set_scale(self.model.active_adapter, scale)
+            layer.set_scale(adapter, scale)
 
 
 def _listed(images: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.processing_utils import ProcessorMixin
 
 from bt_hf import encoders
@@ -86,6 +86,8 @@ class BradleyTerryTrainer(PreferenceTrainer):
         # A margin and its labels, as the evaluation loop gathers them.
         args.label_names = ["preference", "weight"]
         source = model
+        # The Trainer sets the seed too, but only after the adapter has drawn its first weights.
+        set_seed(args.seed)
         model, self._fresh_adapter = _adapt(model, args.full_finetuning, peft_config)
         processing_class = processing_class or encoders.find_processor(source, model)
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
@@ -219,11 +221,11 @@ class BradleyTerryTrainer(PreferenceTrainer):
         """What the text projection reads, for words of the model's vocabulary: (N, H)."""
         texts = warm_start.vocabulary_texts(self.processing_class.tokenizer)
         seen: list[torch.Tensor] = []
-        base = self.model.get_base_model()
-        with layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu())):
+        hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()))
+        with hook, self.base_model() as model:
             for start in range(0, len(texts), 128):
                 inputs = encoders.tokenize(self.processing_class, texts[start : start + 128])
-                base.get_text_features(**self._prepare_inputs(inputs))
+                model.get_text_features(**self._prepare_inputs(inputs))
         return torch.cat(seen)
 
     @contextmanager
@@ -234,9 +236,11 @@ class BradleyTerryTrainer(PreferenceTrainer):
             return
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
-        with model.eval().disable_adapter():
-            yield model
-        model.train(training)
+        try:
+            with model.eval().disable_adapter():
+                yield model
+        finally:
+            model.train(training)
 
     def _embed(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised text (B, D) and image (2B, D) embeddings, through the model's own `forward`."""
@@ -274,9 +278,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         if model.training:
             decided = preference != 0.5
             hits = (margins > 0) == (preference > 0.5)
-            self.record(
-                accuracy=hits[decided], margin=margins, reward_chosen=chosen, reward_rejected=rejected
-            )
+            self.record(accuracy=hits[decided], margin=margins, reward_chosen=chosen, reward_rejected=rejected)
         if not return_outputs:
             return loss
         base_margins = scale * (base_text * (base_images[: len(text)] - base_images[len(text) :])).sum(-1)

@@ -113,7 +113,8 @@ def cross_validate(
     """
     check_columns(dataset)
     source = model
-    base: Any = model if isinstance(model, nn.Module) else encoders.load_dual_encoder(model)
+    # A copy, as the adapters of the folds come and go, and leave the weights frozen.
+    base: Any = copy.deepcopy(model) if isinstance(model, nn.Module) else encoders.load_dual_encoder(model)
     if isinstance(base, PeftModel):
         raise ValueError(
             "`cross_validate` needs a base model, but got one with an adapter, which may have seen these pairs: pass "

@@ -37,8 +37,8 @@ def fit_shift(
     """Maximum a posteriori shift of normalised text embeddings, by L-BFGS on the trainer's own objective.
 
     Minimises sum_i w_i [bradley_terry_loss(margin_i, p_i) + alignment_weight * KL_i] + prior_weight / 2 * |z|^2,
-    with reward scale * cos(text_i + delta, image) and z = scale * rms(|chosen - rejected|) * delta: the prior counts
-    in units of margin, so it means the same for every model.
+    with reward scale * cos(text_i + delta, image) and z = scale * rms(|chosen - rejected|) * delta (weighted rms): the
+    prior counts in units of margin, so it means the same for every model.
 
     Args:
         text, chosen, rejected: (N, D) normalised base embeddings.
@@ -47,11 +47,12 @@ def fit_shift(
         prior_weight, alignment_weight, label_smoothing, bank_size: See `BradleyTerryConfig`.
 
     Returns:
-        (D,) float64 shift. Zeros if the pairs say nothing (all ties).
+        (D,) float64 shift. Zeros if the pairs say nothing new (all ties, and the base also prefers neither image).
     """
     text, chosen, rejected = text.double(), chosen.double(), rejected.double()
     preference, weight = preference.double(), weight.double()
-    spread = scale * (chosen - rejected).pow(2).sum(1).mean().sqrt().clamp(min=1e-6)
+    squares = (chosen - rejected).pow(2).sum(1)
+    spread = scale * ((weight * squares).sum() / weight.sum().clamp(min=1e-12)).sqrt().clamp(min=1e-6)
     banks = (chosen[:bank_size], rejected[:bank_size])
     references = [scale * text @ bank.T for bank in banks]
     z = torch.zeros(text.shape[1], dtype=torch.double, requires_grad=True)
@@ -81,7 +82,12 @@ def text_lora(model: nn.Module) -> LoraLayer | None:
     name = text_output_name(base)
     # PEFT keeps the name and puts its layer around the original one.
     layer = base.get_submodule(name) if name else None
-    return layer if isinstance(layer, LoraLayer) and model.active_adapter in layer.lora_A else None
+    if not isinstance(layer, LoraLayer) or model.active_adapter not in layer.lora_B:
+        return None
+    up = layer.lora_B[model.active_adapter]
+    # AdaLoRA holds bare parameters, DoRA rescales what is written, and PiSSA and its kin begin with an update.
+    plain = isinstance(up, nn.Linear) and not layer.use_dora[model.active_adapter] and not up.weight.any()
+    return layer if plain else None
 
 
 def text_output_name(base: nn.Module) -> str | None:

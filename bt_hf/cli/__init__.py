@@ -1,0 +1,138 @@
+"""The command `bt-hf`. One module a command, imported when called, each with `parse(argv)` and `run(options)`."""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NoReturn
+
+COMMANDS = {
+    "reward": "train a reward: adapt CLIP and its kin to one person's clicks",
+    "score": "score images with a reward, and rank them",
+}
+_EPILOG = """commands:
+{commands}
+
+`bt-hf COMMAND --help` tells more, with an example. Each command also takes --debug: show the traceback of an error,
+and what other libraries say.
+
+example:
+  bt-hf reward --model openai/clip-vit-base-patch32 --dataset my-clicks/ --output_dir my-taste
+  bt-hf score my-taste --prompt "a red apple" photos/
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(self, message)
+
+
+def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Say in one line what is wrong with the arguments, and exit."""
+    parser.exit(2, f"{parser.prog}: error: {_one_line(message)} (see {parser.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments, without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        The exit code: 0 for success, 2 for an error, which is one line on stderr, 130 if interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    prog = "bt-hf"
+    try:
+        if not arguments or arguments[0] not in COMMANDS:
+            _parse_without_command(arguments)
+            return 0
+        prog = f"bt-hf {arguments[0]}"
+        with ExitStack() as stack:
+            if not debug:
+                stack.enter_context(_without_warnings())
+            command = importlib.import_module(f"bt_hf.cli.{arguments[0]}")
+            options = command.parse(arguments[1:])
+            if not debug:
+                stack.enter_context(_without_chatter())
+            command.run(options)
+    except SystemExit as stop:  # argparse has said why
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; Python would complain once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{prog}: error: {_describe(error, debug)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse_without_command(arguments: list[str]) -> None:
+    """`bt-hf --help`, `bt-hf --version`, and whatever else is no command."""
+    width = max(map(len, COMMANDS))
+    parser = Parser(
+        prog="bt-hf",
+        usage="bt-hf [--help] [--version] COMMAND ...",
+        description="Adapt text-image models to one person's taste from a handful of clicks.",
+        epilog=_EPILOG.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = sys.modules["bt_hf"].__version__
+    parser.add_argument("--version", action="version", version=f"bt-hf {version}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.parse_args(arguments)
+
+
+def _describe(error: Exception, debug: bool) -> str:
+    """One line: for a mistake of the user what the library says, for anything else also where to look."""
+    text = _one_line(str(error)) or type(error).__name__
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    # Anyone's TypeError may be a bug, but those that this library raises say what was expected.
+    ours = frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("bt_hf.")
+    if isinstance(error, (ImportError, OSError, ValueError)) or (ours and isinstance(error, TypeError)):
+        return text
+    hint = "" if debug else " (run with --debug for the traceback)"
+    return f"unexpected {type(error).__name__}: {text}{hint}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Python warnings of other libraries are for whoever writes code, not for whoever runs a command."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"bt_hf\b")
+        yield
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Errors only from the loggers of transformers, such as no notice that Torchvision is missing; no loading bars."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

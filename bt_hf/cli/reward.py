@@ -1,0 +1,258 @@
+"""`bt-hf reward`: train a reward on pairs, and say honestly what they prove."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from datasets import IterableDataset
+from peft import LoraConfig, PeftModel
+from torch import nn
+from trl import TrlParser
+
+from bt_hf import encoders, plots
+from bt_hf.cli import refuse
+from bt_hf.lora import default_lora_config
+from bt_hf.pairs import load_preference_pairs
+from bt_hf.reward.config import BradleyTerryConfig
+from bt_hf.reward.trainer import BradleyTerryTrainer
+from bt_hf.reward.validation import CrossValidation, cross_validate
+from bt_hf.trainer import refuse_to_overwrite
+
+_DESCRIPTION = """Adapt CLIP and its kin to one person's taste, from pairs of images of which one is preferred.
+
+The pairs are cross-validated first, which tells what so few clicks prove. Then the reward is trained on all of them
+and saved: a small adapter with a card, which PEFT loads as it is."""
+_EPILOG = """examples:
+  bt-hf reward --model openai/clip-vit-base-patch32 --dataset my-clicks/ --output_dir my-taste
+  bt-hf reward --config taste.yaml --learning_rate 3e-5    # options in YAML, and one of them changed
+
+  # taste.yaml
+  model: google/siglip-base-patch16-224
+  dataset: data-is-better-together/open-image-preferences-v1-binarized
+  split: train[:2000]
+  eval_split: train[2000:2500]
+  cross_validate: 0
+
+my-clicks/ is a folder with metadata.csv (columns prompt, chosen, rejected) and the images that it names. Several GPUs:
+accelerate launch -m bt_hf.cli reward ... All options of transformers.TrainingArguments work too: see --help_all.
+"""
+# Of the many TrainingArguments, those that `--help` shows; `--help_all` shows all.
+_SHOWN = {"bf16", "eval_strategy", "hub_model_id", "max_steps", "output_dir", "push_to_hub", "report_to", "seed"}
+
+
+@dataclass
+class RewardArguments:
+    """What to train on what; how, is in `BradleyTerryConfig`."""
+
+    model: str = field(
+        metadata={
+            "help": "Hub id or folder of a dual encoder, or of a reward adapter, from which training then goes on."
+        }
+    )
+    dataset: str = field(
+        metadata={"help": "Preference pairs: Hub id, folder or file (CSV, TSV, JSON, JSONL, Parquet)."}
+    )
+    split: str | None = field(default=None, metadata={"help": "Split to train on, such as 'train[:1000]'."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out pairs, of the same kinds; `dataset` if only `eval_split` is given."}
+    )
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training pairs as they are needed; set `max_steps` then."}
+    )
+    on_bad_rows: Literal["raise", "drop"] = field(
+        default="raise", metadata={"help": "Stop at a bad row, or leave bad rows out and say how many."}
+    )
+    cross_validate: int = field(
+        default=5,
+        metadata={
+            "help": "Folds of the cross-validation before the training, 0 for none. It trains once a fold: seconds "
+            "for the hundreds of pairs that need it."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.cross_validate < 0 or self.cross_validate == 1:
+            raise ValueError(
+                f"`cross_validate` should be 0 (none) or at least 2 folds, but got {self.cross_validate}."
+            )
+
+    def load_pairs(self) -> tuple[Any, Any]:
+        """Training pairs, and held-out ones or `None`."""
+        train = load_preference_pairs(self.dataset, self.split, self.streaming, self.on_bad_rows)
+        if self.eval_dataset is None and self.eval_split is None:
+            return train, None
+        held_out = self.eval_dataset or self.dataset
+        return train, load_preference_pairs(held_out, self.eval_split, on_bad_rows=self.on_bad_rows)
+
+
+@dataclass
+class CommandArguments:
+    """What the command does beside it."""
+
+    plots: bool = field(
+        default=True, metadata={"help": "Draw the training curve and the reliability diagram, if Matplotlib is there."}
+    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of the LoRA, 8 by default."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the LoRA; by default its rank."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the LoRA, 0 by default."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules that get a LoRA; by default the last linear layer of both towers."},
+    )
+
+    def peft_config(self, model: nn.Module) -> LoraConfig | None:
+        """The LoRA that the options describe, `None` (the trainer's default) if there are none."""
+        modules = self.lora_target_modules
+        given = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        if modules is None and all(value is None for value in given.values()):
+            return None
+        rank = 8 if self.lora_r is None else self.lora_r
+        if modules is None:
+            config = default_lora_config(model, rank)
+        else:
+            # A single one may be a pattern, or "all-linear".
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules[0] if len(modules) == 1 else modules)
+        for name, value in given.items():
+            if value is not None:
+                setattr(config, name, value)
+        return config
+
+
+Options = tuple[RewardArguments, CommandArguments, BradleyTerryConfig]
+
+
+class _Parser(TrlParser):
+    """Dataclass options and YAML, and errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        refuse(self, message)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" says nothing.
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The options of `bt-hf reward`, from the command line over those of `--config` over the defaults."""
+    parser = _Parser(
+        (RewardArguments, CommandArguments, BradleyTerryConfig),
+        prog="bt-hf reward",
+        usage="bt-hf reward --model MODEL --dataset PAIRS [--output_dir FOLDER] [--config FILE.yaml] [OPTION ...]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Options in YAML; the command line wins over them.")
+    parser.add_argument("--help_all", "--help-all", action="help", help="Show all options of the training, too.")
+    parser.set_defaults(output_dir="reward-adapter")
+    if not {"--help_all", "--help-all"} & set(argv):
+        shown = (
+            _SHOWN
+            | {item.name for part in (RewardArguments, CommandArguments) for item in fields(part)}
+            | set(BradleyTerryConfig.__annotations__)
+        )
+        for action in parser._actions:
+            if action.dest not in shown | {"config", "help", "help_all"}:
+                action.help = argparse.SUPPRESS
+    # TRL looks for `--config` and its value as two arguments.
+    words = [word for argument in argv for word in _split_config(argument)]
+    if words[-1:] == ["--config"]:
+        parser.error("argument --config: expected one argument")
+    return parser.parse_args_and_config(words)[:3]
+
+
+def run(options: Options) -> None:
+    """Cross-validate, train, evaluate and save."""
+    arguments, extra, config = options
+    # `accelerate launch` runs this in several processes; one of them speaks.
+    say = print if config.process_index == 0 else _say_nothing
+    refuse_to_overwrite(config.output_dir, config.overwrite_output_dir or bool(config.resume_from_checkpoint))
+    pairs, held_out = arguments.load_pairs()
+    model = encoders.load_dual_encoder(arguments.model, is_trainable=True)
+    processor = encoders.find_processor(arguments.model, model)
+    peft_config = extra.peft_config(model)
+
+    validation: CrossValidation | None = None
+    if arguments.cross_validate:
+        if reason := _no_cross_validation(model, pairs):
+            say(f"No cross-validation: {reason}.")
+        else:
+            validation = cross_validate(
+                model, pairs, config, arguments.cross_validate, processor, peft_config, config.seed
+            )
+            say(validation)
+
+    trainer = BradleyTerryTrainer(
+        model,
+        config,
+        train_dataset=pairs,
+        eval_dataset=held_out,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    trainer.verdict = validation.verdict if validation else None
+    trainer.train()
+    if held_out is not None:
+        metrics = trainer.evaluate()
+        say(f"{len(held_out)} held-out pairs:")
+        for name, prefix in (("base", "eval_base_"), ("adapted", "eval_")):
+            accuracy, low, high, log_loss = (
+                metrics[prefix + key] for key in ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
+            )
+            say(f"{name:12}accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}), log-loss {log_loss:.3f}")
+    trainer.save_model(config.output_dir)
+    drawn = draw(trainer, validation) if extra.plots and config.process_index == 0 else []
+    say(f"Saved to {config.output_dir}: the {'model' if config.full_finetuning else 'adapter'} and its card README.md")
+    for path in drawn:
+        say(f"Drawn to {path}")
+    say(f'Next: bt-hf score {config.output_dir} --prompt "..." IMAGES')
+
+
+def draw(trainer: BradleyTerryTrainer, validation: CrossValidation | None) -> list[Path]:
+    """Draw the training curve and the reliability diagram into the trainer's folder, where there is something to draw.
+
+    The diagram is of the held-out pairs if there are some, else of the cross-validation: training pairs would flatter.
+
+    Returns:
+        The pictures. None if Matplotlib is not installed.
+    """
+    folder = Path(trainer.args.output_dir)
+    judged = getattr(trainer, "last_evaluation", None)
+    if judged is None and validation is not None:
+        judged = {name: getattr(validation, name) for name in ("margins", "base_margins", "preference")}
+    drawn = []
+    try:
+        if any("loss" in entry for entry in trainer.state.log_history):
+            plots.plot_training_curve(trainer.state.log_history, folder / "training_curve.png")
+            drawn.append(folder / "training_curve.png")
+        if judged is not None:
+            plots.plot_reliability(**judged, path=folder / "reliability.png")
+            drawn.append(folder / "reliability.png")
+    except ImportError:
+        print('No plots without Matplotlib: pip install "bt-hf[plots]"')
+    return drawn
+
+
+def _no_cross_validation(model: nn.Module, pairs: Any) -> str | None:
+    """Why these pairs can't be cross-validated, if they can't."""
+    if isinstance(model, PeftModel):
+        return "the model has an adapter already, which may have seen these pairs"
+    if isinstance(pairs, IterableDataset):
+        return "the pairs are a stream"
+    if len(set(pairs["prompt"])) < 2:
+        return "all pairs have the same prompt, and it may not be trained on and tested on"
+    return None
+
+
+def _split_config(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _say_nothing(*values: object) -> None:
+    pass

@@ -1,0 +1,60 @@
+"""What each process of `test_distributed.py` runs: train a tiny CLIP, and write down how it went."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tiny_models import build, red_pairs
+
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer
+
+ROWS = 16
+
+
+def train(folder: Path, batch: int, cache: bool) -> dict:
+    """Train, evaluate and save; returns what should not depend on the number of processes."""
+    model, processor = build()
+    args = BradleyTerryConfig(
+        str(folder),
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=3,
+        num_train_epochs=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        cache_features=cache,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+    )
+    pairs = red_pairs(
+        ROWS, preference=[(0.0, 1.0, 0.5, 0.8)[i % 4] for i in range(ROWS)], weight=[0.2 + i % 5 for i in range(ROWS)]
+    )
+    # 7 rows don't divide: the last process is given a row twice, which must not be counted twice.
+    held_out = red_pairs(7, seed=1, preference=[0.0, 1.0, 0.0, 1.0, 1.0, 0.3, 1.0])
+    trainer = BradleyTerryTrainer(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=processor)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    names = ("loss", "accuracy", "margin", "alignment")
+    return {
+        "world_size": trainer.accelerator.num_processes,
+        "cached": trainer.cache is not None,
+        "steps": [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry],
+        "metrics": {name: metrics[name] for name in ("eval_accuracy", "eval_log_loss", "eval_base_log_loss")},
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    output = Path(sys.argv[1])
+    for cached in (True, False):
+        name = "cached" if cached else "uncached"
+        facts = train(output / name, batch=int(sys.argv[2]), cache=cached)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        (output / f"{name}-{rank}.json").write_text(json.dumps(facts))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

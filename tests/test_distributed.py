@@ -1,0 +1,59 @@
+"""Two processes give what one gives with twice the batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_training import train
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what two processes wrote."""
+    folder = tmp_path_factory.mktemp("two-processes")
+    # `--cpu --num_processes 2` would run one process and not say so; this runs two, on CPUs where there is no GPU.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", str(free_port()), str(TESTS / "distributed_training.py"), str(folder), "4"]
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+def test_two_processes_are_one_with_twice_the_batch(cache: bool, two_processes: Path, tmp_path: Path) -> None:
+    name = "cached" if cache else "uncached"
+    ranks = [json.loads((two_processes / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [facts["world_size"] for facts in ranks] == [2, 2]
+    one = train(tmp_path / "one", batch=8, cache=cache)
+    assert one["world_size"] == 1
+    assert one["cached"] == ranks[0]["cached"] == cache
+
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    found = load_file(two_processes / name / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5)
+
+    # What is logged and measured is that of all pairs, not of one process.
+    assert len(one["steps"]) == len(ranks[0]["steps"]) == 6
+    for step, other in zip(one["steps"], ranks[0]["steps"], strict=True):
+        np.testing.assert_allclose(list(step.values()), list(other.values()), atol=1e-4)
+    for facts in ranks:
+        assert facts["metrics"] == pytest.approx(one["metrics"], abs=1e-5)
