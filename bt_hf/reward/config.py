@@ -45,10 +45,10 @@ class BradleyTerryConfig(TrainingArguments):
         },
     )
     prior_weight: float = field(
-        default=0.1, metadata={"help": "Weight of the Gaussian prior on the shift; larger is more cautious."}
+        default=0.02, metadata={"help": "Weight of the Gaussian prior on the shift; larger is more cautious."}
     )
     alignment_weight: float = field(
-        default=1.0,
+        default=0.5,
         metadata={
             "help": "Weight of KL(base || adapted) over the images that a prompt retrieves: larger keeps more of the "
             "base's text-image alignment, 0 turns it off."

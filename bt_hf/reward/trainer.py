@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ class BradleyTerryTrainer(PreferenceTrainer):
         if data_collator is None:
             train_dataset, eval_dataset = self._cache(model, collator, args, train_dataset, eval_dataset)
         self._user_metrics = compute_metrics
+        # What cross-validation said of these pairs, for the card; whoever ran it sets it.
+        self.verdict: str | None = None
         self._banks: dict[str, torch.Tensor] = {}
         super().__init__(
             model=model,
@@ -176,7 +178,9 @@ class BradleyTerryTrainer(PreferenceTrainer):
         size = self.args.alignment_bank_size
         self._banks = {name: embedded[name][:size].to(self.args.device) for name in ("text", "chosen", "rejected")}
         layer = warm_start.text_lora(self.model) if start else None
-        if layer is None:
+        words, features = self._embed_vocabulary(layer)
+        self._banks["words"] = words.to(self.args.device)
+        if layer is None or features is None:
             return
         delta = warm_start.fit_shift(
             **embedded,
@@ -185,8 +189,8 @@ class BradleyTerryTrainer(PreferenceTrainer):
             alignment_weight=self.args.alignment_weight,
             label_smoothing=self.args.label_smoothing,
             bank_size=size,
+            words=words,
         )
-        features = self._projection_inputs(layer)
         error = warm_start.write_shift(self.model, layer, delta, features)
         if error > warm_start.TOLERANCE:
             logger.info("No warm start: a shift would vary by %.0f %% from text to text.", 100 * error)
@@ -217,16 +221,20 @@ class BradleyTerryTrainer(PreferenceTrainer):
         return {name: torch.cat(values) for name, values in columns.items()}
 
     @torch.no_grad()
-    def _projection_inputs(self, layer: nn.Module) -> torch.Tensor:
-        """What the text projection reads, for words of the model's vocabulary: (N, H)."""
+    def _embed_vocabulary(self, layer: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Base embeddings (K, D) of words of the model's vocabulary, and what `layer` reads for them, (K, H)."""
         texts = warm_start.vocabulary_texts(self.processing_class.tokenizer)
         seen: list[torch.Tensor] = []
-        hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()))
-        with hook, self.base_model() as model:
+        words = []
+        with ExitStack() as stack:
+            if layer is not None:
+                hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()))
+                stack.enter_context(hook)
+            model = stack.enter_context(self.base_model())
             for start in range(0, len(texts), 128):
                 inputs = encoders.tokenize(self.processing_class, texts[start : start + 128])
-                model.get_text_features(**self._prepare_inputs(inputs))
-        return torch.cat(seen)
+                words.append(encoders.embed_texts(model, self._prepare_inputs(inputs)).cpu())
+        return torch.cat(words), torch.cat(seen) if seen else None
 
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
@@ -299,11 +307,11 @@ class BradleyTerryTrainer(PreferenceTrainer):
         """
         over_images = [
             alignment_loss(scale * text @ self._banks[name].T, scale * base_text @ self._banks[name].T)
-            for name in ("chosen", "rejected")
+            for name in ("chosen", "rejected", "words")
         ]
         bank = self._banks["text"]
         over_texts = alignment_loss(scale * images @ bank.T, scale * base_images @ bank.T)  # (2B,)
-        return sum(over_images) / 2 + torch.stack(over_texts.chunk(2)).mean(0)
+        return torch.stack(over_images).mean(0) + torch.stack(over_texts.chunk(2)).mean(0)
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         margins, base_margins = (np.asarray(values, dtype=float) for values in prediction.predictions)

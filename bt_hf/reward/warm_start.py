@@ -33,6 +33,7 @@ def fit_shift(
     alignment_weight: float,
     label_smoothing: float = 0.0,
     bank_size: int = 256,
+    words: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Maximum a posteriori shift of normalised text embeddings, by L-BFGS on the trainer's own objective.
 
@@ -45,6 +46,8 @@ def fit_shift(
         preference, weight: (N,).
         scale: exp(logit_scale).
         prior_weight, alignment_weight, label_smoothing, bank_size: See `BradleyTerryConfig`.
+        words: (K, D) normalised embeddings of many words. They stand for images of what the pairs do not show: a
+            shift that would move some of them up and others down confuses a taste with a topic.
 
     Returns:
         (D,) float64 shift. Zeros if the pairs say nothing new (all ties, and the base also prefers neither image).
@@ -53,7 +56,7 @@ def fit_shift(
     preference, weight = preference.double(), weight.double()
     squares = (chosen - rejected).pow(2).sum(1)
     spread = scale * ((weight * squares).sum() / weight.sum().clamp(min=1e-12)).sqrt().clamp(min=1e-6)
-    banks = (chosen[:bank_size], rejected[:bank_size])
+    banks = [chosen[:bank_size], rejected[:bank_size]] + ([] if words is None else [words.double()])
     references = [scale * text @ bank.T for bank in banks]
     z = torch.zeros(text.shape[1], dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([z], max_iter=200, tolerance_change=1e-10, line_search_fn="strong_wolfe")

@@ -208,8 +208,6 @@ def pretrain(corpus: EmojiCorpus, processor: CLIPProcessor, steps: int, concepts
         average.update_parameters(model)
         if step % 50 == 49:
             progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{model.logit_scale.exp().item():.1f}")
-        if step % 500 == 499:
-            average.module.save_pretrained(Path("/tmp/pre") / str(step + 1))
     return average.module
 
 

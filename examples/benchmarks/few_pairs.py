@@ -1,0 +1,287 @@
+"""How well a taste is learnt from few pairs, and what it costs: the figures of the README.
+
+    python examples/benchmarks/few_pairs.py                    # everything, about 15 minutes on 2 cores
+    python examples/benchmarks/few_pairs.py --parts accuracy   # one part: see --help
+
+People are simulated on the emoji domain (`examples/emoji/taste.py`). They click on drawings of training concepts;
+everything is measured on the 234 held-out concepts, which nothing was ever trained or tuned on.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from sklearn.linear_model import LogisticRegression
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPProcessor
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+from emoji import CLIP_FOLDER, STYLES, load_emoji  # noqa: E402
+from taste import preference_pairs, warmth  # noqa: E402
+
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate  # noqa: E402
+from bt_hf.lora import add_adapter  # noqa: E402
+from bt_hf.reward.cache import FeatureCache  # noqa: E402
+from bt_hf.reward.collator import PreferenceCollator  # noqa: E402
+
+SIZES = (4, 8, 16, 32, 64, 128)
+QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+
+
+class Bench:
+    """One base, one cache of frozen features, many people."""
+
+    def __init__(self, split: str, seeds: int) -> None:
+        self.base = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32).eval()
+        self.processor = CLIPProcessor.from_pretrained(CLIP_FOLDER)
+        adapted = add_adapter(self.base, None)
+        self.cache = FeatureCache(adapted, PreferenceCollator(self.processor))
+        self.base = adapted.unload()
+        self.seeds = range(seeds)
+        self.split = split
+        self.concepts = self._concepts(split)
+        drawings = load_emoji(split)
+        captions = list(drawings["caption"])[:: len(STYLES)]
+        keep = [index for index, name in enumerate(list(drawings["concept"])[:: len(STYLES)]) if name in self.concepts]
+        pixels = self.processor.image_processor(list(drawings["image"]), return_tensors="pt")["pixel_values"]
+        tokens = self.processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            # Behind these features only the two projections are left, which the adapter changes.
+            chunks = [self.base.vision_model(pixel_values=chunk).pooler_output for chunk in pixels.split(256)]
+            self.images = torch.cat(chunks).view(len(captions), len(STYLES), -1)[keep]
+            self.texts = self.base.text_model(**tokens).pooler_output[keep]
+        heat = np.array(warmth(split)).reshape(-1, len(STYLES))[keep]
+        self.heat = torch.from_numpy(heat)
+        self.base_embeddings = self.embed(self.base)
+        self.base_recall = recall(*self.base_embeddings)
+
+    @staticmethod
+    def _concepts(split: str) -> frozenset[str]:
+        """The concepts to measure on: all that are held out, or, for choosing defaults, a fifth of the others."""
+        names = list(dict.fromkeys(load_emoji(split)["concept"]))
+        return frozenset(names if split == "held_out" else names[::5])
+
+    def embed(self, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised texts (C, D) and images (C, S, D) of the measured concepts."""
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        with torch.no_grad():
+            texts, images = base.text_projection(self.texts), base.visual_projection(self.images)
+        return F.normalize(texts, dim=-1), F.normalize(images, dim=-1)
+
+    def pairs(self, taste: str, count: int, seed: int, flipped: float = 0.0):
+        exclude = self.concepts if self.split == "train" else frozenset()
+        return preference_pairs(taste, count, seed=seed, flipped=flipped, exclude=exclude)
+
+    def fit(self, pairs, measure: Callable[[PeftModel], object], **options: float) -> object:
+        """Train on `pairs`, measure, and take the adapter off again."""
+        torch.manual_seed(0)
+        trainer = BradleyTerryTrainer(
+            self.base,
+            BradleyTerryConfig("unused", **{**QUIET, **options}),
+            train_dataset=self.cache.add(pairs),
+            processing_class=self.processor,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        result = measure(trainer.model.eval())
+        self.base = trainer.model.unload()
+        return result
+
+    def preferred(self, taste: str) -> torch.Tensor:
+        """(C, S, S) bool: whether this person prefers the first drawing of a concept to the second."""
+        if taste == "warm":
+            return self.heat[:, :, None] - self.heat[:, None, :] > 20
+        wanted = torch.tensor([style == taste for style in STYLES])
+        return (wanted[:, None] & ~wanted[None, :]).expand(len(self.texts), -1, -1)
+
+    def accuracy(self, taste: str, scores: torch.Tensor) -> float:
+        """Share of this person's pairs that `scores` (C, S) order rightly; an equal score counts half."""
+        difference = scores[:, :, None] - scores[:, None, :]
+        right = (difference > 0).float() + 0.5 * (difference == 0).float()
+        return right[self.preferred(taste)].mean().item()
+
+    def measure(self, taste: str, model: torch.nn.Module) -> tuple[float, float]:
+        """(preference accuracy, recall@5)."""
+        texts, images = self.embed(model)
+        return self.accuracy(taste, torch.einsum("cd,csd->cs", texts, images)), recall(texts, images)
+
+    def probe(self, taste: str, pairs) -> float:
+        """Logistic regression (scikit-learn's defaults, no intercept) on differences of frozen image embeddings."""
+        embedded = []
+        for column in ("chosen", "rejected"):
+            pixels = self.processor.image_processor(list(pairs[column]), return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                features = self.base.get_image_features(pixel_values=pixels).pooler_output
+            embedded.append(F.normalize(features, dim=-1).numpy())
+        rows = embedded[0] - embedded[1]
+        model = LogisticRegression(fit_intercept=False, max_iter=1000)
+        # Both orders of each pair: a preference has two sides, and scikit-learn needs two classes.
+        model.fit(np.concatenate([rows, -rows]), np.repeat([1, 0], len(rows)))
+        return self.accuracy(taste, self.base_embeddings[1] @ torch.from_numpy(model.coef_[0]).float())
+
+
+def recall(texts: torch.Tensor, images: torch.Tensor, k: int = 5) -> float:
+    """How often a caption finds its drawing among the first `k` of all concepts' in one style; mean over styles."""
+    target = torch.arange(len(texts))[:, None]
+    found = [((texts @ images[:, style].T).topk(k).indices == target).any(1).float().mean() for style in range(5)]
+    return torch.stack(found).mean().item()
+
+
+def table(title: str, header: Iterable[str], rows: Iterable[tuple[str, Iterable[float]]]) -> None:
+    print(f"\n### {title}\n")
+    header = list(header)
+    print("| | " + " | ".join(header) + " |\n|---|" + "---:|" * len(header))
+    for name, values in rows:
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    sys.stdout.flush()
+
+
+def part_accuracy(bench: Bench, flipped: float = 0.0, tastes: tuple[str, ...] = STYLES) -> None:
+    probe, adapted, recalls = (np.zeros((len(tastes), len(SIZES), len(bench.seeds))) for _ in range(3))
+    jobs = [(t, n, s) for t in range(len(tastes)) for n in range(len(SIZES)) for s in bench.seeds]
+    for t, n, s in tqdm(jobs, desc="fits", mininterval=10):
+        pairs = bench.pairs(tastes[t], SIZES[n], s, flipped)
+        probe[t, n, s] = bench.probe(tastes[t], pairs)
+        adapted[t, n, s], recalls[t, n, s] = bench.fit(pairs, lambda model, t=t: bench.measure(tastes[t], model))
+    rows = []
+    base_scores = torch.einsum("cd,csd->cs", *bench.base_embeddings)
+    for t, taste in enumerate(tastes):
+        rows.append((f"{taste}: base", [bench.accuracy(taste, base_scores)] * len(SIZES)))
+        rows.append((f"{taste}: probe", probe[t].mean(-1)))
+        rows.append((f"{taste}: bt_hf", adapted[t].mean(-1)))
+    rows.append(("**mean: probe**", probe.mean((0, 2))))
+    rows.append(("**mean: bt_hf**", adapted.mean((0, 2))))
+    rows.append((f"recall@5 (base {bench.base_recall:.3f})", recalls.mean((0, 2))))
+    clicks = f", {flipped:.0%} of the clicks wrong" if flipped else ""
+    table(f"Accuracy by number of pairs{clicks}", [f"N = {n}" for n in SIZES], rows)
+
+
+def part_frontier(bench: Bench) -> None:
+    scales = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+    def along_scale(model: PeftModel, taste: str) -> list[tuple[float, float]]:
+        points = []
+        for scale in scales:
+            for layer in (module for module in model.modules() if hasattr(module, "set_scale")):
+                layer.set_scale("default", scale)
+            points.append(bench.measure(taste, model))
+        return points
+
+    for count in (8, 64):
+        rows = []
+        weights = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
+        for weight in weights:
+            results = [
+                bench.fit(
+                    bench.pairs(taste, count, seed),
+                    lambda model, taste=taste: along_scale(model, taste) if weight == 1.0 else [bench.measure(taste, model)],
+                    alignment_weight=weight,
+                )
+                for taste in STYLES
+                for seed in bench.seeds
+            ]
+            means = np.array(results).mean(0)  # (points, 2)
+            at_one = means[scales.index(1.0)] if weight == 1.0 else means[0]
+            rows.append((f"alignment_weight {weight:g}", at_one))
+            if weight == 1.0:
+                by_scale = [(f"scale {scale:g} of the default", point) for scale, point in zip(scales, means, strict=True)]
+        rows = [("base", (0.5, bench.base_recall)), *rows, *by_scale]
+        with_share = [(name, (*point, point[1] / bench.base_recall)) for name, point in rows]
+        table(f"Frontier at N = {count}", ["accuracy", "recall@5", "of the base's"], with_share)
+
+
+def part_retrieval(bench: Bench) -> None:
+    """For a held-out caption and all drawings of all held-out concepts: the first drawing found."""
+
+    def top_one(model: torch.nn.Module, taste: str) -> tuple[float, float, float]:
+        texts, images = bench.embed(model)
+        best = (texts @ images.flatten(0, 1).T).argmax(1)
+        right = best // len(STYLES) == torch.arange(len(texts))
+        liked = best % len(STYLES) == STYLES.index(taste)
+        # Classification the other way round: which of the 234 captions does a drawing get?
+        classes = ((images.flatten(0, 1) @ texts.T).argmax(1) == torch.arange(len(texts)).repeat_interleave(5)).float()
+        return right.float().mean().item(), liked[right].float().mean().item(), classes.mean().item()
+
+    rows = []
+    for taste in STYLES:
+        before = top_one(bench.base, taste)
+        after = [
+            bench.fit(bench.pairs(taste, 64, seed), lambda model, taste=taste: top_one(model, taste))
+            for seed in bench.seeds
+        ]
+        after = np.mean(after, 0)
+        rows.append((taste, (before[0], after[0], before[1], after[1], before[2], after[2])))
+    rows.append(("**mean**", np.mean([values for _, values in rows], 0)))
+    header = ["right concept, base", "adapted", "liked style given right concept, base", "adapted"]
+    table("Retrieval and classification, N = 64", [*header, "drawing's caption, base", "adapted"], rows)
+
+
+def part_verdict(bench: Bench, people: int) -> None:
+    """Coverage of the cross-validated interval, and how often the verdict is 'better' by number of pairs."""
+    config = BradleyTerryConfig("unused", **QUIET)
+    sizes = (8, 16, 32, 64)
+    better = np.zeros((len(STYLES), len(sizes)))
+    covered = []
+    jobs = [(person, size) for person in range(people) for size in range(len(sizes))]
+    for person, size in tqdm(jobs, desc="people", mininterval=10):
+        taste = STYLES[person % len(STYLES)]
+        pairs = bench.pairs(taste, sizes[size], seed=1000 + person)
+        if sizes[size] != 32 and person >= 5 * len(STYLES):
+            continue
+        result = cross_validate(bench.base, pairs, config, processing_class=bench.processor, progress=False)
+        if person < 5 * len(STYLES):
+            better[person % len(STYLES), size] += result.verdict.startswith("Better") / 5
+        if sizes[size] == 32:
+            truth = bench.fit(pairs, lambda model, taste=taste: bench.measure(taste, model))[0]
+            covered.append(result.metrics["accuracy_low"] <= truth <= result.metrics["accuracy_high"])
+    print(
+        f"\nThe 95 % interval of 5-fold cross-validation on 32 pairs holds the held-out accuracy for "
+        f"{sum(covered)} of {len(covered)} simulated people ({np.mean(covered):.1%})."
+    )
+    rows = [(taste, better[t]) for t, taste in enumerate(STYLES)]
+    table("Share of people for whom the verdict is 'better than the base'", [f"N = {n}" for n in sizes], rows)
+
+
+PARTS: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
+    "accuracy": lambda bench, args: part_accuracy(bench),
+    "flipped": lambda bench, args: part_accuracy(bench, flipped=0.2),
+    "warm": lambda bench, args: part_accuracy(bench, tastes=("warm",)),
+    "frontier": lambda bench, args: part_frontier(bench),
+    "retrieval": lambda bench, args: part_retrieval(bench),
+    "verdict": lambda bench, args: part_verdict(bench, args.people),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--people", type=int, default=100, help="simulated people for the coverage of the interval")
+    parser.add_argument(
+        "--split",
+        choices=("held_out", "train"),
+        default="held_out",
+        help="concepts to measure on; `train` measures on a fifth of the training concepts, to choose defaults with",
+    )
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.disable(logging.INFO)
+    bench = Bench(args.split, args.seeds)
+    print(f"Base on {args.split} concepts: recall@5 {bench.base_recall:.3f}")
+    for part in args.parts:
+        PARTS[part](bench, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""From 64 clicks to a reward model of one person's taste, on the embedded emoji domain.
+
+    make demo        # or: python examples/quickstart.py --taste mono --pairs 32
+
+1. a simulated person clicks on pairs of drawings; 2. cross-validation says what the clicks prove; 3. the adapter is
+trained and saved; 4. it is measured on concepts that it never saw; 5. pictures show what changed.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "emoji"))
+from emoji import CLIP_FOLDER, STYLES, load_emoji  # noqa: E402
+from taste import preference_pairs  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceScorer, cross_validate  # noqa: E402
+from bt_hf.plots import (  # noqa: E402
+    contact_sheet,
+    plot_accuracy_by_pairs,
+    plot_reliability,
+    plot_training_curve,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--taste", choices=[*STYLES, "warm"], default="fluent_3d", help="what the person prefers")
+    parser.add_argument("--pairs", type=int, default=64, help="how often the person clicks")
+    parser.add_argument("--output_dir", type=Path, default=Path("demo-output"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.set_verbosity_error()
+    began = time.perf_counter()
+
+    # 1. The clicks, and held-out pairs of the same person.
+    clicks = preference_pairs(args.taste, args.pairs)
+    held_out = preference_pairs(args.taste, split="held_out")
+    print(f"{len(clicks)} clicks of a person who prefers {args.taste!r}, for example: {clicks[0]['prompt']!r}")
+
+    # 2. What do the clicks prove? No held-out data needed.
+    config = BradleyTerryConfig(str(args.output_dir), report_to="none", save_strategy="no", overwrite_output_dir=True)
+    validation = cross_validate(CLIP_FOLDER, clicks, config)
+    print(f"\n{validation}\n")
+
+    # 3. Train on all of them.
+    trainer = BradleyTerryTrainer(CLIP_FOLDER, config, train_dataset=clicks, eval_dataset=held_out)
+    trainer.verdict = validation.verdict
+    trainer.train()
+
+    # 4. Concepts that nothing was trained on.
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    print(f"\nOn {len(held_out)} pairs of held-out concepts:")
+    print(f"{'':10}{'accuracy':>10}{'log-loss':>10}{'Brier':>10}{'calibration error':>20}")
+    for name, prefix in (("base", "eval_base_"), ("adapted", "eval_")):
+        values = [metrics[prefix + key] for key in ("accuracy", "log_loss", "brier_score", "calibration_error")]
+        print(f"{name:10}{values[0]:10.3f}{values[1]:10.3f}{values[2]:10.3f}{values[3]:20.3f}")
+
+    # 5. Pictures.
+    folder = args.output_dir
+    plot_training_curve(trainer.state.log_history, folder / "training_curve.png")
+    plot_reliability(**trainer.last_evaluation, path=folder / "reliability.png")
+    plot_accuracy_by_pairs({"bt_hf": learning_curve(args.taste, args.pairs, held_out)}, folder / "accuracy_by_pairs.png")
+    draw_ranking(args, folder / "before_after.png")
+    print(f"\nThe adapter and its card: {folder}/  The pictures:")
+    for path in sorted(folder.glob("*.png")):
+        print(f"  {path}")
+    print(f"Done in {time.perf_counter() - began:.0f} s.")
+
+
+def learning_curve(taste: str, most: int, held_out) -> list[tuple[int, float, float | None]]:
+    """Held-out accuracy of this person after 4, 8, 16, ... clicks."""
+    points: list[tuple[int, float, float | None]] = []
+    quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    count = 4
+    evaluation = held_out
+    while count <= most:
+        config = BradleyTerryConfig("unused", **quiet)
+        trainer = BradleyTerryTrainer(CLIP_FOLDER, config, preference_pairs(taste, count), evaluation)
+        trainer.train()
+        points.append((count, trainer.evaluate()["eval_accuracy"], None))
+        count *= 2
+    return points
+
+
+def draw_ranking(args: argparse.Namespace, path: Path) -> None:
+    """Six held-out captions; each row ranks the five drawings of its concept, by the base and by the adapter."""
+    drawings = load_emoji("held_out")
+    before, after, masks = [], [], ([], [])
+    base, adapted = PreferenceScorer.from_pretrained(CLIP_FOLDER), PreferenceScorer.from_pretrained(args.output_dir)
+    starts = range(0, 6 * 37 * len(STYLES), 37 * len(STYLES))
+    captions = [drawings[start]["caption"] for start in starts]
+    for start, caption in zip(starts, captions, strict=True):
+        images = [drawings[start + style]["image"] for style in range(len(STYLES))]
+        for scorer, sheet, mask in ((base, before, masks[0]), (adapted, after, masks[1])):
+            order = [index for index, _ in scorer.rank(caption, images)]
+            sheet.append([images[index] for index in order])
+            mask.append([STYLES[index] == args.taste for index in order])
+    contact_sheet(before, after, path, captions, before_mask=masks[0], after_mask=masks[1], mask_label="preferred style")
+
+
+if __name__ == "__main__":
+    main()
