@@ -144,7 +144,7 @@ def base_name(model: nn.Module) -> str:
 
 def logit_scale(model: nn.Module) -> torch.Tensor:
     """exp(logit_scale): the factor s of r(t, I) = s cos(text(t), image(I)). Frozen, so it is a plain number."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.logit_scale.detach().float().exp().squeeze()
 
 

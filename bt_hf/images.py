@@ -52,7 +52,7 @@ def to_rgb(image: Any) -> Image.Image:
     elif isinstance(image, str | os.PathLike):
         path, image = os.fspath(image), None
     if image is None:
-        return _decode(_open(path), f"'{path}'")
+        return _decode(_open(str(path)), f"'{path}'")
     if not isinstance(image, bytes | bytearray | memoryview):
         raise ValueError(
             "unreadable image: expected a PIL image, bytes, a path, {'bytes', 'path'} or a uint8 array, "

@@ -238,7 +238,9 @@ def _encode(value: Any, folder: Path | None) -> dict[str, Any] | None:
     return value if value is None or isinstance(value, dict) else Image().encode_example(value)
 
 
-def _expand(batch: dict[str, list], indices: list[int], convert: Callable, extras: list[str], folder: Path | None):
+def _expand(
+    batch: dict[str, list], indices: list[int], convert: Callable, extras: list[str], folder: Path | None
+) -> dict[str, list]:
     """A batch of rows of some layout -> a batch of pairs."""
     pairs = []
     for position, index in enumerate(indices):
@@ -265,7 +267,7 @@ def _pairs_of(row: dict[str, Any], convert: Callable) -> list[dict[str, Any]]:
 def _join_groups(dataset: Dataset, layout: Layout, folder: Path | None, features: Features) -> Dataset:
     """Rows of one image each -> pairs: the images of the chosen rows beside those of the rejected rows."""
     prompt, images, ranks = layout.kinds
-    light = dataset.select_columns(sorted({prompt, ranks, layout.group}))
+    light = dataset.select_columns(sorted(name for name in {prompt, ranks, layout.group} if name is not None))
     groups: dict[tuple, list[int]] = {}  # by the prompt too, for identifiers that are empty or used twice
     for row, key in enumerate(zip(light[layout.group], light[prompt], strict=True)):
         groups.setdefault(key, []).append(row)

@@ -21,6 +21,7 @@ class PreferenceTrainer(Trainer):
 
     # `reduce` divides by the weights of the whole accumulated batch, on all processes.
     loss_is_scaled_for_ga = True
+    data_collator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What `record` has seen since the last log: sums and counts.
@@ -50,7 +51,9 @@ class PreferenceTrainer(Trainer):
         if total_weight is None:
             return (weight * losses).sum() / weight.sum().clamp(min=1e-12)
         # DDP averages gradients over the processes, where a weighted mean over all of them needs the sum.
-        return (weight * losses).sum() * self.accelerator.num_processes / total_weight.clamp(min=1e-12)
+        return (
+            (weight * losses).sum() * self.accelerator.num_processes / torch.as_tensor(total_weight).clamp(min=1e-12)
+        )
 
     def record(self, **values: torch.Tensor) -> None:
         """Add per-pair values (B,) to the means of the next log. No synchronisation with the device."""

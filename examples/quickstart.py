@@ -13,17 +13,19 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "emoji"))
-from emoji import CLIP_FOLDER, STYLES, load_emoji  # noqa: E402
-from taste import preference_pairs  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 
-from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceScorer, cross_validate  # noqa: E402
-from bt_hf.plots import (  # noqa: E402
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceScorer, cross_validate
+from bt_hf.plots import (
     contact_sheet,
     plot_accuracy_by_pairs,
     plot_reliability,
     plot_training_curve,
 )
+from emoji import CLIP_FOLDER, STYLES, load_emoji
+from taste import preference_pairs
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
     folder = args.output_dir
     plot_training_curve(trainer.state.log_history, folder / "training_curve.png")
     plot_reliability(**trainer.last_evaluation, path=folder / "reliability.png")
-    plot_accuracy_by_pairs({"bt_hf": learning_curve(args.taste, args.pairs, held_out)}, folder / "accuracy_by_pairs.png")
+    plot_accuracy_by_pairs({"bt_hf": learning_curve(trainer, clicks)}, folder / "accuracy_by_pairs.png")
     draw_ranking(args, folder / "before_after.png")
     print(f"\nThe adapter and its card: {folder}/  The pictures:")
     for path in sorted(folder.glob("*.png")):
@@ -72,18 +74,19 @@ def main() -> None:
     print(f"Done in {time.perf_counter() - began:.0f} s.")
 
 
-def learning_curve(taste: str, most: int, held_out) -> list[tuple[int, float, float | None]]:
-    """Held-out accuracy of this person after 4, 8, 16, ... clicks."""
-    points: list[tuple[int, float, float | None]] = []
+def learning_curve(trainer: BradleyTerryTrainer, clicks: Dataset) -> list[tuple[int, float, float | None]]:
+    """Held-out accuracy after the person's first 4, 8, 16, ... clicks, on the features that `trainer` has cached."""
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
-    count = 4
-    evaluation = held_out
-    while count <= most:
+    base, cache = trainer.model.unload(), trainer.cache
+    points: list[tuple[int, float, float | None]] = []
+    for count in (2**power for power in range(2, 20) if 2**power <= len(clicks)):
+        pairs = cache.add(clicks.select(range(count)))
         config = BradleyTerryConfig("unused", **quiet)
-        trainer = BradleyTerryTrainer(CLIP_FOLDER, config, preference_pairs(taste, count), evaluation)
-        trainer.train()
-        points.append((count, trainer.evaluate()["eval_accuracy"], None))
-        count *= 2
+        few = BradleyTerryTrainer(base, config, pairs, trainer.eval_dataset, trainer.processing_class)
+        few.remove_callback(PrinterCallback)
+        few.train()
+        points.append((count, few.evaluate()["eval_accuracy"], None))
+        base = few.model.unload()
     return points
 
 
@@ -100,7 +103,9 @@ def draw_ranking(args: argparse.Namespace, path: Path) -> None:
             order = [index for index, _ in scorer.rank(caption, images)]
             sheet.append([images[index] for index in order])
             mask.append([STYLES[index] == args.taste for index in order])
-    contact_sheet(before, after, path, captions, before_mask=masks[0], after_mask=masks[1], mask_label="preferred style")
+    contact_sheet(
+        before, after, path, captions, before_mask=masks[0], after_mask=masks[1], mask_label="preferred style"
+    )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class BradleyTerryConfig(TrainingArguments):
         default=0.02, metadata={"help": "Weight of the Gaussian prior on the shift; larger is more cautious."}
     )
     alignment_weight: float = field(
-        default=0.5,
+        default=0.7,
         metadata={
             "help": "Weight of KL(base || adapted) over the images that a prompt retrieves: larger keeps more of the "
             "base's text-image alignment, 0 turns it off."
@@ -79,7 +79,8 @@ class BradleyTerryConfig(TrainingArguments):
         # Dispatching cuts every tensor of a stream's batch to B rows, but of images there are 2B.
         self.accelerator_config.dispatch_batches = False
         # Pinned memory is for copies to a GPU; without one torch only warns about it.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
         if not 0.0 <= self.label_smoothing <= 0.5:
             raise ValueError(f"`label_smoothing` should be in [0, 0.5], but got {self.label_smoothing}.")
         for name in ("prior_weight", "alignment_weight"):

@@ -181,7 +181,7 @@ class PreferenceScorer:
         Raises:
             TypeError: The model has no LoRA, or one with DoRA.
         """
-        layers = [module for module in self.model.modules() if hasattr(module, "set_scale")]
+        layers: list[Any] = [module for module in self.model.modules() if hasattr(module, "set_scale")]
         if not isinstance(self.model, PeftModel) or not layers:
             raise TypeError("`set_scale` needs a model with a LoRA adapter.")
         adapter = self.model.active_adapter

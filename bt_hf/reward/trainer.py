@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.trainer import PreferenceTrainer, refuse_to_overwrite
 
 logger = logging.getLogger(__name__)
-Pairs = Dataset | IterableDataset | CachedPairs
+Pairs: TypeAlias = Dataset | IterableDataset | CachedPairs
 
 
 class BradleyTerryTrainer(PreferenceTrainer):
@@ -92,11 +92,11 @@ class BradleyTerryTrainer(PreferenceTrainer):
         processing_class = processing_class or encoders.find_processor(source, model)
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
         self.reference = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
-        collator = data_collator or PreferenceCollator(processing_class)
+        own_collator = PreferenceCollator(processing_class)
         self._check_data(train_dataset, eval_dataset, processing_class)
         self.cache: FeatureCache | None = None
         if data_collator is None:
-            train_dataset, eval_dataset = self._cache(model, collator, args, train_dataset, eval_dataset)
+            train_dataset, eval_dataset = self._cache(model, own_collator, args, train_dataset, eval_dataset)
         self._user_metrics = compute_metrics
         # What cross-validation said of these pairs, for the card; whoever ran it sets it.
         self.verdict: str | None = None
@@ -104,7 +104,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=data_collator or own_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -136,6 +136,12 @@ class BradleyTerryTrainer(PreferenceTrainer):
     ) -> tuple[Any, Any]:
         """Replace map-style datasets by ones whose frozen features are computed once."""
         if isinstance(train, CachedPairs):
+            base = model.get_base_model() if isinstance(model, PeftModel) else model
+            if train.cache.base is not base:
+                raise ValueError(
+                    "`train_dataset` holds features that another model object has computed: pass the model that its "
+                    "cache was made with, or the pairs themselves."
+                )
             self.cache = train.cache
         elif args.cache_features and isinstance(train, Dataset):
             model.to(args.device)
@@ -157,7 +163,8 @@ class BradleyTerryTrainer(PreferenceTrainer):
         # Cached and plain rows need different collators; the Trainer knows one.
         if not isinstance(dataset, CachedPairs):
             return super()._get_dataloader(dataset, *args, **kwargs)
-        own, self.data_collator = self.data_collator, dataset.cache.collate
+        own: Any = self.data_collator
+        self.data_collator = dataset.cache.collate
         try:
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
@@ -274,8 +281,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         margins = chosen - rejected
         losses = bradley_terry_loss(margins, preference, self.args.label_smoothing)
         align = model.training and bool(self._banks) and self.args.alignment_weight > 0
-        base_text = base_images = None
-        if align or not model.training:
+        if align or return_outputs:
             with torch.no_grad(), self.base_model() as base:
                 base_text, base_images = self._embed(base, inputs)
         if align:

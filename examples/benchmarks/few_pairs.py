@@ -8,6 +8,7 @@ everything is measured on the 234 held-out concepts, which nothing was ever trai
 """
 
 import argparse
+import gc
 import logging
 import sys
 import warnings
@@ -25,15 +26,15 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
-from emoji import CLIP_FOLDER, STYLES, load_emoji  # noqa: E402
-from taste import preference_pairs, warmth  # noqa: E402
-
-from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate  # noqa: E402
-from bt_hf.lora import add_adapter  # noqa: E402
-from bt_hf.reward.cache import FeatureCache  # noqa: E402
-from bt_hf.reward.collator import PreferenceCollator  # noqa: E402
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
+from bt_hf.lora import add_adapter
+from bt_hf.reward.cache import FeatureCache
+from bt_hf.reward.collator import PreferenceCollator
+from emoji import CLIP_FOLDER, STYLES, load_emoji
+from taste import preference_pairs, warmth
 
 SIZES = (4, 8, 16, 32, 64, 128)
+CLICKERS = 3  # people of each taste who are asked for every number of pairs
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 
@@ -63,6 +64,8 @@ class Bench:
         self.heat = torch.from_numpy(heat)
         self.base_embeddings = self.embed(self.base)
         self.base_recall = recall(*self.base_embeddings)
+        # The Trainer collects garbage at the end of each training: spare it what lives as long as this.
+        gc.freeze()
 
     @staticmethod
     def _concepts(split: str) -> frozenset[str]:
@@ -176,26 +179,24 @@ def part_frontier(bench: Bench) -> None:
             points.append(bench.measure(taste, model))
         return points
 
+    default = BradleyTerryConfig.alignment_weight
     for count in (8, 64):
-        rows = []
-        weights = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)
-        for weight in weights:
+        rows = [("base", (0.5, bench.base_recall))]
+        for weight in (0.0, 0.1, 0.3, default, 3.0, 10.0):
             results = [
                 bench.fit(
                     bench.pairs(taste, count, seed),
-                    lambda model, taste=taste: along_scale(model, taste) if weight == 1.0 else [bench.measure(taste, model)],
+                    lambda model, taste=taste: along_scale(model, taste),
                     alignment_weight=weight,
                 )
                 for taste in STYLES
                 for seed in bench.seeds
             ]
-            means = np.array(results).mean(0)  # (points, 2)
-            at_one = means[scales.index(1.0)] if weight == 1.0 else means[0]
-            rows.append((f"alignment_weight {weight:g}", at_one))
-            if weight == 1.0:
-                by_scale = [(f"scale {scale:g} of the default", point) for scale, point in zip(scales, means, strict=True)]
-        rows = [("base", (0.5, bench.base_recall)), *rows, *by_scale]
-        with_share = [(name, (*point, point[1] / bench.base_recall)) for name, point in rows]
+            means = np.array(results).mean(0)  # (scales, 2)
+            rows.append((f"alignment_weight {weight:g}", means[scales.index(1.0)]))
+            if weight == default:
+                by_scale = [(f"default, scaled by {scale:g}", mean) for scale, mean in zip(scales, means, strict=True)]
+        with_share = [(name, (*point, point[1] / bench.base_recall)) for name, point in [*rows, *by_scale]]
         table(f"Frontier at N = {count}", ["accuracy", "recall@5", "of the base's"], with_share)
 
 
@@ -235,11 +236,11 @@ def part_verdict(bench: Bench, people: int) -> None:
     for person, size in tqdm(jobs, desc="people", mininterval=10):
         taste = STYLES[person % len(STYLES)]
         pairs = bench.pairs(taste, sizes[size], seed=1000 + person)
-        if sizes[size] != 32 and person >= 5 * len(STYLES):
+        if sizes[size] != 32 and person >= CLICKERS * len(STYLES):
             continue
         result = cross_validate(bench.base, pairs, config, processing_class=bench.processor, progress=False)
-        if person < 5 * len(STYLES):
-            better[person % len(STYLES), size] += result.verdict.startswith("Better") / 5
+        if person < CLICKERS * len(STYLES):
+            better[person % len(STYLES), size] += result.verdict.startswith("Better") / CLICKERS
         if sizes[size] == 32:
             truth = bench.fit(pairs, lambda model, taste=taste: bench.measure(taste, model))[0]
             covered.append(result.metrics["accuracy_low"] <= truth <= result.metrics["accuracy_high"])

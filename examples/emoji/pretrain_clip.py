@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from emoji import CLIP_FOLDER, STYLES, load_emoji
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -34,10 +33,17 @@ from transformers import (
     set_seed,
 )
 
+from emoji import CLIP_FOLDER, STYLES, load_emoji
+
 CONTEXT_LENGTH = 32
 STYLE_NAMES = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent", "fluent_3d": "fluent 3d", "mono": "mono"}
 # The first template of each list is the one that the figures below are measured with.
-STYLE_TEMPLATES = ("{caption}, {style}", "{style} {caption}", "{caption} in {style} style", "a {style} emoji of {caption}")
+STYLE_TEMPLATES = (
+    "{caption}, {style}",
+    "{style} {caption}",
+    "{caption} in {style} style",
+    "a {style} emoji of {caption}",
+)
 BARE_TEMPLATES = ("{caption}", "an emoji of {caption}", "a drawing of {caption}")
 
 
@@ -150,7 +156,9 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     )
 
 
-def contrastive_loss(images: torch.Tensor, bare: torch.Tensor, others: torch.Tensor, styled: torch.Tensor) -> torch.Tensor:
+def contrastive_loss(
+    images: torch.Tensor, bare: torch.Tensor, others: torch.Tensor, styled: torch.Tensor
+) -> torch.Tensor:
     """All embeddings are normalised and scaled; C concepts, S styles, concept-major.
 
     Args:
@@ -175,7 +183,9 @@ def contrastive_loss(images: torch.Tensor, bare: torch.Tensor, others: torch.Ten
     return bare_loss + styled_loss + style_loss
 
 
-def pretrain(corpus: EmojiCorpus, processor: CLIPProcessor, steps: int, concepts: int, learning_rate: float) -> CLIPModel:
+def pretrain(
+    corpus: EmojiCorpus, processor: CLIPProcessor, steps: int, concepts: int, learning_rate: float
+) -> CLIPModel:
     model = build_model(processor.tokenizer)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 from datasets import Dataset, Image
+
 from emoji import STYLES, load_emoji
 
 TASTES = STYLES
