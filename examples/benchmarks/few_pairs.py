@@ -3,8 +3,9 @@
     python examples/benchmarks/few_pairs.py                    # everything, about 15 minutes on 2 cores
     python examples/benchmarks/few_pairs.py --parts accuracy   # one part: see --help
 
-People are simulated on the emoji domain (`examples/emoji/taste.py`). They click on drawings of training concepts;
-everything is measured on the 234 held-out concepts, which nothing was ever trained or tuned on.
+People are simulated on the emoji domain (`examples/emoji/taste.py`). They click on drawings of training concepts
+or, with `--clicks held_out`, of some held-out ones; everything is measured on held-out concepts that they did not
+click on. Nothing was ever tuned on held-out concepts.
 """
 
 import argparse
@@ -41,7 +42,8 @@ QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "
 class Bench:
     """One base, one cache of frozen features, many people."""
 
-    def __init__(self, split: str, seeds: int) -> None:
+    def __init__(self, split: str, seeds: int, clicks: str = "train") -> None:
+        self.clicks = clicks
         self.base = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32).eval()
         self.processor = CLIPProcessor.from_pretrained(CLIP_FOLDER)
         adapted = add_adapter(self.base, None)
@@ -60,6 +62,8 @@ class Bench:
             chunks = [self.base.vision_model(pixel_values=chunk).pooler_output for chunk in pixels.split(256)]
             self.images = torch.cat(chunks).view(len(captions), len(STYLES), -1)[keep]
             self.texts = self.base.text_model(**tokens).pooler_output[keep]
+        names = list(drawings["concept"])[:: len(STYLES)]
+        self.names = [names[index] for index in keep]
         heat = np.array(warmth(split)).reshape(-1, len(STYLES))[keep]
         self.heat = torch.from_numpy(heat)
         self.base_embeddings = self.embed(self.base)
@@ -82,7 +86,12 @@ class Bench:
 
     def pairs(self, taste: str, count: int, seed: int, flipped: float = 0.0):
         exclude = self.concepts if self.split == "train" else frozenset()
-        return preference_pairs(taste, count, seed=seed, flipped=flipped, exclude=exclude)
+        return preference_pairs(taste, count, split=self.clicks, seed=seed, flipped=flipped, exclude=exclude)
+
+    def unseen(self, pairs) -> torch.Tensor:
+        """(C,) bool: the measured concepts that none of `pairs` shows."""
+        clicked = set(pairs["concept"])
+        return torch.tensor([name not in clicked for name in self.names])
 
     def fit(self, pairs, measure: Callable[[PeftModel], object], **options: float) -> object:
         """Train on `pairs`, measure, and take the adapter off again."""
@@ -106,16 +115,18 @@ class Bench:
         wanted = torch.tensor([style == taste for style in STYLES])
         return (wanted[:, None] & ~wanted[None, :]).expand(len(self.texts), -1, -1)
 
-    def accuracy(self, taste: str, scores: torch.Tensor) -> float:
-        """Share of this person's pairs that `scores` (C, S) order rightly; an equal score counts half."""
+    def accuracy(self, taste: str, scores: torch.Tensor, keep: torch.Tensor | None = None) -> float:
+        """Share of this person's pairs of the kept concepts that `scores` (C, S) order rightly; a tie counts half."""
         difference = scores[:, :, None] - scores[:, None, :]
         right = (difference > 0).float() + 0.5 * (difference == 0).float()
-        return right[self.preferred(taste)].mean().item()
+        preferred = self.preferred(taste)
+        return right[preferred if keep is None else preferred & keep[:, None, None]].mean().item()
 
-    def measure(self, taste: str, model: torch.nn.Module) -> tuple[float, float]:
-        """(preference accuracy, recall@5)."""
+    def measure(self, taste: str, model: torch.nn.Module, pairs=None) -> tuple[float, float]:
+        """(preference accuracy on the concepts that `pairs` does not show, recall@5 on all)."""
         texts, images = self.embed(model)
-        return self.accuracy(taste, torch.einsum("cd,csd->cs", texts, images)), recall(texts, images)
+        keep = None if pairs is None else self.unseen(pairs)
+        return self.accuracy(taste, torch.einsum("cd,csd->cs", texts, images), keep), recall(texts, images)
 
     def probe(self, taste: str, pairs) -> float:
         """Logistic regression (scikit-learn's defaults, no intercept) on differences of frozen image embeddings."""
@@ -129,7 +140,8 @@ class Bench:
         model = LogisticRegression(fit_intercept=False, max_iter=1000)
         # Both orders of each pair: a preference has two sides, and scikit-learn needs two classes.
         model.fit(np.concatenate([rows, -rows]), np.repeat([1, 0], len(rows)))
-        return self.accuracy(taste, self.base_embeddings[1] @ torch.from_numpy(model.coef_[0]).float())
+        scores = self.base_embeddings[1] @ torch.from_numpy(model.coef_[0]).float()
+        return self.accuracy(taste, scores, self.unseen(pairs))
 
 
 def recall(texts: torch.Tensor, images: torch.Tensor, k: int = 5) -> float:
@@ -154,7 +166,9 @@ def part_accuracy(bench: Bench, flipped: float = 0.0, tastes: tuple[str, ...] = 
     for t, n, s in tqdm(jobs, desc="fits", mininterval=10):
         pairs = bench.pairs(tastes[t], SIZES[n], s, flipped)
         probe[t, n, s] = bench.probe(tastes[t], pairs)
-        adapted[t, n, s], recalls[t, n, s] = bench.fit(pairs, lambda model, t=t: bench.measure(tastes[t], model))
+        adapted[t, n, s], recalls[t, n, s] = bench.fit(
+            pairs, lambda model, t=t, pairs=pairs: bench.measure(tastes[t], model, pairs)
+        )
     rows = []
     base_scores = torch.einsum("cd,csd->cs", *bench.base_embeddings)
     for t, taste in enumerate(tastes):
@@ -242,7 +256,7 @@ def part_verdict(bench: Bench, people: int) -> None:
         if person < CLICKERS * len(STYLES):
             better[person % len(STYLES), size] += result.verdict.startswith("Better") / CLICKERS
         if sizes[size] == 32:
-            truth = bench.fit(pairs, lambda model, taste=taste: bench.measure(taste, model))[0]
+            truth = bench.fit(pairs, lambda model, taste=taste, pairs=pairs: bench.measure(taste, model, pairs))[0]
             covered.append(result.metrics["accuracy_low"] <= truth <= result.metrics["accuracy_high"])
     print(
         f"\nThe 95 % interval of 5-fold cross-validation on 32 pairs holds the held-out accuracy for "
@@ -273,12 +287,19 @@ def main() -> None:
         default="held_out",
         help="concepts to measure on; `train` measures on a fifth of the training concepts, to choose defaults with",
     )
+    parser.add_argument(
+        "--clicks",
+        choices=("train", "held_out"),
+        default="train",
+        help="concepts to click on: those that the base was pretrained on, or held-out ones (for accuracy, flipped, "
+        "warm and verdict; what was clicked on is then left out of what is measured)",
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.disable(logging.INFO)
-    bench = Bench(args.split, args.seeds)
+    bench = Bench(args.split, args.seeds, args.clicks)
     print(f"Base on {args.split} concepts: recall@5 {bench.base_recall:.3f}")
     for part in args.parts:
         PARTS[part](bench, args)
