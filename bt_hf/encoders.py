@@ -79,7 +79,13 @@ def load_dual_encoder(
     if config is None:
         if base_model is not None:
             raise ValueError(f"`base_model` is for adapters, but {name!r} has no adapter_config.json: leave it out.")
-        model = AutoModel.from_pretrained(name, revision=revision, token=token, dtype=dtype)
+        try:
+            model = AutoModel.from_pretrained(name, revision=revision, token=token, dtype=dtype)
+        except OSError as error:
+            raise OSError(
+                f"No model or adapter can be loaded from {name!r}: it is neither a local folder that holds one nor a "
+                f"Hub id that can be reached now. ({str(error).splitlines()[0]})"
+            ) from error
         check_dual_encoder(model)
         return model
     base = base_model if base_model is not None else config.base_model_name_or_path

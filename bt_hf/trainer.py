@@ -86,6 +86,11 @@ class PreferenceTrainer(Trainer):
             self.write_card(Path(scratch))
             move_files(Path(scratch), folder)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write our card, where `Trainer.push_to_hub` would put a draft over it."""
+        if self.is_world_process_zero():
+            self.write_card(Path(self.args.output_dir))
+
     def write_card(self, folder: Path) -> None:
         """Write `README.md` into `folder`. Subclasses fill it with what was measured."""
         raise NotImplementedError

@@ -684,3 +684,18 @@ def test_wrong_columns_and_no_rows(tmp_path: Path) -> None:
         make_trainer(tmp_path, red_pairs(3), eval_dataset=Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(PreferenceDataError, match="no rows|empty"):
         make_trainer(tmp_path, red_pairs(3).select([]))
+
+
+def test_model_card_of_push_to_hub_is_ours(tmp_path: Path) -> None:
+    # `Trainer.push_to_hub` calls this before it uploads the folder.
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card(model_name="someone/taste", tags=["x"])
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in card
+    assert "More information needed" not in card
+
+
+def test_features_of_another_model_are_refused(tmp_path: Path) -> None:
+    cached = make_trainer(tmp_path).train_dataset
+    with pytest.raises(ValueError, match="another model object"):
+        make_trainer(tmp_path, cached)

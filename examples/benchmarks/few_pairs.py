@@ -35,6 +35,7 @@ from emoji import CLIP_FOLDER, STYLES, load_emoji
 from taste import preference_pairs, warmth
 
 SIZES = (4, 8, 16, 32, 64, 128)
+STRONG = 8.0  # of the adapter: taste above everything, as the probe sees it, which reads no caption
 CLICKERS = 3  # people of each taste who are asked for every number of pairs
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
@@ -160,23 +161,36 @@ def table(title: str, header: Iterable[str], rows: Iterable[tuple[str, Iterable[
     sys.stdout.flush()
 
 
+def along_scale(bench: Bench, model: PeftModel, taste: str, scales: Iterable[float], pairs=None) -> list:
+    """(accuracy, recall@5) with the adapter at each of `scales`."""
+    points = []
+    for scale in scales:
+        for layer in (module for module in model.modules() if hasattr(module, "set_scale")):
+            layer.set_scale("default", scale)
+        points.append(bench.measure(taste, model, pairs))
+    return points
+
+
 def part_accuracy(bench: Bench, flipped: float = 0.0, tastes: tuple[str, ...] = STYLES) -> None:
-    probe, adapted, recalls = (np.zeros((len(tastes), len(SIZES), len(bench.seeds))) for _ in range(3))
+    probe, adapted, recalls, strong = (np.zeros((len(tastes), len(SIZES), len(bench.seeds))) for _ in range(4))
     jobs = [(t, n, s) for t in range(len(tastes)) for n in range(len(SIZES)) for s in bench.seeds]
     for t, n, s in tqdm(jobs, desc="fits", mininterval=10):
         pairs = bench.pairs(tastes[t], SIZES[n], s, flipped)
         probe[t, n, s] = bench.probe(tastes[t], pairs)
-        adapted[t, n, s], recalls[t, n, s] = bench.fit(
-            pairs, lambda model, t=t, pairs=pairs: bench.measure(tastes[t], model, pairs)
+        measured = bench.fit(
+            pairs, lambda model, t=t, pairs=pairs: along_scale(bench, model, tastes[t], (1.0, STRONG), pairs)
         )
+        (adapted[t, n, s], recalls[t, n, s]), (strong[t, n, s], _) = measured
     rows = []
     base_scores = torch.einsum("cd,csd->cs", *bench.base_embeddings)
     for t, taste in enumerate(tastes):
         rows.append((f"{taste}: base", [bench.accuracy(taste, base_scores)] * len(SIZES)))
         rows.append((f"{taste}: probe", probe[t].mean(-1)))
         rows.append((f"{taste}: bt_hf", adapted[t].mean(-1)))
+        rows.append((f"{taste}: bt_hf, adapter scaled by {STRONG:g}", strong[t].mean(-1)))
     rows.append(("**mean: probe**", probe.mean((0, 2))))
     rows.append(("**mean: bt_hf**", adapted.mean((0, 2))))
+    rows.append((f"**mean: bt_hf, adapter scaled by {STRONG:g}**", strong.mean((0, 2))))
     rows.append((f"recall@5 (base {bench.base_recall:.3f})", recalls.mean((0, 2))))
     clicks = f", {flipped:.0%} of the clicks wrong" if flipped else ""
     table(f"Accuracy by number of pairs{clicks}", [f"N = {n}" for n in SIZES], rows)
@@ -185,14 +199,6 @@ def part_accuracy(bench: Bench, flipped: float = 0.0, tastes: tuple[str, ...] = 
 def part_frontier(bench: Bench) -> None:
     scales = (0.25, 0.5, 1.0, 2.0, 4.0)
 
-    def along_scale(model: PeftModel, taste: str) -> list[tuple[float, float]]:
-        points = []
-        for scale in scales:
-            for layer in (module for module in model.modules() if hasattr(module, "set_scale")):
-                layer.set_scale("default", scale)
-            points.append(bench.measure(taste, model))
-        return points
-
     default = BradleyTerryConfig.alignment_weight
     for count in (8, 64):
         rows = [("base", (0.5, bench.base_recall))]
@@ -200,7 +206,7 @@ def part_frontier(bench: Bench) -> None:
             results = [
                 bench.fit(
                     bench.pairs(taste, count, seed),
-                    lambda model, taste=taste: along_scale(model, taste),
+                    lambda model, taste=taste: along_scale(bench, model, taste, scales),
                     alignment_weight=weight,
                 )
                 for taste in STYLES
