@@ -31,16 +31,18 @@ from taste import preference_pairs
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--taste", choices=[*STYLES, "warm"], default="fluent_3d", help="what the person prefers")
-    parser.add_argument("--pairs", type=int, default=64, help="how often the person clicks")
+    parser.add_argument("--pairs", type=int, default=64, help="how often the person clicks, at most 200")
     parser.add_argument("--output_dir", type=Path, default=Path("demo-output"))
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     logging.set_verbosity_error()
     began = time.perf_counter()
 
-    # 1. The clicks, and held-out pairs of the same person.
-    clicks = preference_pairs(args.taste, args.pairs)
-    held_out = preference_pairs(args.taste, split="held_out")
+    # 1. The clicks, on drawings that the base was not pretrained on, as a user's are, and what to measure on: the same
+    # person's pairs of all other such concepts.
+    clicks = preference_pairs(args.taste, args.pairs, split="held_out")
+    clicked = frozenset(clicks["concept"])
+    held_out = preference_pairs(args.taste, split="held_out", exclude=clicked)
     print(f"{len(clicks)} clicks of a person who prefers {args.taste!r}, for example: {clicks[0]['prompt']!r}")
 
     # 2. What do the clicks prove? No held-out data needed.
@@ -53,7 +55,7 @@ def main() -> None:
     trainer.verdict = validation.verdict
     trainer.train()
 
-    # 4. Concepts that nothing was trained on.
+    # 4. Concepts that neither the base nor the adapter was trained on.
     metrics = trainer.evaluate()
     trainer.save_model()
     print(f"\nOn {len(held_out)} pairs of held-out concepts:")
@@ -67,7 +69,7 @@ def main() -> None:
     plot_training_curve(trainer.state.log_history, folder / "training_curve.png")
     plot_reliability(**trainer.last_evaluation, path=folder / "reliability.png")
     plot_accuracy_by_pairs({"bt_hf": learning_curve(trainer, clicks)}, folder / "accuracy_by_pairs.png")
-    draw_ranking(args, folder / "before_after.png")
+    draw_ranking(args, clicked, folder / "before_after.png")
     print(f"\nThe adapter and its card: {folder}/  The pictures:")
     for path in sorted(folder.glob("*.png")):
         print(f"  {path}")
@@ -90,12 +92,13 @@ def learning_curve(trainer: BradleyTerryTrainer, clicks: Dataset) -> list[tuple[
     return points
 
 
-def draw_ranking(args: argparse.Namespace, path: Path) -> None:
-    """Six held-out captions; each row ranks the five drawings of its concept, by the base and by the adapter."""
+def draw_ranking(args: argparse.Namespace, clicked: frozenset[str], path: Path) -> None:
+    """Six captions that were not clicked on; each row ranks the five drawings of its concept, by the base and by the adapter."""
     drawings = load_emoji("held_out")
     before, after, masks = [], [], ([], [])
     base, adapted = PreferenceScorer.from_pretrained(CLIP_FOLDER), PreferenceScorer.from_pretrained(args.output_dir)
-    starts = range(0, 6 * 37 * len(STYLES), 37 * len(STYLES))
+    unseen = [row for row in range(0, len(drawings), len(STYLES)) if drawings[row]["concept"] not in clicked]
+    starts = unseen[:: len(unseen) // 6][:6]
     captions = [drawings[start]["caption"] for start in starts]
     for start, caption in zip(starts, captions, strict=True):
         images = [drawings[start + style]["image"] for style in range(len(STYLES))]
