@@ -38,7 +38,7 @@ def main() -> None:
     logging.set_verbosity_error()
     began = time.perf_counter()
 
-    # 1. The clicks, on drawings that the base was not pretrained on, as a user's are, and what to measure on: the same
+    # 1. The clicks, on drawings that the base was not pretrained on, as a user's are; and what to measure on: the same
     # person's pairs of all other such concepts.
     clicks = preference_pairs(args.taste, args.pairs, split="held_out")
     clicked = frozenset(clicks["concept"])
@@ -93,7 +93,7 @@ def learning_curve(trainer: BradleyTerryTrainer, clicks: Dataset) -> list[tuple[
 
 
 def draw_ranking(args: argparse.Namespace, clicked: frozenset[str], path: Path) -> None:
-    """Six captions that were not clicked on; each row ranks the five drawings of its concept, by the base and by the adapter."""
+    """Six captions that were not clicked on; a row ranks the drawings of its concept, by the base and by the adapter."""
     drawings = load_emoji("held_out")
     before, after, masks = [], [], ([], [])
     base, adapted = PreferenceScorer.from_pretrained(CLIP_FOLDER), PreferenceScorer.from_pretrained(args.output_dir)
