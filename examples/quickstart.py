@@ -93,7 +93,7 @@ def learning_curve(trainer: BradleyTerryTrainer, clicks: Dataset) -> list[tuple[
 
 
 def draw_ranking(args: argparse.Namespace, clicked: frozenset[str], path: Path) -> None:
-    """Six captions that were not clicked on; a row ranks the drawings of its concept, by the base and by the adapter."""
+    """Six captions that were not clicked on: their five drawings, ranked by the base and by the adapter."""
     drawings = load_emoji("held_out")
     before, after, masks = [], [], ([], [])
     base, adapted = PreferenceScorer.from_pretrained(CLIP_FOLDER), PreferenceScorer.from_pretrained(args.output_dir)
