@@ -699,3 +699,12 @@ def test_features_of_another_model_are_refused(tmp_path: Path) -> None:
     cached = make_trainer(tmp_path).train_dataset
     with pytest.raises(ValueError, match="another model object"):
         make_trainer(tmp_path, cached)
+
+
+def test_features_from_above_the_trained_layers_are_refused(tmp_path: Path) -> None:
+    # They were cached with both towers frozen; skipping the layers that this adapter trains would train nothing.
+    first = make_trainer(tmp_path)
+    base = first.model.unload()
+    deeper = LoraConfig(r=2, target_modules=r"vision_model\.encoder\.layers\.0\..*q_proj")
+    with pytest.raises(ValueError, match="other layers frozen"):
+        make_trainer(tmp_path, first.train_dataset, model=base, peft_config=deeper)

@@ -60,14 +60,12 @@ class FrozenPrefix:
         tower: Name of the tower, `text_model` or `vision_model`.
         embeddings: Name of its embeddings; empty if the whole tower is frozen.
         skipped: Names of the frozen modules between the embeddings and the first trained layer.
-        layer: Name of the first layer that is not skipped; empty if there is none.
         last: Name of the last skipped layer.
     """
 
     tower: str
     embeddings: str = ""
     skipped: tuple[str, ...] = ()
-    layer: str = ""
     last: str = ""
 
     @classmethod
@@ -95,7 +93,6 @@ class FrozenPrefix:
             tower,
             f"{tower}.{embeddings}",
             (*(f"{tower}.{name}" for name in norms), *layers[:frozen]),
-            layers[frozen] if frozen < len(layers) else "",
             layers[frozen - 1],
         )
 
@@ -165,6 +162,16 @@ class FeatureCache:
     @property
     def useful(self) -> bool:
         return self.text_prefix is not None or self.image_prefix is not None
+
+    def check(self, model: nn.Module) -> None:
+        """Raise a `ValueError` unless these features are those of `model` and lie below all that it trains."""
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        prefixes = tuple(FrozenPrefix.find(base, tower) for tower in ("text_model", "vision_model"))
+        if base is not self.base or prefixes != (self.text_prefix, self.image_prefix):
+            raise ValueError(
+                "`train_dataset` holds features that another model object, or this one with other layers frozen, has "
+                "computed: pass the model and the adapter that its cache was made with, or the pairs themselves."
+            )
 
     def add(self, dataset: Dataset, description: str = "Caching frozen features") -> "CachedPairs | None":
         """Compute what is missing for `dataset`.

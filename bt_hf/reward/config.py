@@ -39,9 +39,9 @@ class BradleyTerryConfig(TrainingArguments):
     warm_start: bool = field(
         default=True,
         metadata={
-            "help": "Begin with the best constant shift of the text embedding (a convex fit of the same objective, "
-            "milliseconds), written into the LoRA of the text projection. Skipped where there is no such LoRA, where "
-            "training goes on from an adapter, or where a constant shift can't be expressed."
+            "help": "Begin with the best constant shift of the text embedding (a small fit of the same "
+            "objective, well under a second), written into the LoRA of the text projection. Skipped where there is no "
+            "such LoRA, where training goes on from an adapter, or where a constant shift can't be expressed."
         },
     )
     prior_weight: float = field(

@@ -136,12 +136,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
     ) -> tuple[Any, Any]:
         """Replace map-style datasets by ones whose frozen features are computed once."""
         if isinstance(train, CachedPairs):
-            base = model.get_base_model() if isinstance(model, PeftModel) else model
-            if train.cache.base is not base:
-                raise ValueError(
-                    "`train_dataset` holds features that another model object has computed: pass the model that its "
-                    "cache was made with, or the pairs themselves."
-                )
+            train.cache.check(model)
             self.cache = train.cache
         elif args.cache_features and isinstance(train, Dataset):
             model.to(args.device)

@@ -2,7 +2,7 @@
 
 With few pairs, most of what can be learnt is one direction: the person prefers images that lie *there*. Adding a
 constant `delta` to every text embedding is the smallest change that says so. Finding it is a small smooth problem in
-D unknowns, solved exactly in milliseconds, and it fits into the LoRA of the text projection (`lora.constant_direction`
+D unknowns, solved in well under a second, and it fits into the LoRA of the text projection (`lora.constant_direction`
 tells how), so plain gradient steps go on from it. A LoRA that begins at zero needs hundreds of steps to get there and
 disturbs more on its way: Adam moves all coordinates alike, whether the pairs say something about them or not.
 """
