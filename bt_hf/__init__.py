@@ -12,22 +12,31 @@ __version__ = "0.1.0.dev0"
 _MODULES = {
     "BradleyTerryConfig": "bt_hf.reward.config",
     "BradleyTerryTrainer": "bt_hf.reward.trainer",
+    "PreferenceLoRAConfig": "bt_hf.diffusion.config",
+    "PreferenceLoRATrainer": "bt_hf.diffusion.trainer",
     "PreferenceScorer": "bt_hf.reward.scorer",
     "bradley_terry_loss": "bt_hf.losses",
     "cross_validate": "bt_hf.reward.validation",
+    "generate_preference_pairs": "bt_hf.diffusion.sampling",
     "load_preference_pairs": "bt_hf.pairs",
 }
 
 __all__ = [
     "BradleyTerryConfig",
     "BradleyTerryTrainer",
+    "PreferenceLoRAConfig",
+    "PreferenceLoRATrainer",
     "PreferenceScorer",
     "bradley_terry_loss",
     "cross_validate",
+    "generate_preference_pairs",
     "load_preference_pairs",
 ]
 
 if TYPE_CHECKING:
+    from bt_hf.diffusion.config import PreferenceLoRAConfig
+    from bt_hf.diffusion.sampling import generate_preference_pairs
+    from bt_hf.diffusion.trainer import PreferenceLoRATrainer
     from bt_hf.losses import bradley_terry_loss
     from bt_hf.pairs import load_preference_pairs
     from bt_hf.reward.config import BradleyTerryConfig

@@ -1,7 +1,7 @@
 """Model cards: the facts of a run, rendered with a template from `hub_cards/`."""
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
 
 
 def render_card(template: str, facts: Mapping[str, Any], data: ModelCardData) -> ModelCard:
@@ -48,8 +49,87 @@ def hub_id(name_or_path: str) -> str | None:
     return None if Path(name_or_path).exists() else name_or_path
 
 
+def trained_model(trainer: Any) -> Any:
+    """The model of a trainer without what accelerate wraps around it; `None` if there is none."""
+    model, accelerator = getattr(trainer, "model", None), getattr(trainer, "accelerator", None)
+    return model if model is None or accelerator is None else accelerator.unwrap_model(model)
+
+
+def run_facts(trainer: Any, name: str, base: str | None) -> dict[str, Any]:
+    """What each card begins with: the name of the run, its address, its base and its number of pairs.
+
+    Args:
+        trainer: A trainer, or whatever has some of its attributes.
+        name: What to call a run that has no `output_dir`.
+        base: Hub id or path of the base.
+    """
+    args = getattr(trainer, "args", None)
+    name = Path(getattr(args, "output_dir", None) or name).resolve().name
+    return {
+        "name": name,
+        "address": getattr(args, "hub_model_id", None) or name,
+        "base_model": hub_id(base) if base else None,
+        "base_name": (hub_id(base) or Path(base).name) if base else None,
+        "base_path": f"path/to/{Path(base or '').name or 'base'}",
+        "pairs": count_pairs(getattr(trainer, "train_dataset", None)),
+    }
+
+
+def training_facts(trainer: Any, options: Mapping[str, str], **facts: Any) -> dict[str, Any]:
+    """Pairs, steps, what decides how a run goes, and its adapter, in the order of the card; only what is known.
+
+    Args:
+        trainer: A trainer, or whatever has some of its attributes.
+        options: What the card calls an option of `trainer.args` -> its name there.
+        facts: What stands between the steps and the options.
+    """
+    args, model = getattr(trainer, "args", None), trained_model(trainer)
+    facts = {
+        "pairs": count_pairs(getattr(trainer, "train_dataset", None)),
+        "steps": getattr(getattr(trainer, "state", None), "global_step", None),
+        **facts,
+    }
+    for fact, name in options.items():
+        value = getattr(args, name, None)
+        facts[fact] = getattr(value, "value", value)
+    if (getattr(args, "max_steps", None) or -1) > 0:
+        facts["epochs"] = None
+    config = adapter_config(model)
+    if config is not None:
+        facts["adapter"] = str(getattr(config.peft_type, "value", config.peft_type))
+        facts["rank"], facts["alpha"] = getattr(config, "r", None), getattr(config, "lora_alpha", None)
+        facts["on"] = _layers(getattr(model.base_model, "targeted_module_names", []))
+    return {fact: value for fact, value in facts.items() if value is not None}
+
+
+def adapter_config(model: Any) -> Any:
+    """The configuration of a model's adapter; `None` if it has none."""
+    return model.peft_config.get(model.active_adapter) if isinstance(model, PeftModel) else None
+
+
+def _layers(names: Iterable[str]) -> str | None:
+    """Layers of an adapter in one line: their names, or of many layers what they are called in each block."""
+    found = sorted(names)
+    if len(found) <= 6:
+        return ", ".join(f"`{name}`" for name in found) or None
+    kinds = {next(part for part in reversed(name.split(".")) if not part.isdecimal()) for name in found}
+    return f"{len(found)} layers: " + ", ".join(f"`{kind}`" for kind in sorted(kinds))
+
+
+def count_pairs(pairs: Any) -> int | None:
+    """How many pairs there are; `None` for a stream or for several sets."""
+    return len(pairs) if isinstance(pairs, Sized) and not isinstance(pairs, dict) else None
+
+
 def eval_result(
-    name: str, metric: str, title: str, value: float, subset: str | None = None, **arguments: float
+    name: str,
+    metric: str,
+    title: str,
+    value: float,
+    subset: str | None = None,
+    task_type: str = "zero-shot-image-classification",
+    task_name: str = "Preference prediction",
+    **arguments: float,
 ) -> EvalResult:
     """One number of the metadata's `model-index`.
 
@@ -59,11 +139,13 @@ def eval_result(
         title: What to call the metric.
         value: The number.
         subset: Tells several data sets of one card apart, for which their names do not count.
+        task_type: What the model does, as the Hub names tasks.
+        task_name: What it was measured at.
         arguments: What else belongs to it, such as its interval.
     """
     return EvalResult(
-        task_type="zero-shot-image-classification",
-        task_name="Preference prediction",
+        task_type=task_type,
+        task_name=task_name,
         dataset_type="preference-pairs",
         dataset_name=name,
         dataset_config=subset,

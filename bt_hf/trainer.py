@@ -1,14 +1,23 @@
 """What the trainers of rewards and of preference LoRAs share."""
 
+import logging
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import Trainer
+
+from bt_hf.pairs import check_columns, overlapping_rows
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -22,6 +31,7 @@ class PreferenceTrainer(Trainer):
     # `reduce` divides by the weights of the whole accumulated batch, on all processes.
     loss_is_scaled_for_ga = True
     data_collator: Any
+    save_options: Mapping[str, Any] = MappingProxyType({})  # of the model's `save_pretrained`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What `record` has seen since the last log: sums and counts.
@@ -37,6 +47,29 @@ class PreferenceTrainer(Trainer):
             return batches, None
         total = sum(batch["weight"].sum() for batch in batches).to(device)
         return batches, self.accelerator.gather(total).sum()
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        # Rows of a cache know how to become a batch, and plain rows need another collator; the Trainer knows one.
+        collate = getattr(dataset, "collate", None)
+        if collate is None:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        own: Any = self.data_collator
+        self.data_collator = collate
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = own
+
+    @contextmanager
+    def base_model(self) -> Iterator[nn.Module]:
+        """The untouched base, within a context that restores the adapter."""
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        try:
+            with model.eval().disable_adapter():
+                yield model
+        finally:
+            model.train(training)
 
     def reduce(
         self, losses: torch.Tensor, weight: torch.Tensor, total_weight: torch.Tensor | int | None
@@ -80,11 +113,15 @@ class PreferenceTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         # Beside its destination: a move within one file system replaces a file in one step.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            self.model.save_pretrained(scratch, state_dict=state_dict, safe_serialization=True)
+            self.model.save_pretrained(scratch, state_dict=state_dict, safe_serialization=True, **self.save_options)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(scratch)
+            self.save_beside_adapter(Path(scratch))
             self.write_card(Path(scratch))
             move_files(Path(scratch), folder)
+
+    def save_beside_adapter(self, folder: Path) -> None:
+        """Write what else belongs into the folder; nothing by default."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write our card, where `Trainer.push_to_hub` would put a draft over it."""
@@ -94,6 +131,29 @@ class PreferenceTrainer(Trainer):
     def write_card(self, folder: Path) -> None:
         """Write `README.md` into `folder`. Subclasses fill it with what was measured."""
         raise NotImplementedError
+
+
+def check_datasets(train: Any, evaluation: Any) -> None:
+    """Check the columns of plain datasets, and warn of evaluation pairs that are trained on.
+
+    Args:
+        train: Pairs, a stream, or a dataset of another kind, which is not checked.
+        evaluation: The same, or a dict of several.
+
+    Raises:
+        PreferenceDataError: A dataset is not in the row contract, or has no rows.
+    """
+    sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+    for pairs in sets:
+        if isinstance(pairs, Dataset | IterableDataset):
+            check_columns(pairs)
+    for pairs in sets[1:]:
+        if isinstance(train, Dataset) and isinstance(pairs, Dataset) and (overlap := overlapping_rows(train, pairs)):
+            logger.warning(
+                "%d of %d evaluation pairs are also in the training set: their accuracy says nothing about new pairs.",
+                overlap,
+                len(pairs),
+            )
 
 
 def move_files(source: Path, destination: Path) -> None:

@@ -1,9 +1,11 @@
-"""From 64 clicks to a reward model of one person's taste, on the embedded emoji domain.
+"""From 64 clicks to a reward model of one person's taste, and to a pipeline that draws to it, on the emoji domain.
 
     make demo        # or: python examples/quickstart.py --taste mono --pairs 32
 
 1. a simulated person clicks on pairs of drawings; 2. cross-validation says what the clicks prove; 3. the adapter is
-trained and saved; 4. it is measured on concepts that it never saw; 5. pictures show what changed.
+trained and saved; 4. it is measured on concepts that it never saw; 5. pictures show what changed; 6. a diffusion
+pipeline draws, and the reward chooses among its drawings; 7. a preference LoRA is trained on these pairs alone;
+8. an independent judge says whose style the pipeline draws in, before and after.
 """
 
 import argparse
@@ -13,25 +15,41 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "emoji"))
+import torch
 from datasets import Dataset
+from diffusers import DiffusionPipeline
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceScorer, cross_validate
+from bt_hf import (
+    BradleyTerryConfig,
+    BradleyTerryTrainer,
+    PreferenceLoRAConfig,
+    PreferenceLoRATrainer,
+    PreferenceScorer,
+    cross_validate,
+    generate_preference_pairs,
+)
 from bt_hf.plots import (
     contact_sheet,
     plot_accuracy_by_pairs,
     plot_reliability,
     plot_training_curve,
 )
-from emoji import CLIP_FOLDER, STYLES, load_emoji
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLES, load_emoji
+from judge import JUDGE_FOLDER, Judge
 from taste import preference_pairs
+
+# How to draw with the tiny pipeline.
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--taste", choices=[*STYLES, "warm"], default="fluent_3d", help="what the person prefers")
     parser.add_argument("--pairs", type=int, default=64, help="how often the person clicks, at most 200")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts that the pipeline draws to learn from, or 0")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of the preference LoRA")
     parser.add_argument("--output_dir", type=Path, default=Path("demo-output"))
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
@@ -73,6 +91,8 @@ def main() -> None:
     print(f"\nThe adapter and its card: {folder}/  The pictures:")
     for path in sorted(folder.glob("*.png")):
         print(f"  {path}")
+    if args.prompts:
+        learn_to_draw(args, folder / "lora")
     print(f"Done in {time.perf_counter() - began:.0f} s.")
 
 
@@ -109,6 +129,58 @@ def draw_ranking(args: argparse.Namespace, clicked: frozenset[str], path: Path) 
     contact_sheet(
         before, after, path, captions, before_mask=masks[0], after_mask=masks[1], mask_label="preferred style"
     )
+
+
+def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
+    """From the reward to a pipeline that draws to the same taste; it never sees a drawing of the person's."""
+    began = time.perf_counter()
+    captions = list(dict.fromkeys(load_emoji("train")["caption"]))
+    held_out = list(dict.fromkeys(load_emoji("held_out")["caption"]))[::5][:48]
+
+    # 6. The pipeline draws some prompts, and the reward of step 3 takes the best and the worst of each.
+    prompts = captions[:: len(captions) // args.prompts][: args.prompts]
+    scorer = PreferenceScorer.from_pretrained(args.output_dir)
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = generate_preference_pairs(
+            str(DIFFUSION_FOLDER), prompts, scorer, candidates=8, pairs_per_prompt=2, batch_size=48, **DRAWING
+        )
+    print(f"\n{len(pairs)} pairs of the pipeline's own drawings, ranked by the reward")
+
+    # 7. The preference LoRA. The validation prompts are drawn before and after, with the same seeds.
+    config = PreferenceLoRAConfig(
+        str(folder),
+        max_steps=args.steps,
+        learning_rate=1e-3,
+        per_device_train_batch_size=16,
+        bf16=True,
+        validation_prompts=held_out[:6],
+        validation_inference_steps=DRAWING["num_inference_steps"],
+        validation_guidance_scale=DRAWING["guidance_scale"],
+        report_to="none",
+        save_strategy="no",
+        overwrite_output_dir=True,
+    )
+    trainer = PreferenceLoRATrainer(str(DIFFUSION_FOLDER), config, train_dataset=pairs)
+    trainer.train()
+    trainer.save_model()
+
+    # 8. An unmodified pipeline with the LoRA, looked at by a judge that no LoRA was trained with.
+    judge = Judge.from_pretrained(JUDGE_FOLDER).eval()
+    shares = {}
+    for name in ("before", "after"):
+        pipeline = DiffusionPipeline.from_pretrained(DIFFUSION_FOLDER, torch_dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        if name == "after":
+            pipeline.load_lora_weights(folder)
+        with torch.autocast("cpu", torch.bfloat16):
+            images = pipeline(held_out, generator=torch.Generator().manual_seed(0), **DRAWING).images
+        found = judge.style_probabilities(images).argmax(1)
+        shares[name] = [(found == index).float().mean().item() for index in range(len(STYLES))]
+    print(f"\nStyle of the drawings of {len(held_out)} held-out prompts, as an independent judge sees it:")
+    print(f"{'':10}" + "".join(f"{style:>12}" for style in STYLES))
+    for name, values in shares.items():
+        print(f"{name:10}" + "".join(f"{value:12.2f}" for value in values))
+    print(f"The LoRA, its card and the sheet {folder / 'before_after.png'}: {time.perf_counter() - began:.0f} s.")
 
 
 if __name__ == "__main__":

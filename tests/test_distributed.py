@@ -1,38 +1,21 @@
 """Two processes give what one gives with twice the batch."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from distributed_training import train
+from launching import launch
 from safetensors.torch import load_file
-
-TESTS = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what two processes wrote."""
     folder = tmp_path_factory.mktemp("two-processes")
-    # `--cpu --num_processes 2` would run one process and not say so; this runs two, on CPUs where there is no GPU.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port()), str(TESTS / "distributed_training.py"), str(folder), "4"]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-5000:]
+    launch("distributed_training.py", folder, 4)
     return folder
 
 

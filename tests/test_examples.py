@@ -56,8 +56,9 @@ def test_a_simulated_person_has_the_taste() -> None:
 
 def test_base_is_neutral_about_style_on_new_concepts_yet_sees_it() -> None:
     import torch
-    from pretrain_clip import CLIP_FOLDER, EmojiCorpus, evaluate
     from transformers import CLIPModel, CLIPProcessor
+
+    from pretrain_clip import CLIP_FOLDER, EmojiCorpus, evaluate
 
     model = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32)
     figures = evaluate(model, CLIPProcessor.from_pretrained(CLIP_FOLDER), EmojiCorpus("held_out"))

@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 COMMANDS = {
+    "lora": "train a preference LoRA: make a diffusers pipeline draw one person's way",
+    "pairs": "draw images with a pipeline, and rank them into pairs with a reward",
     "reward": "train a reward: adapt CLIP and its kin to one person's clicks",
     "score": "score images with a reward, and rank them",
 }
@@ -23,6 +25,7 @@ and what other libraries say.
 example:
   bt-hf reward --model openai/clip-vit-base-patch32 --dataset my-clicks/ --output_dir my-taste
   bt-hf score my-taste --prompt "a red apple" photos/
+  bt-hf lora --model stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset my-clicks/ --output_dir my-taste-lora
 """
 
 

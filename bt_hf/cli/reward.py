@@ -1,20 +1,17 @@
 """`bt-hf reward`: train a reward on pairs, and say honestly what they prove."""
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
 from torch import nn
-from trl import TrlParser
 
-from bt_hf import encoders, plots
-from bt_hf.cli import refuse
+from bt_hf import encoders
+from bt_hf.cli.training import DataArguments, draw_plots, parse_training, speaker
 from bt_hf.lora import default_lora_config
-from bt_hf.pairs import load_preference_pairs
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.trainer import BradleyTerryTrainer
 from bt_hf.reward.validation import CrossValidation, cross_validate
@@ -38,32 +35,16 @@ _EPILOG = """examples:
 my-clicks/ is a folder with metadata.csv (columns prompt, chosen, rejected) and the images that it names. Several GPUs:
 accelerate launch -m bt_hf.cli reward ... All options of transformers.TrainingArguments work too: see --help_all.
 """
-# Of the many TrainingArguments, those that `--help` shows; `--help_all` shows all.
-_SHOWN = {"bf16", "eval_strategy", "hub_model_id", "max_steps", "output_dir", "push_to_hub", "report_to", "seed"}
 
 
 @dataclass
-class RewardArguments:
+class RewardArguments(DataArguments):
     """What to train on what; how, is in `BradleyTerryConfig`."""
 
     model: str = field(
         metadata={
             "help": "Hub id or folder of a dual encoder, or of a reward adapter, from which training then goes on."
         }
-    )
-    dataset: str = field(
-        metadata={"help": "Preference pairs: Hub id, folder or file (CSV, TSV, JSON, JSONL, Parquet)."}
-    )
-    split: str | None = field(default=None, metadata={"help": "Split to train on, such as 'train[:1000]'."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Held-out pairs, of the same kinds; `dataset` if only `eval_split` is given."}
-    )
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the training pairs as they are needed; set `max_steps` then."}
-    )
-    on_bad_rows: Literal["raise", "drop"] = field(
-        default="raise", metadata={"help": "Stop at a bad row, or leave bad rows out and say how many."}
     )
     cross_validate: int = field(
         default=5,
@@ -78,14 +59,6 @@ class RewardArguments:
             raise ValueError(
                 f"`cross_validate` should be 0 (none) or at least 2 folds, but got {self.cross_validate}."
             )
-
-    def load_pairs(self) -> tuple[Any, Any]:
-        """Training pairs, and held-out ones or `None`."""
-        train = load_preference_pairs(self.dataset, self.split, self.streaming, self.on_bad_rows)
-        if self.eval_dataset is None and self.eval_split is None:
-            return train, None
-        held_out = self.eval_dataset or self.dataset
-        return train, load_preference_pairs(held_out, self.eval_split, on_bad_rows=self.on_bad_rows)
 
 
 @dataclass
@@ -124,54 +97,17 @@ class CommandArguments:
 Options = tuple[RewardArguments, CommandArguments, BradleyTerryConfig]
 
 
-class _Parser(TrlParser):
-    """Dataclass options and YAML, and errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        refuse(self, message)
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        # "(default: None)" says nothing.
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parse(argv: Sequence[str]) -> Options:
     """The options of `bt-hf reward`, from the command line over those of `--config` over the defaults."""
-    parser = _Parser(
-        (RewardArguments, CommandArguments, BradleyTerryConfig),
-        prog="bt-hf reward",
-        usage="bt-hf reward --model MODEL --dataset PAIRS [--output_dir FOLDER] [--config FILE.yaml] [OPTION ...]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="Options in YAML; the command line wins over them.")
-    parser.add_argument("--help_all", "--help-all", action="help", help="Show all options of the training, too.")
-    parser.set_defaults(output_dir="reward-adapter")
-    if not {"--help_all", "--help-all"} & set(argv):
-        shown = (
-            _SHOWN
-            | {item.name for part in (RewardArguments, CommandArguments) for item in fields(part)}
-            | set(BradleyTerryConfig.__annotations__)
-        )
-        for action in parser._actions:
-            if action.dest not in shown | {"config", "help", "help_all"}:
-                action.help = argparse.SUPPRESS
-    # TRL looks for `--config` and its value as two arguments.
-    words = [word for argument in argv for word in _split_config(argument)]
-    if words[-1:] == ["--config"]:
-        parser.error("argument --config: expected one argument")
-    return parser.parse_args_and_config(words)[:3]
+    parts = (RewardArguments, CommandArguments, BradleyTerryConfig)
+    arguments, extra, config = parse_training("reward", argv, parts, _DESCRIPTION, _EPILOG, "reward-adapter")
+    return arguments, extra, config
 
 
 def run(options: Options) -> None:
     """Cross-validate, train, evaluate and save."""
     arguments, extra, config = options
-    # `accelerate launch` runs this in several processes; one of them speaks.
-    say = print if config.process_index == 0 else _say_nothing
+    say = speaker(config)
     refuse_to_overwrite(config.output_dir, config.overwrite_output_dir or bool(config.resume_from_checkpoint))
     pairs, held_out = arguments.load_pairs()
     model = encoders.load_dual_encoder(arguments.model, is_trainable=True)
@@ -222,21 +158,10 @@ def draw(trainer: BradleyTerryTrainer, validation: CrossValidation | None) -> li
     Returns:
         The pictures. None if Matplotlib is not installed.
     """
-    folder = Path(trainer.args.output_dir)
     judged = getattr(trainer, "last_evaluation", None)
     if judged is None and validation is not None:
         judged = {name: getattr(validation, name) for name in ("margins", "base_margins", "preference")}
-    drawn = []
-    try:
-        if any("loss" in entry for entry in trainer.state.log_history):
-            plots.plot_training_curve(trainer.state.log_history, folder / "training_curve.png")
-            drawn.append(folder / "training_curve.png")
-        if judged is not None:
-            plots.plot_reliability(**judged, path=folder / "reliability.png")
-            drawn.append(folder / "reliability.png")
-    except ImportError:
-        print('No plots without Matplotlib: pip install "bt-hf[plots]"')
-    return drawn
+    return draw_plots(Path(trainer.args.output_dir), trainer.state.log_history, judged)
 
 
 def _no_cross_validation(model: nn.Module, pairs: Any) -> str | None:
@@ -248,11 +173,3 @@ def _no_cross_validation(model: nn.Module, pairs: Any) -> str | None:
     if len(set(pairs["prompt"])) < 2:
         return "all pairs have the same prompt, and it may not be trained on and tested on"
     return None
-
-
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def _say_nothing(*values: object) -> None:
-    pass

@@ -304,6 +304,10 @@ class CachedPairs(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
+    def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """As `FeatureCache.collate`."""
+        return self.cache.collate(rows)
+
     def select(self, indices: list[int]) -> "CachedPairs":
         """Some of the pairs, on the same cache."""
         return CachedPairs(self.cache, [self.rows[index] for index in indices])

@@ -1,7 +1,7 @@
 """The card of a reward: what is known about a run, and nothing that is not."""
 
 import math
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,30 @@ from huggingface_hub import EvalResult, ModelCardData
 from peft import PeftModel
 
 from bt_hf import encoders
-from bt_hf.cards import eval_result, hub_id, render_card, versions
+from bt_hf.cards import (
+    adapter_config,
+    count_pairs,
+    eval_result,
+    render_card,
+    run_facts,
+    trained_model,
+    training_facts,
+    versions,
+)
 
 _TAGS = ("preference", "reward-model", "bradley-terry")
+_OPTIONS = {
+    "seed": "seed",
+    "epochs": "num_train_epochs",
+    "pairs in a batch": "train_batch_size",
+    "gradient accumulation": "gradient_accumulation_steps",
+    "peak learning rate": "learning_rate",
+    "schedule": "lr_scheduler_type",
+    "label smoothing": "label_smoothing",
+    "warm start": "warm_start",
+    "weight of the prior": "prior_weight",
+    "weight of the alignment": "alignment_weight",
+}
 
 
 def write_reward_card(folder: Path, trainer: Any) -> None:
@@ -22,33 +43,23 @@ def write_reward_card(folder: Path, trainer: Any) -> None:
 
 def reward_facts(trainer: Any) -> dict[str, Any]:
     """The values of the template `reward_adapter.md`. What is not known is left out, or empty."""
-    args, model, state = (getattr(trainer, name, None) for name in ("args", "model", "state"))
-    accelerator = getattr(trainer, "accelerator", None)
-    if accelerator is not None and model is not None:
-        model = accelerator.unwrap_model(model)
-    name = Path(getattr(args, "output_dir", None) or "reward").resolve().name
-    base = encoders.base_name(model) if model is not None else ""
+    model = trained_model(trainer)
     adapter = isinstance(model, PeftModel)
-    evaluations = _evaluations(getattr(state, "log_history", None) or [])
-    held_out = _count(getattr(trainer, "eval_dataset", None))
+    evaluations = _evaluations(getattr(getattr(trainer, "state", None), "log_history", None) or [])
+    held_out = count_pairs(getattr(trainer, "eval_dataset", None))
     if held_out and len(evaluations) == 1:
         evaluations[0]["title"] = f"{held_out} held-out pairs"
     processor = type(getattr(trainer, "processing_class", None)).__name__.lower()
     return {
-        "name": name,
-        "address": getattr(args, "hub_model_id", None) or name,
+        **run_facts(trainer, "reward", encoders.base_name(model) if model is not None else None),
         "adapter": adapter,
-        "lora": adapter and "LORA" in str(getattr(_adapter_config(model), "peft_type", "")),
+        "lora": adapter and "LORA" in str(getattr(adapter_config(model), "peft_type", "")),
         "family": getattr(getattr(model, "config", None), "model_type", None),
-        "base_model": hub_id(base) if base else None,
-        "base_name": (hub_id(base) or Path(base).name) if base else None,
-        "base_path": f"path/to/{Path(base).name or 'base'}",
         # As the model was trained: see `encoders.tokenize`.
         "padding": '"max_length"' if "siglip" in processor else "True",
-        "pairs": _count(getattr(trainer, "train_dataset", None)),
         "verdict": getattr(trainer, "verdict", None),
         "evaluations": evaluations,
-        "training": _training(trainer, args, model if adapter else None, state),
+        "training": training_facts(trainer, _OPTIONS),
         "versions": versions(("torch", "transformers", *(("peft",) if adapter else ()), "datasets")),
     }
 
@@ -119,42 +130,3 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
         ),
         eval_result(title, "log_loss", "Log loss", numbers["log_loss"], subset, base=base["log_loss"]),
     ]
-
-
-def _training(trainer: Any, args: Any, model: PeftModel | None, state: Any) -> dict[str, Any]:
-    """Pairs, steps, seed, and what decides how the run goes, in the order of the card."""
-    facts = {"pairs": _count(getattr(trainer, "train_dataset", None)), "steps": getattr(state, "global_step", None)}
-    names = {
-        "seed": "seed",
-        "epochs": "num_train_epochs",
-        "pairs in a batch": "train_batch_size",
-        "gradient accumulation": "gradient_accumulation_steps",
-        "peak learning rate": "learning_rate",
-        "schedule": "lr_scheduler_type",
-        "label smoothing": "label_smoothing",
-        "warm start": "warm_start",
-        "weight of the prior": "prior_weight",
-        "weight of the alignment": "alignment_weight",
-    }
-    for fact, name in names.items():
-        facts[fact] = getattr(args, name, None)
-    if (getattr(args, "max_steps", None) or -1) > 0:
-        facts["epochs"] = None
-    facts["schedule"] = getattr(facts["schedule"], "value", facts["schedule"])
-    config = _adapter_config(model)
-    if config is not None and model is not None:
-        facts["adapter"] = str(getattr(config.peft_type, "value", config.peft_type))
-        facts["rank"], facts["alpha"] = getattr(config, "r", None), getattr(config, "lora_alpha", None)
-        modules = sorted(getattr(model.base_model, "targeted_module_names", []))
-        modules = [f"`{name}`" for name in modules[:6]] + [f"{len(modules) - 6} more"] * (len(modules) > 6)
-        facts["on"] = ", ".join(modules) or None
-    return {fact: value for fact, value in facts.items() if value is not None}
-
-
-def _adapter_config(model: Any) -> Any:
-    return model.peft_config.get(model.active_adapter) if isinstance(model, PeftModel) else None
-
-
-def _count(pairs: Any) -> int | None:
-    """How many pairs there are; `None` for a stream or for several sets."""
-    return len(pairs) if isinstance(pairs, Sized) and not isinstance(pairs, dict) else None

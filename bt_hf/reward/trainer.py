@@ -19,13 +19,12 @@ from bt_hf import encoders
 from bt_hf.lora import add_adapter
 from bt_hf.losses import alignment_loss, bradley_terry_loss
 from bt_hf.metrics import preference_metrics
-from bt_hf.pairs import check_columns, overlapping_rows
 from bt_hf.reward import warm_start
 from bt_hf.reward.cache import CachedPairs, FeatureCache
 from bt_hf.reward.card import write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
-from bt_hf.trainer import PreferenceTrainer, refuse_to_overwrite
+from bt_hf.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
 
 logger = logging.getLogger(__name__)
 Pairs: TypeAlias = Dataset | IterableDataset | CachedPairs
@@ -93,7 +92,9 @@ class BradleyTerryTrainer(PreferenceTrainer):
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
         self.reference = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
         own_collator = PreferenceCollator(processing_class)
-        self._check_data(train_dataset, eval_dataset, processing_class)
+        check_datasets(train_dataset, eval_dataset)
+        if isinstance(train_dataset, Dataset):
+            count_truncated(processing_class, list(train_dataset["prompt"]))
         self.cache: FeatureCache | None = None
         if data_collator is None:
             train_dataset, eval_dataset = self._cache(model, own_collator, args, train_dataset, eval_dataset)
@@ -112,24 +113,6 @@ class BradleyTerryTrainer(PreferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-
-    @staticmethod
-    def _check_data(train: Pairs | None, evaluation: Any, processor: ProcessorMixin) -> None:
-        sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
-        for pairs in sets:
-            if pairs is not None and not isinstance(pairs, CachedPairs):
-                check_columns(pairs)
-        if not isinstance(train, Dataset):
-            return
-        count_truncated(processor, list(train["prompt"]))
-        for pairs in sets[1:]:
-            if isinstance(pairs, Dataset) and (overlap := overlapping_rows(train, pairs)):
-                logger.warning(
-                    "%d of %d evaluation pairs are also in the training set: their accuracy says nothing about new "
-                    "pairs.",
-                    overlap,
-                    len(pairs),
-                )
 
     def _cache(
         self, model: nn.Module, collator: PreferenceCollator, args: BradleyTerryConfig, train: Any, evaluation: Any
@@ -153,17 +136,6 @@ class BradleyTerryTrainer(PreferenceTrainer):
 
         is_dict = isinstance(evaluation, dict)
         return train, {name: add(pairs) for name, pairs in evaluation.items()} if is_dict else add(evaluation)
-
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
-        # Cached and plain rows need different collators; the Trainer knows one.
-        if not isinstance(dataset, CachedPairs):
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        own: Any = self.data_collator
-        self.data_collator = dataset.cache.collate
-        try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.data_collator = own
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does; a fresh LoRA begins at the best constant shift (`warm_start`)."""
@@ -204,7 +176,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         step = self.args.per_device_eval_batch_size
         cached = isinstance(self.train_dataset, CachedPairs)
         rows = iter(self.train_dataset)
-        collate = self.train_dataset.cache.collate if cached else self.data_collator
+        collate = self.train_dataset.collate if cached else self.data_collator
         columns: dict[str, list[torch.Tensor]] = {}
         seen = 0
         while seen < limit:
@@ -244,13 +216,8 @@ class BradleyTerryTrainer(PreferenceTrainer):
         if self.reference is not None:
             yield self.reference.to(self.args.device)
             return
-        model = self.accelerator.unwrap_model(self.model)
-        training = model.training
-        try:
-            with model.eval().disable_adapter():
-                yield model
-        finally:
-            model.train(training)
+        with super().base_model() as model:
+            yield model
 
     def _embed(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised text (B, D) and image (2B, D) embeddings, through the model's own `forward`."""

@@ -11,6 +11,7 @@ from datasets import Dataset, load_dataset
 FOLDER = Path(__file__).parent
 STYLES = ("noto", "twemoji", "fluent", "fluent_3d", "mono")
 CLIP_FOLDER = FOLDER / "clip"
+DIFFUSION_FOLDER = FOLDER / "diffusion"
 
 
 def load_emoji(split: str | None = None) -> Dataset:

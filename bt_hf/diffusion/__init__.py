@@ -1,0 +1,1 @@
+"""Preference LoRAs: adapt a text-to-image diffusion pipeline to a taste."""

@@ -1,0 +1,138 @@
+"""Guards against what goes wrong with few pairs: each says what it saw."""
+
+import logging
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class Guard(TrainerCallback):
+    """A callback that warns.
+
+    Attributes:
+        said: The warnings so far, for the card.
+    """
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+        logger.warning(sentence)
+
+
+class WinnerErrorGuard(Guard):
+    """Say when the preferred images' denoising error rises against the base's.
+
+    A preference loss rewards the difference of two errors. It may grow although both rise, and then images get worse.
+
+    Args:
+        tolerance: Rise, as a share of the base's error, up to which nothing is said. Default 0.02.
+    """
+
+    def __init__(self, tolerance: float = 0.02) -> None:
+        super().__init__()
+        self.tolerance = tolerance
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        found = _first(kwargs.get("metrics"), "winner_error_change")
+        base = _first(kwargs.get("metrics"), "winner_error_base")
+        if found is None or not base or found / base <= self.tolerance:
+            return
+        self.say(
+            f"Step {state.global_step}: the denoising error of held-out preferred images is {found / base:.1%} above "
+            "the base's, so images may get worse although preferences are predicted better. Stop earlier, lower "
+            "`learning_rate`, or use `safeguard=True`."
+        )
+        self.tolerance = 2 * found / base  # said again only when it has doubled
+
+
+class OverfittingGuard(Guard):
+    """Stop when training accuracy is near 1 and held-out accuracy falls, and go back to the best adapter.
+
+    Args:
+        near: Training accuracy that counts as near 1. Default 0.98.
+        fall: Fall of held-out accuracy below its best that counts. Default 0.02.
+        patience: So many evaluations in a row. Default 2.
+    """
+
+    def __init__(self, near: float = 0.98, fall: float = 0.02, patience: int = 2) -> None:
+        super().__init__()
+        self.near, self.fall, self.patience = near, fall, patience
+        self._training_accuracy = 0.0
+        self._best, self._best_step = -1.0, 0
+        self._best_state: dict[str, torch.Tensor] | None = None
+        self._falls = 0
+        self._stopped = False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        self._training_accuracy = logs.get("accuracy", self._training_accuracy)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        accuracy = _first(kwargs.get("metrics"), "accuracy")
+        if accuracy is None or self._stopped:
+            return
+        if accuracy >= self._best:
+            self._best, self._best_step, self._falls = accuracy, state.global_step, 0
+            weights = get_peft_model_state_dict(_peft(kwargs["model"]), save_embedding_layers=False)
+            self._best_state = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            return
+        falls = self._training_accuracy >= self.near and accuracy <= self._best - self.fall
+        self._falls = self._falls + 1 if falls else 0
+        if self._falls >= self.patience:
+            self._stopped = True
+            control.should_training_stop = True
+            self.say(
+                f"Step {state.global_step}: training accuracy is {self._training_accuracy:.2f}, but held-out accuracy "
+                f"fell from {self._best:.3f} to {accuracy:.3f}: stopped, and back to the adapter of step "
+                f"{self._best_step}."
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._stopped and self._best_state is not None:
+            set_peft_model_state_dict(_peft(kwargs["model"]), self._best_state)
+
+
+class CollapseGuard(Guard):
+    """Say when the validation images become alike: see `validation.mean_pairwise_distance`.
+
+    Args:
+        share: Share of the distance before training below which it is said. Default 0.5.
+    """
+
+    def __init__(self, share: float = 0.5) -> None:
+        super().__init__()
+        self.share = share
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        now, before = logs.get("validation_distance"), logs.get("validation_distance_base")
+        if now is None or not before or now >= self.share * before:
+            return
+        self.say(
+            f"Step {state.global_step}: validation images differ from each other by {now:.3f}, {now / before:.0%} of "
+            "what they did before training: they become all alike. Stop earlier or lower `learning_rate`."
+        )
+        self.share = 0.5 * now / before
+
+
+def _first(metrics: dict[str, float] | None, name: str) -> float | None:
+    """The metric of the first data set: `eval_accuracy` or `eval_<name>_accuracy`."""
+    ending = f"_{name}"
+    found = (value for key, value in (metrics or {}).items() if key.endswith(ending) and "_base_" not in key)
+    return next(found, None)
+
+
+def _peft(model: Any) -> PeftModel:
+    return model if isinstance(model, PeftModel) else model.module

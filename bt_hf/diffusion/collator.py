@@ -1,0 +1,98 @@
+"""Rows of preference pairs to batches of pixels."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from bt_hf.images import to_rgb
+
+PAIRED = ("chosen", "rejected")
+UNPAIRED = ("completion",)
+
+
+def image_columns(columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that hold images: `chosen` and `rejected`, or `completion` of unpaired rows."""
+    return UNPAIRED if set(UNPAIRED) <= set(columns) else PAIRED
+
+
+class DiffusionCollator:
+    """Turn rows into a batch of pixels: B prompts and 2B images, the chosen first, then the rejected.
+
+    For unpaired rows (`prompt`, `completion`, `label`) there are B images.
+
+    Args:
+        size: Height and width that images are fitted to: scaled, then cropped in the middle. The same for both images
+            of a pair, and without flips, since taste may be about framing.
+        smallest: Images with a shorter side are refused: they would be less than one latent pixel.
+
+    Example:
+        Two rows become
+
+        ```python
+        {
+            "prompt": ["a red apple", "a zebra"],
+            "pixels": ...,  # (4, H, W, 3) uint8: chosen 0, chosen 1, rejected 0, rejected 1
+            "row": ...,     # (2,) int64, the same for the same prompt and images
+            "preference": tensor([1.0, 0.5]),
+            "weight": tensor([1.0, 1.0]),
+        }
+        ```
+    """
+
+    def __init__(self, size: tuple[int, int], smallest: int = 1) -> None:
+        self.size = size
+        self.smallest = smallest
+
+    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+        columns = image_columns(list(rows[0]))
+        names = [f"`{name}` of the row with the prompt {row['prompt']!r}" for name in columns for row in rows]
+        pixels = self.preprocess([row[name] for name in columns for row in rows], names)
+        prompts = [row["prompt"] for row in rows]
+        digests = digest_pixels(pixels).view(len(columns), -1)
+        return {"prompt": prompts, "pixels": pixels, "row": row_numbers(prompts, digests), **labels(rows)}
+
+    def preprocess(self, images: Sequence[Any], names: Sequence[str]) -> torch.Tensor:
+        """Images in any form that a dataset may hold -> (N, H, W, 3) uint8.
+
+        Raises:
+            ValueError: An image is unreadable or too small; the message begins with its name in `names`.
+        """
+        fitted = []
+        for value, name in zip(images, names, strict=True):
+            try:
+                image = to_rgb(value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            if min(image.size) < self.smallest:
+                raise ValueError(
+                    f"{name}: image too small: {image.width}x{image.height} pixels, but the model's latents have one "
+                    f"pixel for {self.smallest}x{self.smallest}; leave the row out, or bring a larger image"
+                )
+            height, width = self.size
+            fitted.append(np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)))
+        return torch.from_numpy(np.stack(fitted))
+
+
+def labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """`preference` (or `label` of unpaired rows) and `weight` of each row as float32 (B,); 1 where a row has none."""
+    first = "label" if "label" in rows[0] else "preference"
+    return {name: torch.tensor([float(row.get(name, 1.0)) for row in rows]) for name in (first, "weight")}
+
+
+def digest_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, 3) uint8 -> (N,) int64, the same for the same pixels."""
+    return torch.tensor([_number(image.numpy().tobytes()) for image in pixels])
+
+
+def row_numbers(prompts: Sequence[str], digests: torch.Tensor) -> torch.Tensor:
+    """(B,) int64 from the prompts and the digests (sides, B) of a row's images: what its noise is drawn from."""
+    columns = zip(prompts, *digests.tolist(), strict=True)
+    return torch.tensor([_number(repr(values).encode()) for values in columns])
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,156 @@
+"""Options of `PreferenceLoRATrainer`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class PreferenceLoRAConfig(TrainingArguments):
+    """Options of [`PreferenceLoRATrainer`]: those of `transformers.TrainingArguments`, with defaults for few pairs.
+
+    With dpo, the default, the objective is the mean over pairs of
+
+        bradley_terry_loss(-beta / 2 [(err(chosen) - err_ref(chosen)) - (err(rejected) - err_ref(rejected))])
+
+    where err is the mean squared error of the denoiser with the LoRA on and err_ref with it off, at the same noise and
+    the same timestep for both images (Diffusion-DPO, https://arxiv.org/abs/2311.12908, eq. 14).
+
+    Noise and timestep of a pair depend on the seed, the pair and how often it was seen, and on nothing else: neither
+    resuming nor another number of processes changes them.
+
+    Example:
+        >>> from bt_hf import PreferenceLoRAConfig
+        >>> PreferenceLoRAConfig(output_dir="my-taste-lora", report_to="none").loss_type
+        'dpo'
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    max_steps: int = field(default=200, metadata={"help": "Optimizer steps; -1 to count in `num_train_epochs`."})
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Pairs in a batch on each device; the denoiser sees twice as many images."}
+    )
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Pairs in a batch of evaluation."})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=10, metadata={"help": "Steps over which the learning rate rises."})
+    weight_decay: float = field(default=1e-2, metadata={"help": "Weight decay of AdamW."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Kept off: the collator reads the columns of the row contract."}
+    )
+    loss_type: Literal["dpo", "ipo", "hinge", "bt", "mapo", "sft", "kto"] = field(
+        default="dpo",
+        metadata={
+            "help": "dpo, ipo and hinge compare errors against the base's, bt, mapo and sft do without it, kto takes "
+            "unpaired rows (prompt, completion, label), as TRL's unpair_preference_dataset makes them."
+        },
+    )
+    # None only stands here so that the command line reads a word as well as a number.
+    beta: float | str | None = field(
+        default="auto",
+        metadata={
+            "help": "How much a difference of errors counts. auto: by the spread of the base's error differences, so "
+            "that it means the same for every model. What a number means differs by model: 2000 to "
+            "5000 is usual for Stable Diffusion, 100 for flow models."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Share of clicks taken to be slips of the hand, in [0, 0.5], as in conservative DPO."},
+    )
+    safeguard: bool = field(
+        default=False,
+        metadata={
+            "help": "Scale the rejected image's gradient down where it would raise the chosen one's error "
+            "(Diffusion-SDPO, arXiv 2511.03317)."
+        },
+    )
+    safeguard_margin: float = field(
+        default=0.0, metadata={"help": "mu of Diffusion-SDPO in [0, 1]: the larger, the safer for the chosen image."}
+    )
+    snr_gamma: float | None = field(
+        default=None, metadata={"help": "Min-SNR-gamma weights of the timesteps (arXiv 2303.09556), such as 5."}
+    )
+    noise_draws: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fix that many draws of noise and timestep for each pair, so that the base's errors are computed "
+            "once: a third of the work less. By default every epoch draws anew."
+        },
+    )
+    eval_draws: int = field(
+        default=8,
+        metadata={"help": "Draws of noise and timestep for each held-out pair, the same at every evaluation."},
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the default LoRA; its alpha equals it."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
+    )
+    sample_latents: bool = field(
+        default=False, metadata={"help": "Draw latents from the VAE's posterior instead of taking its mean."}
+    )
+    cache_latents: bool = field(
+        default=True,
+        metadata={
+            "help": "Encode each distinct image and prompt once, into a memory-mapped file that later runs find; "
+            "VAE and text encoders then leave memory. Off for streams."
+        },
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where that file goes; by default beside the cache of datasets."}
+    )
+    channels_last: bool = field(
+        default=True, metadata={"help": "Memory format of a UNet's convolutions, faster on most devices."}
+    )
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "Prompts to draw before, at every evaluation and after, with fixed seeds."}
+    )
+    validation_images: int = field(default=4, metadata={"help": "Images for each validation prompt."})
+    validation_inference_steps: int = field(default=25, metadata={"help": "Denoising steps of a validation image."})
+    validation_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance of validation images; by default the pipeline's."}
+    )
+    guards: bool = field(
+        default=True,
+        metadata={
+            "help": "Watch for the usual failures of few pairs: the chosen images' error rises, held-out accuracy "
+            "falls while training accuracy is near 1 (stops, and goes back to the best), images become all alike."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Allow to write over an adapter that `output_dir` already holds."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Dispatching cuts every tensor of a stream's batch to B rows, but of images there are 2B.
+        self.accelerator_config.dispatch_batches = False
+        # Pinned memory is for copies to a GPU; without one torch only warns about it.
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        if self.beta != "auto":
+            self.beta = _positive("beta", self.beta, " or 'auto'")
+        for name in ("snr_gamma", "noise_draws", "eval_draws", "lora_rank", "validation_images", "resolution"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        for name, high in (("label_smoothing", 0.5), ("safeguard_margin", 1.0)):
+            if not 0.0 <= getattr(self, name) <= high:
+                raise ValueError(f"`{name}` should be in [0, {high:g}], but got {getattr(self, name)}.")
+        if self.safeguard and self.loss_type in ("sft", "kto"):
+            raise ValueError(
+                f"`safeguard` scales the gradient of a pair's rejected image, but `{self.loss_type}` has no such "
+                "pair: leave it out, or choose another `loss_type`."
+            )
+
+
+def _positive(name: str, value: float | str | None, otherwise: str = "") -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"`{name}` should be a positive number{otherwise}, but got {value!r}.")
+    return number

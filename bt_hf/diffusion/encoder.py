@@ -1,0 +1,109 @@
+"""Encode images and prompts with a pipeline's own VAE and text encoders."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+
+from bt_hf.diffusion.collator import DiffusionCollator, digest_pixels
+from bt_hf.diffusion.family import Family
+
+
+class PairEncoder:
+    """Encode images and prompts with a pipeline's own VAE and text encoders.
+
+    Args:
+        family: Family of the pipeline.
+        pipeline: A loaded `DiffusionPipeline`.
+        collator: Fits images to the size.
+        sample_latents: Keep the posterior's standard deviation too, to draw latents from.
+        device: Where the encoders run.
+    """
+
+    def __init__(
+        self, family: Family, pipeline: Any, collator: DiffusionCollator, sample_latents: bool, device: torch.device
+    ) -> None:
+        self.family = family
+        self.pipeline = pipeline
+        self.collator = collator
+        self.sample_latents = sample_latents
+        self.device = device
+        self._homes = {name: next(module.parameters()).device for name, module in self.modules().items()}
+        for module in self.modules().values():
+            module.to(device)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The VAE and the text encoders, by their names in the pipeline."""
+        return {
+            name: module
+            for name, module in self.pipeline.components.items()
+            if isinstance(module, nn.Module) and (name == "vae" or name.startswith("text_encoder"))
+        }
+
+    def fingerprint(self) -> str:
+        tokenizers = [
+            (name, component.__class__.__name__, len(component))
+            for name, component in self.pipeline.components.items()
+            if name.startswith("tokenizer") and component is not None
+        ]
+        options = (self.family.name, self.collator.size, self.sample_latents, tokenizers)
+        # What begins with an underscore says where a model came from, in an order that varies from run to run.
+        config = sorted((name, repr(value)) for name, value in self.pipeline.vae.config.items() if name[0] != "_")
+        return fingerprint_of(self.modules().values(), *options, config)
+
+    def release(self, keep_vae: bool) -> None:
+        """Let go of the text encoders, and of the VAE unless it is kept to draw with.
+
+        One that the caller holds, in a pipeline of its own, goes back to the device that it was on.
+        """
+        for name, module in self.modules().items():
+            if name == "vae" and keep_vae:
+                continue
+            module.to(self._homes[name])
+            self.pipeline.register_modules(**{name: None})
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`latents` (N, C, h, w), `std` of the same shape if latents are sampled, and `digest` (N,) int64."""
+        pixels = self.collator.preprocess(images, names)
+        return {**self.encode_pixels(pixels), "digest": digest_pixels(pixels)}
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """(N, H, W, 3) uint8 -> `latents` (N, C, h, w), and `std` if latents are sampled."""
+        signed = pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mean, std = self.family.encode_images(self.pipeline, signed)
+        return {"latents": mean, "std": std} if self.sample_latents else {"latents": mean}
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """Conditions of the denoiser, each (N, ...), named as the pipeline's arguments."""
+        # The pipeline would say of every batch what it truncates; `loading.count_truncated` has said it of all.
+        verbosity = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()
+        try:
+            return self.family.encode_prompts(self.pipeline, prompts)
+        finally:
+            diffusers_logging.set_verbosity(verbosity)
+
+    def encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch of `DiffusionCollator` with latents and `condition_*` in place of pixels and prompts."""
+        rest = {name: value for name, value in batch.items() if name not in ("pixels", "prompt")}
+        conditions = self.encode_prompts(batch["prompt"])
+        named = {f"condition_{name}": value for name, value in conditions.items()}
+        return {**rest, **self.encode_pixels(batch["pixels"]), **named}
+
+
+def fingerprint_of(modules: Iterable[nn.Module], *options: Any) -> str:
+    """A name for what these modules compute: their configuration and a sample of every weight."""
+    digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
+    for module in modules:
+        digest.update(type(module).__name__.encode())
+        for name, weight in module.state_dict().items():
+            # Reading all of T5-XXL takes minutes; a fine-tuned model differs in every tensor.
+            sample = weight.flatten()[:: max(1, weight.numel() // 32)].double().tolist()
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {sample}".encode())
+    return digest.hexdigest()

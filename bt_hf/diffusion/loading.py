@@ -1,0 +1,144 @@
+"""From a name or a loaded pipeline to what the trainer trains."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from bt_hf.diffusion.config import PreferenceLoRAConfig
+from bt_hf.diffusion.family import Family, check_adapter, find_family
+from bt_hf.encoders import find_adapter_config
+
+logger = logging.getLogger(__name__)
+
+
+def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
+    """Load a pipeline and find its family.
+
+    Args:
+        model: Hub id or folder of a pipeline or of a preference LoRA, or a loaded `DiffusionPipeline`.
+
+    Returns:
+        The pipeline, whose denoiser is a `PeftModel` if `model` is a preference LoRA; its family; and the name or path
+        that the base was loaded from, if it is known.
+
+    Raises:
+        OSError: The pipeline can't be found.
+        TypeError: It is no text-to-image pipeline that is supported.
+        ValueError: The adapter doesn't say what its base is.
+    """
+    if isinstance(model, str | Path):
+        config = find_adapter_config(str(model))
+        if config is None:
+            pipeline = DiffusionPipeline.from_pretrained(str(model))
+            return pipeline, find_family(pipeline), str(model)
+        base = config.base_model_name_or_path
+        if not base:
+            raise ValueError(
+                f"The adapter {str(model)!r} does not say what its base is: load the base's pipeline, put the adapter "
+                "on its denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and pass the pipeline."
+            )
+        pipeline = DiffusionPipeline.from_pretrained(base)
+        family = find_family(pipeline)
+        denoiser = getattr(pipeline, family.denoiser)
+        setattr(pipeline, family.denoiser, PeftModel.from_pretrained(denoiser, str(model), is_trainable=True))
+        return pipeline, family, base
+    if not isinstance(model, DiffusionPipeline):
+        raise TypeError(
+            f"`model` should be a Hub id, a folder or a loaded `DiffusionPipeline`, but got {type(model).__name__}: "
+            "pass the whole pipeline, which also encodes images and prompts."
+        )
+    # A copy of the shell: what we take out of it, the caller's keeps.
+    return copy.copy(model), find_family(model), model.config.get("_name_or_path") or None
+
+
+def add_adapter(
+    pipeline: Any, family: Family, peft_config: LoraConfig | None, args: PreferenceLoRAConfig, base: str | None
+) -> PeftModel:
+    """The pipeline's denoiser with a fresh LoRA, or with the one that it has; all else is frozen.
+
+    The layers are put into the pipeline's own denoiser, so that the pipeline draws with them.
+
+    Raises:
+        ValueError: `peft_config` is no LoRA that diffusers can load, or the denoiser has an adapter already.
+    """
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module) and not isinstance(component, PeftModel):
+            component.requires_grad_(False).eval()
+    denoiser = getattr(pipeline, family.denoiser)
+    if isinstance(denoiser, PeftModel):
+        if peft_config is not None:
+            raise ValueError(
+                "`model` already has an adapter, so training goes on from it: leave out `peft_config`, or merge the "
+                "adapter first (`model.merge_and_unload()`)."
+            )
+        setattr(pipeline, family.denoiser, denoiser.get_base_model())
+        model = denoiser
+    else:
+        if getattr(denoiser, "peft_config", None):
+            raise ValueError(
+                "`model` has a LoRA loaded already, which switching off ours would switch off as well: fuse it "
+                "(`pipeline.fuse_lora(); pipeline.unload_lora_weights()`), or pass its folder to train on from it."
+            )
+        config = peft_config or LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=family.target_modules
+        )
+        check_adapter(config)
+        model = get_peft_model(denoiser, config)
+    model.peft_config[model.active_adapter].base_model_name_or_path = base
+    if args.channels_last and family.denoiser == "unet":
+        denoiser.to(memory_format=torch.channels_last)
+    if args.gradient_checkpointing:
+        # The Trainer asks in the words of transformers, diffusers answers to its own.
+        model.gradient_checkpointing_enable = lambda *args, **kwargs: (
+            model.get_base_model().enable_gradient_checkpointing()
+        )
+    return model
+
+
+def training_size(pipeline: Any, family: Family, resolution: int | None) -> tuple[int, int]:
+    """Height and width to train at.
+
+    Raises:
+        ValueError: The model can't draw that size.
+    """
+    height, width = (resolution, resolution) if resolution else family.default_size(pipeline)
+    multiple = family.multiple(pipeline)
+    if height % multiple or width % multiple:
+        nearest = max(multiple, round(height / multiple) * multiple)
+        raise ValueError(
+            f"`resolution` should be a multiple of {multiple} for {type(pipeline).__name__}, but got {height}: take "
+            f"{nearest}, for example."
+        )
+    return height, width
+
+
+def count_truncated(pipeline: Any, prompts: list[str]) -> int:
+    """How many prompts are longer than every text encoder's context; said once, as a warning."""
+    tokenizers = [
+        component
+        for name, component in pipeline.components.items()
+        if name.startswith("tokenizer") and component is not None
+    ]
+    if not prompts or not tokenizers:
+        return 0
+    # Of several encoders the longest context counts: T5 reads on where CLIP has to stop.
+    tokenizer = max(tokenizers, key=lambda tokenizer: min(tokenizer.model_max_length, 512))
+    limit = min(tokenizer.model_max_length, 512)
+    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False)["input_ids"]]
+    count = sum(length > limit for length in lengths)
+    if count:
+        logger.warning(
+            "%d of %d prompts are longer than the text encoder's context of %d tokens and are truncated (the longest: "
+            "%d).",
+            count,
+            len(prompts),
+            limit,
+            max(lengths),
+        )
+    return count

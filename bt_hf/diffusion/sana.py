@@ -1,0 +1,71 @@
+"""Sana."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bt_hf.diffusion import sd, sd3
+from bt_hf.diffusion.family import Family, Size, cast, unwrap
+from bt_hf.diffusion.noise import NoiseSchedule, find_schedule
+
+
+def schedule(pipeline: Any, size: Size) -> NoiseSchedule:
+    stride = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
+    return find_schedule(pipeline.scheduler, (size[0] // stride) * (size[1] // stride))
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+    # The call puts an instruction in front of every prompt; it stands there as a default, and nowhere else.
+    instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    embeds, mask, _, _ = pipeline.encode_prompt(
+        prompts,
+        do_classifier_free_guidance=False,
+        device=pipeline._execution_device,
+        complex_human_instruction=instruction,
+    )
+    return {"prompt_embeds": embeds, "prompt_attention_mask": mask}  # (N, L, D), (N, L)
+
+
+def predict(
+    denoiser: nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Mapping[str, torch.Tensor], size: Size
+) -> torch.Tensor:
+    values = cast({"noisy": noisy, **conditions}, denoiser)
+    return denoiser(
+        values["noisy"],
+        encoder_hidden_states=values["prompt_embeds"],
+        encoder_attention_mask=values["prompt_attention_mask"],
+        timestep=times * unwrap(denoiser).config.timestep_scale,
+        return_dict=False,
+    )[0].float()
+
+
+def multiple(pipeline: Any) -> int:
+    # The pipeline asks for 32 whatever its VAE.
+    return math.lcm(32, pipeline.vae_scale_factor * pipeline.transformer.config.patch_size)
+
+
+def default_size(pipeline: Any) -> Size:
+    side = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    return side, side
+
+
+FAMILY = Family(
+    name="sana",
+    denoiser="transformer",
+    beta=sd3.FLOW_BETA,
+    # Self-attention (linear), cross-attention, and the pointwise convolutions of what stands for a feed-forward layer.
+    target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"],
+    schedule=schedule,
+    encode_images=sd.encode_images,
+    encode_prompts=encode_prompts,
+    predict=predict,
+    multiple=multiple,
+    default_size=default_size,
+    # Else the pipeline draws at the nearest size of a list, and resizes.
+    call_options={"use_resolution_binning": False},
+)

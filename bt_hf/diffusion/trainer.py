@@ -1,0 +1,485 @@
+"""Train a preference LoRA for a diffusers pipeline."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, TrainerCallback, set_seed
+
+from bt_hf.diffusion import losses
+from bt_hf.diffusion.cache import CachedPairs, cache_pairs
+from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErrorGuard
+from bt_hf.diffusion.card import write_lora_card
+from bt_hf.diffusion.collator import UNPAIRED, DiffusionCollator
+from bt_hf.diffusion.config import PreferenceLoRAConfig
+from bt_hf.diffusion.draws import draw_noise
+from bt_hf.diffusion.encoder import PairEncoder
+from bt_hf.diffusion.family import save_lora
+from bt_hf.diffusion.loading import add_adapter, count_truncated, load_pipeline, training_size
+from bt_hf.diffusion.validation import Validation
+from bt_hf.metrics import preference_metrics
+from bt_hf.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
+
+logger = logging.getLogger(__name__)
+Pairs: TypeAlias = Dataset | IterableDataset | CachedPairs
+
+# Streams of random numbers that must not repeat each other: see `draws.draw_noise`.
+_TRAIN, _EVAL, _LATENTS, _BETA = range(4)
+MAPO_BETA = 0.1  # of MaPO's own script; there it weighs two losses, and no spread of errors says how
+
+
+class PreferenceLoRATrainer(PreferenceTrainer):
+    """Train a LoRA, so that a diffusers pipeline draws what one person prefers.
+
+    The denoiser's own errors are the reward: an image is preferred if the LoRA lowered its denoising error more than
+    the other one's, against the base (Diffusion-DPO, https://arxiv.org/abs/2311.12908; see `PreferenceLoRAConfig`).
+
+    Args:
+        model: Hub id or folder of a pipeline, a loaded `DiffusionPipeline`, or the id or folder of a published
+            preference LoRA, from which training goes on. A loaded pipeline is trained in place, so it draws with the
+            LoRA afterwards.
+        args: Options; default `PreferenceLoRAConfig("preference-lora")`.
+        train_dataset: Pairs in the row contract, as `load_preference_pairs` gives them, or with `loss_type="kto"`
+            unpaired rows. A `Dataset`, or a stream, which is encoded at every step.
+        eval_dataset: Held-out pairs, or a dict of several.
+        peft_config: Any `LoraConfig`; default: the family's layers with `args.lora_rank`.
+        compute_metrics: Further metrics of `EvalPrediction(predictions=(margins, winner_errors, loser_errors,
+            winner_errors_base, loser_errors_base), label_ids=(preference, weight))`, each (N,).
+        callbacks: As in `Trainer`.
+        optimizers: As in `Trainer`.
+
+    Attributes:
+        beta: The beta in use, once training or evaluation has begun.
+
+    Raises:
+        FileExistsError: `args.output_dir` already holds an adapter.
+        FloatingPointError: A loss is not finite; names the pair.
+        PreferenceDataError: A dataset is not in the row contract, or has no rows.
+        TypeError: The pipeline has no denoiser that is supported.
+        ValueError: The options contradict each other, the resolution does not fit, or an image is too small.
+
+    Example:
+        ```python
+        from bt_hf import PreferenceLoRAConfig, PreferenceLoRATrainer, load_preference_pairs
+
+        pairs = load_preference_pairs("my-clicks/")  # prompt, chosen, rejected
+        args = PreferenceLoRAConfig("my-taste-lora", validation_prompts=["a red apple"])
+        trainer = PreferenceLoRATrainer("stable-diffusion-v1-5/stable-diffusion-v1-5", args, train_dataset=pairs)
+        trainer.train()
+        trainer.save_model()  # DiffusionPipeline.load_lora_weights("my-taste-lora") draws with it
+        ```
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: PreferenceLoRAConfig | None = None,
+        train_dataset: Pairs | None = None,
+        eval_dataset: Pairs | dict[str, Pairs] | None = None,
+        peft_config: LoraConfig | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        args = args or PreferenceLoRAConfig("preference-lora")
+        refuse_to_overwrite(args.output_dir, args.overwrite_output_dir or bool(args.resume_from_checkpoint))
+        self._check_data(args, train_dataset, eval_dataset)
+        # A margin and its labels, as the evaluation loop gathers them.
+        args.label_names = ["preference", "weight"]
+        # The Trainer sets the seed too, but only after the adapter has drawn its first weights.
+        set_seed(args.seed)
+        self.pipeline, self.family, self.base_name = load_pipeline(model)
+        self.size = training_size(self.pipeline, self.family, args.resolution)
+        self.schedule = self.family.schedule(self.pipeline, self.size)
+        collator = DiffusionCollator(self.size, smallest=self.pipeline.vae_scale_factor)
+        self.encoder = PairEncoder(self.family, self.pipeline, collator, args.sample_latents, args.device)
+        denoiser = add_adapter(self.pipeline, self.family, peft_config, args, self.base_name)
+        prompts = list(train_dataset["prompt"]) if isinstance(train_dataset, Dataset) else []
+        count_truncated(self.pipeline, prompts)
+        train_dataset, eval_dataset = self._cache(args, train_dataset, eval_dataset)
+        self.validation = Validation(self.pipeline, self.encoder, args)
+        if all(data is None or isinstance(data, CachedPairs) for data in _each(train_dataset, eval_dataset)):
+            self.encoder.release(keep_vae=self.validation.wanted)
+        self.beta: float | None = None if args.beta == "auto" else float(args.beta)  # type: ignore[arg-type]
+        self._user_metrics = compute_metrics
+        super().__init__(
+            model=denoiser,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=self._compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._passes = 0  # over the training rows, each of which sees every row once
+        self.add_callback(_Begin(self))
+        self.guards = [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()] if args.guards else []
+        for guard in self.guards:
+            self.add_callback(guard)
+
+    @staticmethod
+    def _check_data(args: PreferenceLoRAConfig, train: Any, evaluation: Any) -> None:
+        unpaired = isinstance(train, Dataset | IterableDataset) and set(UNPAIRED) <= set(train.column_names or ())
+        if unpaired != (args.loss_type == "kto") and train is not None and not isinstance(train, CachedPairs):
+            raise ValueError(
+                "`loss_type='kto'` takes unpaired rows (prompt, completion, label): make them with "
+                "`trl.unpair_preference_dataset`, or choose a loss for pairs."
+                if not unpaired
+                else f"`train_dataset` has unpaired rows, but `loss_type={args.loss_type!r}` compares two images: "
+                "pass `loss_type='kto'`, or pairs (prompt, chosen, rejected)."
+            )
+        check_datasets(None if unpaired else train, evaluation)
+
+    def _cache(self, args: PreferenceLoRAConfig, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """Replace map-style datasets by ones that are encoded once."""
+
+        def encode(pairs: Any, name: str) -> Any:
+            if not (args.cache_latents and isinstance(pairs, Dataset)):
+                return pairs
+            return cache_pairs(pairs, self.encoder, args.cache_dir, f"Encoding {name}")
+
+        if isinstance(evaluation, dict):
+            return encode(train, "training pairs"), {name: encode(pairs, name) for name, pairs in evaluation.items()}
+        return encode(train, "training pairs"), encode(evaluation, "held-out pairs")
+
+    # --- Training and evaluation, with what goes before and after ---
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does, between two drawings of the validation prompts."""
+        self._resolve_beta()
+        if self.args.noise_draws and self._needs_reference and isinstance(self.train_dataset, CachedPairs):
+            epochs = self.args.noise_draws  # an epoch is one draw of each pair; more than there are epochs is waste
+            if self.args.max_steps > 0:
+                seen = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+                epochs = min(epochs, -(-seen * self.args.world_size // len(self.train_dataset)) + 1)
+            self._cache_reference(self.train_dataset, epochs, _TRAIN, "Errors of the base")
+        with self.base_model(), self.compute_loss_context_manager():
+            self.log_validation(self.validation.draw_before())
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.log_validation(self._draw_after())
+        return output
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate on fixed draws of noise and timestep; while training, validation prompts are drawn too.
+
+        Returns:
+            Metrics with `metric_key_prefix`: `accuracy` (of the implicit reward, with its interval), `loss`,
+            `winner_error_base`, `winner_error_change` and `loser_error_change` (mean denoising error of the base, and
+            against it; a positive change is worse), and those of `metrics.preference_metrics`.
+        """
+        self._resolve_beta()
+        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(pairs, CachedPairs) and pairs.reference is None:
+            self._cache_reference(pairs, self.args.eval_draws, _EVAL, "Errors of the base on held-out pairs")
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.state.global_step and not isinstance(pairs, dict) and self.is_in_train:
+            self.log_validation(self._draw_after())
+        return metrics
+
+    def _draw_after(self) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        with self.compute_loss_context_manager():
+            model.eval()
+            drawn = self.validation.draw_after(self.state.global_step)
+        model.train(training)
+        return drawn
+
+    def log_validation(self, drawn: dict[str, float]) -> None:
+        """Log what the validation images say, and show them to the trackers. `drawn` is empty if there are none."""
+        if drawn:
+            self.log(drawn)
+            self.validation.show(self.callback_handler.callbacks, self.state.global_step)
+
+    @property
+    def _needs_reference(self) -> bool:
+        return self.args.loss_type not in losses.REFERENCE_FREE
+
+    @torch.no_grad()
+    def _resolve_beta(self) -> None:
+        """Set beta from up to 64 training pairs, if it is "auto"."""
+        if self.beta is not None:
+            return
+        if self.args.loss_type == "mapo":
+            self.beta = MAPO_BETA
+            return
+        pairs = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        pairs = next(iter(pairs.values())) if isinstance(pairs, dict) else pairs
+        chosen, rejected = [], []
+        for batch in self._batches(pairs, limit=64):
+            for draw in range(4):
+                errors = self._reference_errors(self._denoise_inputs(batch, draw, _BETA))
+                # Of unpaired rows, each against the next.
+                first, second = errors.chunk(2) if "preference" in batch else (errors, errors.roll(1))
+                chosen.append(first.cpu())
+                rejected.append(second.cpu())
+        self.beta = losses.auto_beta(torch.cat(chosen), torch.cat(rejected))
+        logger.info("beta = %.4g, from the spread of the base's error differences.", self.beta)
+
+    def _batches(self, pairs: Any, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Batches of rows in their own order, on the device and encoded; the same on every process."""
+        collate = getattr(pairs, "collate", self.data_collator)
+        rows = iter(pairs) if isinstance(pairs, IterableDataset) else (pairs[i] for i in range(len(pairs)))
+        size = self.args.per_device_eval_batch_size
+        seen = 0
+        while limit is None or seen < limit:
+            chunk = [row for _, row in zip(range(size), rows, strict=False)]
+            if not chunk:
+                return
+            seen += len(chunk)
+            yield self._encoded(self._prepare_inputs(collate(chunk)))
+
+    @torch.no_grad()
+    def _cache_reference(self, pairs: CachedPairs, draws: int, stream: int, description: str) -> None:
+        """Compute the base's errors for every row and draw, shared out over the processes."""
+        found = []
+        total = -(-len(pairs) // self.args.per_device_eval_batch_size)
+        silent = self.args.disable_tqdm or not self.is_world_process_zero()
+        bar = tqdm(self._batches(pairs), description, total, disable=silent, leave=False)
+        for index, batch in enumerate(bar):
+            count = len(batch["row"])
+            errors = torch.zeros(count, draws, len(batch["latents"]) // count, device=self.args.device)
+            if index % self.accelerator.num_processes == self.accelerator.process_index:
+                for draw in range(draws):
+                    values = self._reference_errors(self._denoise_inputs(batch, draw, stream))
+                    errors[:, draw] = values.view(-1, count).T
+            found.append(self.accelerator.reduce(errors, "sum").cpu())
+        pairs.reference = torch.cat(found)
+
+    # --- One step ---
+
+    def _encoded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with latents and conditions: from the cache, or encoded now."""
+        return dict(batch) if "latents" in batch else self.encoder.encode(batch)
+
+    def _denoise_inputs(self, batch: Mapping[str, Any], draw: int, stream: int) -> dict[str, Any]:
+        """What the denoiser is asked: the same noise and time for all images of a row, N = 2B (B if unpaired).
+
+        Returns:
+            `noisy` (N, C, h, w), `times` (N,), `conditions` (each (N, ...)), `target` (N, C, h, w), `weights` (N,).
+        """
+        device = self.args.device
+        latents = batch["latents"]  # (N, C, h, w)
+        rows = batch["row"].cpu()
+        sides = len(latents) // len(rows)
+        noise, quantiles = draw_noise(self.args.seed, rows, draw, tuple(latents.shape[1:]), stream)
+        times = self.schedule.times(quantiles.to(device)).repeat(sides)
+        if "std" in batch:
+            images = torch.cat([rows ^ side for side in range(sides)])  # each image its own
+            shifts, _ = draw_noise(self.args.seed, images, draw, tuple(latents.shape[1:]), _LATENTS)
+            latents = latents + batch["std"] * shifts.to(device)
+        noise = noise.to(device).repeat(sides, 1, 1, 1)
+        noisy, target = self.schedule.corrupt(latents, noise, times)
+        gamma = self.args.snr_gamma
+        conditions = {
+            name.removeprefix("condition_"): value.repeat(sides, *[1] * (value.ndim - 1))
+            for name, value in batch.items()
+            if name.startswith("condition_")
+        }
+        weights = self.schedule.min_snr_weights(times, gamma) if gamma else torch.ones(len(times), device=device)
+        if self.args.channels_last:
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
+        return {"noisy": noisy, "times": times, "conditions": conditions, "target": target, "weights": weights}
+
+    def _errors(self, model: nn.Module, asked: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Errors (N,) float32 and predictions (N, C, h, w), through the model's own forward."""
+        with self.compute_loss_context_manager():
+            predicted = self.family.predict(model, asked["noisy"], asked["times"], asked["conditions"], self.size)
+        predicted = predicted.float()
+        return asked["weights"] * (predicted - asked["target"]).square().flatten(1).mean(1), predicted
+
+    def _reference_errors(self, asked: Mapping[str, Any]) -> torch.Tensor:
+        with torch.no_grad(), self.base_model() as base:
+            return self._errors(base, asked)[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Preference loss of a batch; in evaluation, the mean over fixed draws. See `PreferenceLoRAConfig`."""
+        batch = self._encoded(inputs)
+        if not model.training:
+            loss, outputs = self._evaluate_batch(model, batch)
+            return (loss, outputs) if return_outputs else loss
+        draw = self._passes % self.args.noise_draws if self.args.noise_draws else self._passes
+        asked = self._denoise_inputs(batch, draw, _TRAIN)
+        errors, predicted = self._errors(model, asked)
+        reference = None
+        if self._needs_reference:
+            known = batch.get("reference")  # (B, draws, sides)
+            reference = self._reference_errors(asked) if known is None else known[:, draw].T.flatten()
+        values = self._losses(errors, reference, batch, predicted, asked["target"])
+        if not torch.isfinite(values).all():
+            self._stop_at(values, inputs)
+        self._record(errors, reference, batch)
+        loss = self.reduce(values, batch["weight"], num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _losses(
+        self,
+        errors: torch.Tensor,
+        reference: torch.Tensor | None,
+        batch: Mapping[str, Any],
+        predicted: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Loss of each row (B,)."""
+        assert self.beta is not None
+        if self.args.loss_type == "kto":
+            assert reference is not None
+            # Of all processes' images at once: the mean of clamped means would be another number.
+            everywhere = self.accelerator.gather(torch.stack([errors.detach(), reference], dim=1))  # (N, 2)
+            baseline = losses.kto_baseline(everywhere[:, 0], everywhere[:, 1], self.beta)
+            if "label" in batch:
+                return losses.kto(errors, reference, batch["label"], baseline, self.beta)
+            # Held-out pairs: each image by itself, liked as much as the preference says.
+            liked = torch.cat([batch["preference"], 1 - batch["preference"]])
+            return losses.kto(errors, reference, liked, baseline, self.beta).view(2, -1).mean(0)
+        preference = batch["preference"]
+        pair = self._pair_errors(errors, reference)
+        if self.args.safeguard and predicted is not None and target is not None:
+            predictions, targets = predicted.chunk(2), target.chunk(2)
+            scale = losses.safeguard_scale(
+                *predictions, *targets, mu=self.args.safeguard_margin, preference=preference
+            )
+            self.record(safeguard_scale=scale)
+            pair = losses.with_safeguard(pair, scale, preference)
+        return losses.LOSSES[self.args.loss_type](pair, preference, self.beta, self.args.label_smoothing)
+
+    @staticmethod
+    def _pair_errors(errors: torch.Tensor, reference: torch.Tensor | None) -> losses.Errors:
+        chosen, rejected = errors.chunk(2)
+        if reference is None:
+            return losses.Errors(chosen, rejected)
+        base_chosen, base_rejected = reference.chunk(2)
+        return losses.Errors(chosen, rejected, base_chosen, base_rejected)
+
+    def _record(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Mapping[str, Any]) -> None:
+        """What the log says of a training batch."""
+        change = None if reference is None else errors - reference
+        if "label" in batch:
+            if change is not None:
+                liked = batch["label"] > 0.5
+                self.record(winner_error_change=change[liked], loser_error_change=change[~liked])
+            return
+        preference = batch["preference"]
+        margin = losses.denoising_margin(self._pair_errors(errors, reference), self.beta or 1.0)
+        decided = preference != 0.5
+        self.record(accuracy=((margin > 0) == (preference > 0.5))[decided], margin=margin)
+        if change is not None:
+            first, second = change.chunk(2)
+            winner, loser = _by_preference(first, second, preference)
+            self.record(winner_error_change=winner[decided], loser_error_change=loser[decided])
+
+    @torch.no_grad()
+    def _evaluate_batch(
+        self, model: nn.Module, batch: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean over `eval_draws` draws, which depend on the rows alone: the figures don't jump."""
+        known = batch.get("reference")
+        rows = len(batch["row"])
+        loss, margins, found, base = [], [], [], []
+        for draw in range(self.args.eval_draws):
+            asked = self._denoise_inputs(batch, draw, _EVAL)
+            errors, _ = self._errors(model, asked)
+            reference = self._reference_errors(asked) if known is None else known[:, draw].T.flatten()
+            loss.append(self._losses(errors, reference, batch))
+            found.append(errors.view(-1, rows))  # (sides, B)
+            base.append(reference.view(-1, rows))
+            if "preference" in batch:
+                margins.append(losses.denoising_margin(self._pair_errors(errors, reference), self.beta or 1.0))
+        mean = self.reduce(torch.stack(loss).mean(0), batch["weight"], None)
+        if not margins:
+            return mean, {"loss": mean}
+        errors, reference = torch.stack(found).mean(0), torch.stack(base).mean(0)
+        winner, loser = _by_preference(errors[0], errors[1], batch["preference"])
+        base_winner, base_loser = _by_preference(reference[0], reference[1], batch["preference"])
+        values = {"winner": winner, "loser": loser, "base_winner": base_winner, "base_loser": base_loser}
+        return mean, {"loss": mean, "margins": torch.stack(margins).mean(0), **values}
+
+    def _stop_at(self, values: torch.Tensor, inputs: Mapping[str, Any]) -> None:
+        index = int((~torch.isfinite(values)).nonzero()[0])
+        prompts = inputs.get("prompt") or [f"number {row}" for row in inputs.get("index", inputs["row"]).tolist()]
+        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        kept = f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "No checkpoint was written yet."
+        raise FloatingPointError(
+            f"the loss became {values[index].item()} at step {self.state.global_step + 1}, at the pair with the "
+            f"prompt {prompts[index]!r}. {kept} Lower `learning_rate` or `beta`, use bf16 instead of fp16, or look at "
+            "that pair's images."
+        )
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        margins, winner, loser, base_winner, base_loser = (
+            np.asarray(values, dtype=float) for values in prediction.predictions
+        )
+        preference, weight = (np.asarray(values, dtype=float) for values in prediction.label_ids)
+        metrics = preference_metrics(margins, preference, weight)
+        metrics |= {
+            name: float(np.average(values, weights=weight))
+            for name, values in (
+                ("winner_error_base", base_winner),
+                ("winner_error_change", winner - base_winner),
+                ("loser_error_change", loser - base_loser),
+            )
+        }
+        self.last_evaluation = {"margins": margins, "preference": preference}
+        return metrics | (self._user_metrics(prediction) if self._user_metrics else {})
+
+    # --- The folder ---
+
+    # PEFT would look for the config of a language model, to see whether its vocabulary has grown.
+    save_options = {"save_embedding_layers": False}
+
+    @property
+    def warnings_seen(self) -> list[str]:
+        """What the guards have said, for the card."""
+        return [sentence for guard in self.guards for sentence in guard.said]
+
+    def save_beside_adapter(self, folder: Path) -> None:
+        save_lora(self.family, type(self.pipeline), self.accelerator.unwrap_model(self.model), folder)
+        self.validation.save(folder)
+
+    def write_card(self, folder: Path) -> None:
+        write_lora_card(folder, self)
+
+
+class _Begin(TrainerCallback):
+    """Logs beta, and keeps `trainer._passes`: the epoch of the state won't do, for a stream it only counts steps."""
+
+    def __init__(self, trainer: PreferenceLoRATrainer) -> None:
+        self.trainer = trainer
+        self._begun = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._passes, self._begun = int(state.epoch or 0), False
+        self.trainer.log({"beta": self.trainer.beta})
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._passes += self._begun
+        self._begun = True
+
+
+def _by_preference(
+    chosen: torch.Tensor, rejected: torch.Tensor, preference: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of the winners and of the losers; with a soft label below one half the rejected image won."""
+    won = preference >= 0.5
+    return torch.where(won, chosen, rejected), torch.where(won, rejected, chosen)
+
+
+def _each(*data: Any) -> Iterator[Any]:
+    for item in data:
+        yield from item.values() if isinstance(item, dict) else [item]

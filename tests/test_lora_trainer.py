@@ -1,0 +1,341 @@
+"""`PreferenceLoRATrainer` against the paper's formula, an unmodified client, and itself after a cut."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from PIL import Image
+from tiny_models import red_pairs
+from tiny_pipelines import PIPELINES, SIZE, build, draw, save
+from tiny_trainers import adapter, logged, make
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from trl import unpair_preference_dataset
+
+from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErrorGuard
+from bt_hf.diffusion.draws import draw_noise
+
+# --- The objective ---
+
+
+def test_loss_and_gradient_are_those_of_the_paper(tmp_path: Path) -> None:
+    """Diffusion-DPO, equation 14, written out from the scheduler's and the VAE's own numbers."""
+    beta = 700.0
+    pairs = red_pairs(3)
+    trainer = make(tmp_path, pairs=pairs, beta=beta, channels_last=False)
+    with torch.no_grad():  # a LoRA that does something
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.05)
+    cached = trainer.train_dataset
+    batch = cached.collate([cached[index] for index in range(3)])
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    found = {name: weight.grad.clone() for name, weight in weights.items()}
+    trainer.model.zero_grad()
+
+    fresh = build("sd")  # untouched: encodes, is the reference, and knows the noise schedule
+    terms = []
+    alphas = fresh.scheduler.alphas_cumprod
+    for index, row in enumerate(pairs):
+        embeds = fresh.encode_prompt([row["prompt"]], "cpu", 1, False)[0]
+        shape = tuple(batch["latents"].shape[1:])
+        noise, quantile = draw_noise(trainer.args.seed, batch["row"][index : index + 1], 0, shape)
+        step = (quantile * len(alphas)).long()
+        alpha = alphas[step].view(1, 1, 1, 1)
+        errors = []
+        for side in ("chosen", "rejected"):
+            image = np.array(row[side].resize(SIZE[::-1], Image.Resampling.LANCZOS))
+            pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+            with torch.no_grad():
+                latents = fresh.vae.encode(pixels).latent_dist.mode() * fresh.vae.config.scaling_factor
+            noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+            policy = trainer.model(noisy, step, embeds).sample
+            with torch.no_grad():
+                base = fresh.unet(noisy, step, embeds).sample
+            errors.append((((noise - policy) ** 2).mean(), ((noise - base) ** 2).mean()))
+        (win, win_base), (lose, lose_base) = errors
+        terms.append(-torch.log(torch.sigmoid(-beta / 2 * ((win - win_base) - (lose - lose_base)))))
+    expected = torch.stack(terms).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-2, atol=1e-3 * weight.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "ipo", "hinge", "bt", "mapo", "sft"])
+@pytest.mark.parametrize("safeguard", [False, True])
+def test_every_loss_trains(loss_type: str, safeguard: bool, tmp_path: Path) -> None:
+    if safeguard and loss_type == "sft":
+        with pytest.raises(ValueError, match="safeguard"):
+            make(tmp_path, loss_type=loss_type, safeguard=True)
+        return
+    pairs = red_pairs(8, preference=[1.0, 0.5, 0.0, 0.7] * 2, weight=[1.0, 2.0, 0.5, 1.0] * 2)
+    trainer = make(tmp_path, pairs=pairs, evaluation=red_pairs(4, seed=1), loss_type=loss_type, safeguard=safeguard)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert all(np.isfinite(logged(trainer, "loss")))
+    assert np.isfinite(metrics["eval_loss"])
+    moved = [weight for name, weight in trainer.model.named_parameters() if "lora_B" in name]
+    assert all(weight.abs().sum() > 0 for weight in moved)
+
+
+def test_kto_trains_on_unpaired_rows(tmp_path: Path) -> None:
+    unpaired = unpair_preference_dataset(red_pairs(8))
+    trainer = make(tmp_path, pairs=unpaired, evaluation=red_pairs(4, seed=1), loss_type="kto", max_steps=4)
+    trainer.train()
+    assert all(np.isfinite(logged(trainer, "loss")))
+    with pytest.raises(ValueError, match="unpair_preference_dataset"):
+        make(tmp_path, loss_type="kto")
+    with pytest.raises(ValueError, match="unpaired rows"):
+        make(tmp_path, pairs=unpaired)
+
+
+def test_a_tie_moves_nothing_at_first(tmp_path: Path) -> None:
+    trainer = make(tmp_path, pairs=red_pairs(8, preference=[0.5] * 8), max_steps=1, weight_decay=0.0)
+    trainer.train()
+    assert logged(trainer, "grad_norm") == [0.0]
+
+
+def test_sft_lowers_the_winners_error_and_dpo_the_difference(tmp_path: Path) -> None:
+    pairs = red_pairs(8)
+    for loss_type in ("sft", "dpo"):
+        options = {"loss_type": loss_type, "learning_rate": 1e-3, "eval_draws": 8, "max_steps": 20}
+        trainer = make(tmp_path, pairs=pairs, evaluation=pairs, overwrite_output_dir=True, **options)
+        trainer.train()
+        metrics = trainer.evaluate()
+        if loss_type == "sft":
+            assert metrics["eval_winner_error_change"] < 0
+        else:
+            assert metrics["eval_winner_error_change"] < metrics["eval_loser_error_change"]
+            assert metrics["eval_margin"] > 0
+
+
+def test_auto_beta_follows_the_scale_of_errors(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_steps=1)
+    trainer.train()
+    assert trainer.beta == pytest.approx(logged(trainer, "beta")[0])
+    # Min-SNR weights make errors smaller, so beta must be larger.
+    weighted = make(tmp_path, max_steps=1, snr_gamma=0.1, overwrite_output_dir=True)
+    weighted.train()
+    assert weighted.beta > trainer.beta
+
+
+# --- The folder ---
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_train_save_and_load_with_unmodified_clients(family: str, tmp_path: Path) -> None:
+    trainer = make(tmp_path, family, max_steps=2)
+    config = trainer.model.peft_config["default"]
+    peft = LoraConfig(r=4, lora_alpha=10, target_modules=config.target_modules)  # alpha different from rank
+    folder = tmp_path / "with-alpha"
+    trainer = make(folder, family, max_steps=2, peft=peft, learning_rate=5e-2)
+    trainer.train()
+    trainer.save_model()
+    saved = folder / "out"
+    assert {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "README.md"} <= {
+        path.name for path in saved.iterdir()
+    }
+
+    untouched, plain = build(family), build(family)
+    before = draw(untouched, "a red apple")
+    plain.load_lora_weights(saved)
+    loaded = draw(plain, "a red apple")
+    with_peft = build(family)
+    name = trainer.family.denoiser
+    denoiser = PeftModel.from_pretrained(getattr(with_peft, name), saved)
+    setattr(with_peft, name, denoiser.get_base_model())
+    assert (loaded - before).abs().max() > 1e-3
+    torch.testing.assert_close(draw(with_peft, "a red apple"), loaded, atol=1e-4, rtol=0)
+    # What was trained draws the same.
+    trained = getattr(trainer.pipeline, name)
+    weights = dict(trained.named_parameters())
+    for key, value in getattr(with_peft, name).named_parameters():
+        torch.testing.assert_close(weights[key], value)
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize("options", [{}, {"noise_draws": 2}, {"sample_latents": True}], ids=str)
+def test_resuming_gives_the_same_adapter_to_the_bit(family: str, options: dict, tmp_path: Path) -> None:
+    whole = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 3, **options}
+    trainer = make(tmp_path / "whole", family, **whole)
+    trainer.train()
+    trainer.save_model()
+    expected = adapter(tmp_path / "whole" / "out")
+    for step in (2, 3, 4):  # an epoch has 3 steps: before, at and behind its end
+        again = make(tmp_path / "again", family, overwrite_output_dir=True, **whole)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / f"checkpoint-{step}"))
+        again.save_model()
+        found = adapter(tmp_path / "again" / "out")
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), f"from step {step}"
+
+
+def test_training_goes_on_from_a_published_lora(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", "sd")
+    trainer = make(tmp_path, base)
+    trainer.train()
+    trainer.save_model()
+    more = make(tmp_path / "more", str(tmp_path / "out"))
+    start = {name: value.clone() for name, value in more.model.named_parameters() if "lora_" in name}
+    saved = adapter(tmp_path / "out")
+    assert start
+    for name, value in start.items():
+        torch.testing.assert_close(value, saved[name.replace(".default", "")])
+    more.train()
+    assert any(not torch.equal(value, start[name]) for name, value in more.model.named_parameters() if name in start)
+
+
+def test_an_adapter_is_not_overwritten(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.save_model()
+    with pytest.raises(FileExistsError, match="overwrite_output_dir"):
+        make(tmp_path)
+
+
+# --- Evaluation and validation ---
+
+
+def test_evaluation_does_not_jump(tmp_path: Path) -> None:
+    trainer = make(tmp_path, evaluation=red_pairs(5, seed=1))
+    first = trainer.evaluate()
+    assert first["eval_winner_error_change"] == pytest.approx(0, abs=1e-6)  # a fresh LoRA changes nothing
+    trainer.train()
+    metrics = [trainer.evaluate() for _ in range(2)]
+    for name in ("eval_loss", "eval_accuracy", "eval_margin", "eval_winner_error_change"):
+        assert metrics[0][name] == metrics[1][name]
+    assert metrics[0]["eval_accuracy_low"] <= metrics[0]["eval_accuracy"] <= metrics[0]["eval_accuracy_high"]
+
+
+def test_validation_images_are_the_pipelines_own(tmp_path: Path) -> None:
+    prompts = ["a red apple", "dog"]
+    options = {"validation_prompts": prompts, "validation_images": 2, "validation_inference_steps": 2}
+    trainer = make(tmp_path, **options, learning_rate=0.1)
+    trainer.train()
+    trainer.save_model()
+    for index, prompt in enumerate(prompts):
+        seeds = [torch.Generator().manual_seed(42 + 2 * index + image) for image in range(2)]
+        pipeline = build("sd")
+        pipeline.set_progress_bar_config(disable=True)
+        own = pipeline([prompt] * 2, num_inference_steps=2, height=SIZE[0], width=SIZE[1], generator=seeds).images
+        for image, drawn in zip(own, trainer.validation.before[index], strict=True):
+            assert np.abs(np.asarray(image, dtype=int) - np.asarray(drawn, dtype=int)).max() <= 1
+    assert any(
+        np.asarray(a).tobytes() != np.asarray(b).tobytes()
+        for a, b in zip(trainer.validation.before[0], trainer.validation.after[0], strict=True)
+    )
+    assert (tmp_path / "out" / "before_after.png").is_file()
+    assert "validation_distance" in {key for entry in trainer.state.log_history for key in entry}
+
+
+def feed(guard, step: int, model=None, **metrics: float) -> bool:
+    """Give a guard figures, as the Trainer would; returns whether it stops."""
+    state, control = TrainerState(), TrainerControl()
+    state.global_step = step
+    guard.on_evaluate(None, state, control, metrics=metrics, model=model)
+    return control.should_training_stop
+
+
+def test_winner_guard_speaks_when_the_error_rises(caplog: pytest.LogCaptureFixture) -> None:
+    guard = WinnerErrorGuard()
+    feed(guard, 1, eval_winner_error_change=0.001, eval_winner_error_base=0.1)
+    assert guard.said == []
+    with caplog.at_level(logging.WARNING):
+        feed(guard, 2, eval_winner_error_change=0.01, eval_winner_error_base=0.1)
+        feed(guard, 3, eval_winner_error_change=0.011, eval_winner_error_base=0.1)  # no new news
+    assert len(guard.said) == 1
+    assert "10.0% above" in guard.said[0]
+    assert "10.0% above" in caplog.text
+
+
+def test_overfitting_guard_stops_and_goes_back_to_the_best(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    guard = OverfittingGuard()
+    weights = [weight for name, weight in trainer.model.named_parameters() if "lora_B" in name]
+
+    def step(number: int, accuracy: float, training: float) -> bool:
+        with torch.no_grad():
+            for weight in weights:
+                weight.fill_(float(number))
+        guard.on_log(None, None, None, logs={"accuracy": training})
+        return feed(guard, number, trainer.model, eval_accuracy=accuracy)
+
+    assert not step(1, 0.6, 0.8)
+    assert not step(2, 0.8, 0.99)
+    assert not step(3, 0.7, 0.99)
+    assert not step(4, 0.79, 0.99)  # no fall to speak of: the count begins anew
+    assert not step(5, 0.7, 0.99)
+    assert step(6, 0.7, 0.99)
+    guard.on_train_end(None, None, None, model=trainer.model)
+    assert all((weight == 2.0).all() for weight in weights)
+    assert "back to the adapter of step 2" in guard.said[0]
+
+
+def test_collapse_guard_compares_with_before() -> None:
+    guard, state = CollapseGuard(), TrainerState()
+    guard.on_log(None, state, None, logs={"validation_distance": 0.2, "validation_distance_base": 0.3})
+    assert guard.said == []
+    guard.on_log(None, state, None, logs={"validation_distance": 0.06, "validation_distance_base": 0.3})
+    assert "20% of" in guard.said[0]
+
+
+# --- Bad input ---
+
+
+def test_bad_options_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`resolution` should be a multiple of 8 .* got 30: take 32"):
+        make(tmp_path, resolution=30)
+    for options, word in (
+        ({"beta": -1}, "beta"),
+        ({"beta": "strong"}, "beta"),
+        ({"label_smoothing": 0.7}, "label_smoothing"),
+        ({"noise_draws": 0}, "noise_draws"),
+        ({"safeguard_margin": 2.0}, "safeguard_margin"),
+    ):
+        with pytest.raises(ValueError, match=f"`{word}`"):
+            make(tmp_path, **options)
+    assert make(tmp_path, beta="250").args.beta == 250  # as the command line gives it
+    with pytest.raises(TypeError, match="DiffusionPipeline"):
+        make(tmp_path, torch.nn.Linear(2, 2))
+
+
+def test_a_long_prompt_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = red_pairs(4)
+    rows = [{**row, "prompt": row["prompt"] + " and a dog" * 200 * (i == 1)} for i, row in enumerate(pairs)]
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, pairs=Dataset.from_list(rows, features=pairs.features))
+    assert "1 of 4 prompts are longer" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                weight = next(value for name, value in model.named_parameters() if "lora_B" in name)
+                weight.data.fill_(float("nan"))
+
+    trainer = make(tmp_path, max_steps=5, save_strategy="steps", save_steps=1)
+    trainer.add_callback(Poison())
+    # The checkpoint of the poisoned step is written before it is known.
+    with pytest.raises(FloatingPointError, match=r"loss became nan at step 3, at the pair .*checkpoint-\d"):
+        trainer.train()
+    good = adapter(tmp_path / "out" / "checkpoint-1")
+    assert all(torch.isfinite(value).all() for value in good.values())
+
+
+def test_card_tells_the_run(tmp_path: Path) -> None:
+    trainer = make(tmp_path, evaluation=red_pairs(5, seed=1))
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "8 pairs" in card
+    assert "load_lora_weights" in card
+    assert str(tmp_path) not in card
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
