@@ -29,8 +29,9 @@ def test_knows_styles_and_captions_of_new_concepts(judge) -> None:
     corpus = EmojiCorpus("held_out")
     figures = evaluate(judge, corpus.pixels.float() / 255, corpus.captions)
     assert figures["confusion"].sum(1) == pytest.approx([1.0] * 5)
-    assert figures["confusion"].diagonal().mean() > 0.9
-    assert figures["recall@5"].mean() > 0.3  # by chance 5 / 96
+    assert figures["confusion"].diagonal().mean() > 0.91
+    assert (figures["confusion"].diagonal() > 0.85).all()
+    assert figures["recall@5"].mean() > 0.33  # by chance 5 / 96
 
 
 def test_trains_on_training_concepts_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Encode once: latents of each distinct image and embeddings of each distinct prompt, in memory-mapped files."""
 
 import errno
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from filelock import FileLock
 
 from bt_hf.diffusion.collator import image_columns, labels, row_numbers
 from bt_hf.diffusion.encoder import PairEncoder
+from bt_hf.diffusion.fingerprint import digest
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16"}
 
@@ -76,8 +75,8 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
     positions: dict[str, tuple[int, str]] = {}  # by content: where an image is first seen
     digests = [[_digest_of_image(row[name]) for name in columns] for row in raw]
     for index, row in enumerate(digests):
-        for name, digest in zip(columns, row, strict=True):
-            positions.setdefault(digest, (index, name))
+        for name, content in zip(columns, row, strict=True):
+            positions.setdefault(content, (index, name))
     texts = list(dict.fromkeys(pairs["prompt"]))
     root = Path(cache_dir) if cache_dir else Path(datasets_config.HF_DATASETS_CACHE) / "bt_hf"
     model = encoder.fingerprint()
@@ -90,25 +89,25 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
 
     rows, names = zip(*positions.values(), strict=True)
     images = _build(
-        root / _hash(model, *positions) / "images.arrow",
+        root / digest(model, *positions) / "images.arrow",
         Dataset.from_dict({"row": rows, "column": names}),
         encode_images,
         f"{description}: images",
     )
     prompts = _build(
-        root / _hash(model, *texts) / "prompts.arrow",
+        root / digest(model, *texts) / "prompts.arrow",
         Dataset.from_dict({"prompt": texts}),
         lambda batch: encoder.encode_prompts(batch["prompt"]),
         f"{description}: prompts",
     )
-    image_index = {digest: index for index, digest in enumerate(positions)}
+    image_index = {content: index for index, content in enumerate(positions)}
     text_index = {text: index for index, text in enumerate(texts)}
     others = [name for name in ("preference", "weight", "label") if name in pairs.column_names]
     rows_of_labels = pairs.select_columns([*others, "prompt"])
     return CachedPairs(
         [
             {
-                "images": tuple(image_index[digest] for digest in row),
+                "images": tuple(image_index[content] for content in row),
                 "prompt": text_index[values["prompt"]],
                 "text": values["prompt"],
                 **{name: values[name] for name in others},
@@ -191,8 +190,4 @@ def _digest_of_image(image: Mapping[str, Any] | None) -> str:
     if content is None and (path := (image or {}).get("path")) and Path(path).is_file():
         content = Path(path).read_bytes()
     # Without content `to_rgb` tells what is wrong, when the image is encoded.
-    return hashlib.blake2b(content if content is not None else repr(image).encode(), digest_size=16).hexdigest()
-
-
-def _hash(*parts: str) -> str:
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return digest(content if content is not None else repr(image))

@@ -1,6 +1,5 @@
 """Rows of preference pairs to batches of pixels."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from bt_hf.diffusion.fingerprint import number_of
 from bt_hf.images import to_rgb
 
 PAIRED = ("chosen", "rejected")
@@ -85,14 +85,10 @@ def labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 def digest_pixels(pixels: torch.Tensor) -> torch.Tensor:
     """(N, H, W, 3) uint8 -> (N,) int64, the same for the same pixels."""
-    return torch.tensor([_number(image.numpy().tobytes()) for image in pixels])
+    return torch.tensor([number_of(image.numpy().tobytes()) for image in pixels])
 
 
 def row_numbers(prompts: Sequence[str], digests: torch.Tensor) -> torch.Tensor:
     """(B,) int64 from the prompts and the digests (sides, B) of a row's images: what its noise is drawn from."""
     columns = zip(prompts, *digests.tolist(), strict=True)
-    return torch.tensor([_number(repr(values).encode()) for values in columns])
-
-
-def _number(content: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+    return torch.tensor([number_of(repr(values).encode()) for values in columns])

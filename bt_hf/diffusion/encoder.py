@@ -1,7 +1,6 @@
 """Encode images and prompts with a pipeline's own VAE and text encoders."""
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from bt_hf.diffusion.collator import DiffusionCollator, digest_pixels
 from bt_hf.diffusion.family import Family
+from bt_hf.diffusion.fingerprint import describe, digest, digest_weights
 
 
 class PairEncoder:
@@ -50,9 +50,7 @@ class PairEncoder:
             if name.startswith("tokenizer") and component is not None
         ]
         options = (self.family.name, self.collator.size, self.sample_latents, tokenizers)
-        # What begins with an underscore says where a model came from, in an order that varies from run to run.
-        config = sorted((name, repr(value)) for name, value in self.pipeline.vae.config.items() if name[0] != "_")
-        return fingerprint_of(self.modules().values(), *options, config)
+        return digest(digest_weights(self.modules().values()), repr(options), str(describe(self.pipeline.vae)))
 
     def release(self, keep_vae: bool) -> None:
         """Let go of the text encoders, and of the VAE unless it is kept to draw with.
@@ -95,15 +93,3 @@ class PairEncoder:
         conditions = self.encode_prompts(batch["prompt"])
         named = {f"condition_{name}": value for name, value in conditions.items()}
         return {**rest, **self.encode_pixels(batch["pixels"]), **named}
-
-
-def fingerprint_of(modules: Iterable[nn.Module], *options: Any) -> str:
-    """A name for what these modules compute: their configuration and a sample of every weight."""
-    digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
-    for module in modules:
-        digest.update(type(module).__name__.encode())
-        for name, weight in module.state_dict().items():
-            # Reading all of T5-XXL takes minutes; a fine-tuned model differs in every tensor.
-            sample = weight.flatten()[:: max(1, weight.numel() // 32)].double().tolist()
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {sample}".encode())
-    return digest.hexdigest()

@@ -1,8 +1,5 @@
 """Draw images with a pipeline and let a reward judge them: preference pairs, or simply the best of several."""
 
-import hashlib
-import io
-import json
 import logging
 import os
 from collections import Counter
@@ -14,31 +11,20 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from bt_hf.diffusion.fingerprint import describe, digest, digest_weights
+from bt_hf.diffusion.pair_folder import ADVICE, PairFolder, counted
+
 logger = logging.getLogger(__name__)
 
-_FEATURES = Features(
-    {
-        "prompt": Value("string"),
-        "chosen": Image(),
-        "rejected": Image(),
-        "preference": Value("float64"),
-        "chosen_seed": Value("int64"),
-        "rejected_seed": Value("int64"),
-        "chosen_reward": Value("float32"),
-        "rejected_reward": Value("float32"),
-    }
-)
 # Set here for each image, so nobody else may set them.
 _TAKEN = (
     *("generator", "latents", "num_images_per_prompt", "output_type", "prompt", "prompt_embeds"),
     *("pooled_prompt_embeds", "return_dict"),
 )
-_SETTINGS, _PROGRESS, _METADATA = "settings.json", "progress.jsonl", "metadata.jsonl"
-_FILE_NAMES = {"chosen": "chosen_file_name", "rejected": "rejected_file_name"}
 _Skip: TypeAlias = Literal["skip", "raise"]
 
 
@@ -126,19 +112,19 @@ def generate_preference_pairs(
         )
     _check_options(scorer, on_bad_images, pipeline_kwargs)
     pipeline = _loaded(pipeline)
-    keep = _Results(output_dir)
+    keep = PairFolder(output_dir)
     keep.begin(
         {
             "pipeline": _name(pipeline),
-            "scheduler": _describe(getattr(pipeline, "scheduler", None)),
-            "pipeline_weights": _weights(getattr(pipeline, "components", {}).values()),
-            "scorer": f"{type(scorer).__name__} {_weights([scorer, *getattr(scorer, '__dict__', {}).values()])}",
-            "prompts": f"{len(prompts)} ({_digest(*prompts)})",
+            "scheduler": describe(getattr(pipeline, "scheduler", None)),
+            "pipeline_weights": digest_weights(getattr(pipeline, "components", {}).values()),
+            "scorer": f"{type(scorer).__name__} {digest_weights([scorer, *getattr(scorer, '__dict__', {}).values()])}",
+            "prompts": f"{len(prompts)} ({digest(*prompts)})",
             "candidates": candidates,
             "pairs_per_prompt": pairs_per_prompt,
             "seed": seed,
             "soft_labels": soft_labels,
-            "options": _describe(pipeline_kwargs),
+            "options": describe(pipeline_kwargs),
         }
     )
     # Groups of prompts fill a batch. They are the same ones when a run goes on, so that not even rounding differs.
@@ -213,20 +199,16 @@ def best_of_n(
         drawn = draw(pipeline, [prompt] * candidates, seeds, batch_size, **pipeline_kwargs)
     ranking = ranked(judge(scorer, [prompt] * candidates, drawn, "skip"))
     if not ranking:
-        raise ValueError(f"None of {candidates} images is usable ({_counted(_problems(drawn))}). {_ADVICE}")
+        raise ValueError(f"None of {candidates} images is usable ({counted(_problems(drawn))}). {ADVICE}")
     return ranking[0][0], ranking
 
 
 # --- Steps ---
 
-_ADVICE = (
-    "Draw some by hand first: float32 or bfloat16 helps against NaN, and safety_checker=None against black images."
-)
-
 
 def image_seed(seed: int, place: int, index: int) -> int:
     """The seed of one image, 32 bits that look random: no two images of a run share one but by chance."""
-    return int(_digest(str(seed), str(place), str(index))[:8], 16)
+    return int(digest(str(seed), str(place), str(index))[:8], 16)
 
 
 def draw(
@@ -279,7 +261,7 @@ def judge(scorer: Scorer, prompts: Sequence[str], drawn: Sequence[Candidate], on
     bad = next(((prompt, one) for prompt, one in zip(prompts, drawn, strict=True) if one.image is None), None)
     if bad is not None and on_bad_images == "raise":
         raise ValueError(
-            f"The image for {bad[0]!r} with seed {bad[1].seed} is {bad[1].problem}. {_ADVICE} "
+            f"The image for {bad[0]!r} with seed {bad[1].seed} is {bad[1].problem}. {ADVICE} "
             "Or leave such images out with on_bad_images='skip'."
         )
     good = [place for place, one in enumerate(drawn) if one.image is not None]
@@ -340,116 +322,7 @@ def _problems(drawn: Iterable[Candidate]) -> Counter[str]:
     return Counter(f"images {one.problem}" for one in drawn if one.problem)
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
-
-
-# --- What is kept of each finished prompt ---
-
-
-class _Results:
-    """Finished prompts, in memory or in a folder that survives being killed at any moment.
-
-    The folder holds settings.json, the images, progress.jsonl with a line for each finished prompt, and at the end
-    metadata.jsonl, which makes it a dataset.
-    """
-
-    def __init__(self, folder: str | os.PathLike | None) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.finished: dict[
-            int, dict[str, Any]
-        ] = {}  # place of the prompt -> its rows, and counts of what was skipped
-
-    def begin(self, settings: dict[str, Any]) -> None:
-        """Start, or go on from what the folder holds.
-
-        Raises:
-            ValueError: The folder holds something else, or was begun with other settings.
-        """
-        if self.folder is None:
-            return
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"`output_dir` should be a folder, but '{self.folder}' is a file.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / _SETTINGS
-        if not file.exists():
-            if any(self.folder.iterdir()):
-                raise ValueError(
-                    f"`output_dir` should be a new or empty folder, or one that was begun here, but '{self.folder}' "
-                    f"has files and no {_SETTINGS}: name another folder."
-                )
-            _write(file, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
-        begun = json.loads(file.read_text(encoding="utf-8"))
-        # Through JSON, as what was written went too.
-        settings = json.loads(json.dumps(settings))
-        names = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
-        if names:
-            changes = "; ".join(f"{name} was {begun.get(name)!r}, is {settings.get(name)!r}" for name in names)
-            raise ValueError(
-                f"`output_dir` '{self.folder}' was begun with other settings ({changes}). Give the same ones to go "
-                "on, or name another folder to start anew."
-            )
-        progress = self.folder / _PROGRESS
-        if progress.exists():
-            text = progress.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]  # a killed run may have written half a line
-            if whole != text:
-                _write(progress, whole)
-            self.finished = {line["place"]: line for line in map(json.loads, whole.decode().splitlines())}
-
-    def add(self, place: int, prompt: str, rows: list[dict[str, Any]], skipped: Mapping[str, int]) -> None:
-        """Keep a finished prompt: its images first, so that a line never names a file that is not there."""
-        kept = []
-        for number, row in enumerate(rows):
-            images: dict[str, Any] = {}
-            for name in ("chosen", "rejected"):
-                png = io.BytesIO()
-                row[name].save(png, format="PNG")
-                if self.folder is None:
-                    images[name] = {"bytes": png.getvalue(), "path": None}
-                else:
-                    images[name] = f"images/{place:06}-{number}-{name}.png"
-                    _write(self.folder / images[name], png.getvalue())
-            kept.append({"prompt": prompt, **row, **images})
-        self.finished[place] = {"place": place, "rows": kept, "skipped": dict(skipped)}
-        if self.folder is not None:
-            with (self.folder / _PROGRESS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.finished[place], ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-
-    def end(self) -> Dataset:
-        """The dataset, and the warning about what is not in it."""
-        places = [self.finished[place] for place in sorted(self.finished)]
-        rows = [row for line in places for row in line["rows"]]
-        skipped: Counter[str] = Counter()
-        for line in places:
-            skipped.update(line["skipped"])
-        if not rows:
-            raise ValueError(
-                f"No usable pair from {len(places)} prompt{'s' * (len(places) != 1)} ({_counted(skipped)}). {_ADVICE}"
-            )
-        if skipped:
-            logger.warning("%d pairs from %d prompts; left out: %s.", len(rows), len(places), _counted(skipped))
-        columns = {name: [row[name] for row in rows] for name in _FEATURES}
-        if self.folder is not None:
-            # Named as `datasets` names columns of image files in a folder, so that the Hub shows the images too.
-            lines = [{_FILE_NAMES.get(name, name): value for name, value in row.items()} for row in rows]
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            _write(self.folder / _METADATA, text.encode())
-            columns |= {name: [str(self.folder / file) for file in columns[name]] for name in _FILE_NAMES}
-        return Dataset.from_dict(columns, features=_FEATURES)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write to a temporary name and move it into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
-
-
-# --- Which settings a folder was begun with ---
+# --- Checks, and the pipeline ---
 
 
 def _name(pipeline: Any) -> str:
@@ -458,56 +331,6 @@ def _name(pipeline: Any) -> str:
     return (
         f"{type(pipeline).__name__} {Path(name).name if os.path.isabs(name) or os.path.exists(name) else name}".strip()
     )
-
-
-def _describe(value: Any) -> Any:
-    """A value as JSON says it, which is the same in another process; what JSON can't say as a digest or its type."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _describe(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_describe(one) for one in value]
-    if isinstance(value, torch.Tensor):
-        return f"tensor {tuple(value.shape)} {_digest(value.detach().cpu().float().numpy().tobytes())}"
-    if isinstance(getattr(value, "config", None), Mapping):  # schedulers
-        # Without diffusers' own notes: "_use_default_values" is in another order in each process.
-        config = {key: _describe(one) for key, one in value.config.items() if not key.startswith("_")}
-        return f"{type(value).__name__} {_digest(json.dumps(config, sort_keys=True))}"
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _weights(values: Iterable[Any]) -> str:
-    """A digest of the modules among values: 16 numbers of each parameter, and how strongly adapters are switched on.
-
-    Names do not tell what was trained into a pipeline, or which LoRA was loaded into it.
-    """
-    parts: list[str | bytes] = []
-    for module in values:
-        if not isinstance(module, torch.nn.Module):
-            continue
-        for name, parameter in module.named_parameters():
-            parts.append(f"{name} {tuple(parameter.shape)}")
-            if not parameter.is_meta:
-                step = max(1, parameter.numel() // 16)
-                parts.append(parameter.detach().flatten()[::step].cpu().float().numpy().tobytes())
-        for name, child in module.named_modules():
-            scaling = getattr(child, "scaling", None)
-            if isinstance(scaling, dict):
-                active = getattr(child, "active_adapters", []), getattr(child, "disable_adapters", False)
-                parts.append(f"{name} {scaling} {active}")
-    return _digest(*parts)
-
-
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        content = part.encode() if isinstance(part, str) else part
-        digest.update(len(content).to_bytes(8, "big") + content)
-    return digest.hexdigest()
-
-
-# --- Checks, and the pipeline ---
 
 
 def _checked_prompts(prompts: Any) -> list[str]:

@@ -19,7 +19,7 @@ from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErr
 from bt_hf.diffusion.card import write_lora_card
 from bt_hf.diffusion.collator import UNPAIRED, DiffusionCollator
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.draws import draw_noise
+from bt_hf.diffusion.denoising import BETA, EVAL, TRAIN, Denoising, Question
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.family import save_lora
 from bt_hf.diffusion.loading import add_adapter, count_truncated, load_pipeline, training_size
@@ -30,8 +30,6 @@ from bt_hf.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
 logger = logging.getLogger(__name__)
 Pairs: TypeAlias = Dataset | IterableDataset | CachedPairs
 
-# Streams of random numbers that must not repeat each other: see `draws.draw_noise`.
-_TRAIN, _EVAL, _LATENTS, _BETA = range(4)
 MAPO_BETA = 0.1  # of MaPO's own script; there it weighs two losses, and no spread of errors says how
 
 
@@ -97,7 +95,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         set_seed(args.seed)
         self.pipeline, self.family, self.base_name = load_pipeline(model)
         self.size = training_size(self.pipeline, self.family, args.resolution)
-        self.schedule = self.family.schedule(self.pipeline, self.size)
+        schedule = self.family.schedule(self.pipeline, self.size)
+        self.denoising = Denoising(self.family, schedule, self.size, args)
         collator = DiffusionCollator(self.size, smallest=self.pipeline.vae_scale_factor)
         self.encoder = PairEncoder(self.family, self.pipeline, collator, args.sample_latents, args.device)
         denoiser = add_adapter(self.pipeline, self.family, peft_config, args, self.base_name)
@@ -160,7 +159,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             if self.args.max_steps > 0:
                 seen = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
                 epochs = min(epochs, -(-seen * self.args.world_size // len(self.train_dataset)) + 1)
-            self._cache_reference(self.train_dataset, epochs, _TRAIN, "Errors of the base")
+            self._cache_reference(self.train_dataset, epochs, TRAIN, "Errors of the base")
         with self.base_model(), self.compute_loss_context_manager():
             self.log_validation(self.validation.draw_before())
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -180,7 +179,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self._resolve_beta()
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(pairs, CachedPairs) and pairs.reference is None:
-            self._cache_reference(pairs, self.args.eval_draws, _EVAL, "Errors of the base on held-out pairs")
+            self._cache_reference(pairs, self.args.eval_draws, EVAL, "Errors of the base on held-out pairs")
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.state.global_step and not isinstance(pairs, dict) and self.is_in_train:
             self.log_validation(self._draw_after())
@@ -218,7 +217,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         chosen, rejected = [], []
         for batch in self._batches(pairs, limit=64):
             for draw in range(4):
-                errors = self._reference_errors(self._denoise_inputs(batch, draw, _BETA))
+                errors = self._reference_errors(self.denoising.ask(batch, draw, BETA))
                 # Of unpaired rows, each against the next.
                 first, second = errors.chunk(2) if "preference" in batch else (errors, errors.roll(1))
                 chosen.append(first.cpu())
@@ -251,7 +250,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             errors = torch.zeros(count, draws, len(batch["latents"]) // count, device=self.args.device)
             if index % self.accelerator.num_processes == self.accelerator.process_index:
                 for draw in range(draws):
-                    values = self._reference_errors(self._denoise_inputs(batch, draw, stream))
+                    values = self._reference_errors(self.denoising.ask(batch, draw, stream))
                     errors[:, draw] = values.view(-1, count).T
             found.append(self.accelerator.reduce(errors, "sum").cpu())
         pairs.reference = torch.cat(found)
@@ -262,43 +261,12 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         """The batch with latents and conditions: from the cache, or encoded now."""
         return dict(batch) if "latents" in batch else self.encoder.encode(batch)
 
-    def _denoise_inputs(self, batch: Mapping[str, Any], draw: int, stream: int) -> dict[str, Any]:
-        """What the denoiser is asked: the same noise and time for all images of a row, N = 2B (B if unpaired).
-
-        Returns:
-            `noisy` (N, C, h, w), `times` (N,), `conditions` (each (N, ...)), `target` (N, C, h, w), `weights` (N,).
-        """
-        device = self.args.device
-        latents = batch["latents"]  # (N, C, h, w)
-        rows = batch["row"].cpu()
-        sides = len(latents) // len(rows)
-        noise, quantiles = draw_noise(self.args.seed, rows, draw, tuple(latents.shape[1:]), stream)
-        times = self.schedule.times(quantiles.to(device)).repeat(sides)
-        if "std" in batch:
-            images = torch.cat([rows ^ side for side in range(sides)])  # each image its own
-            shifts, _ = draw_noise(self.args.seed, images, draw, tuple(latents.shape[1:]), _LATENTS)
-            latents = latents + batch["std"] * shifts.to(device)
-        noise = noise.to(device).repeat(sides, 1, 1, 1)
-        noisy, target = self.schedule.corrupt(latents, noise, times)
-        gamma = self.args.snr_gamma
-        conditions = {
-            name.removeprefix("condition_"): value.repeat(sides, *[1] * (value.ndim - 1))
-            for name, value in batch.items()
-            if name.startswith("condition_")
-        }
-        weights = self.schedule.min_snr_weights(times, gamma) if gamma else torch.ones(len(times), device=device)
-        if self.args.channels_last:
-            noisy = noisy.contiguous(memory_format=torch.channels_last)
-        return {"noisy": noisy, "times": times, "conditions": conditions, "target": target, "weights": weights}
-
-    def _errors(self, model: nn.Module, asked: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Errors (N,) float32 and predictions (N, C, h, w), through the model's own forward."""
+    def _errors(self, model: nn.Module, asked: Question) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Denoising.errors`, in the precision of the training."""
         with self.compute_loss_context_manager():
-            predicted = self.family.predict(model, asked["noisy"], asked["times"], asked["conditions"], self.size)
-        predicted = predicted.float()
-        return asked["weights"] * (predicted - asked["target"]).square().flatten(1).mean(1), predicted
+            return self.denoising.errors(model, asked)
 
-    def _reference_errors(self, asked: Mapping[str, Any]) -> torch.Tensor:
+    def _reference_errors(self, asked: Question) -> torch.Tensor:
         with torch.no_grad(), self.base_model() as base:
             return self._errors(base, asked)[0]
 
@@ -315,13 +283,13 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             loss, outputs = self._evaluate_batch(model, batch)
             return (loss, outputs) if return_outputs else loss
         draw = self._passes % self.args.noise_draws if self.args.noise_draws else self._passes
-        asked = self._denoise_inputs(batch, draw, _TRAIN)
+        asked = self.denoising.ask(batch, draw, TRAIN)
         errors, predicted = self._errors(model, asked)
         reference = None
         if self._needs_reference:
             known = batch.get("reference")  # (B, draws, sides)
             reference = self._reference_errors(asked) if known is None else known[:, draw].T.flatten()
-        values = self._losses(errors, reference, batch, predicted, asked["target"])
+        values = self._losses(errors, reference, batch, predicted, asked.target)
         if not torch.isfinite(values).all():
             self._stop_at(values, inputs)
         self._record(errors, reference, batch)
@@ -351,9 +319,9 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         preference = batch["preference"]
         pair = self._pair_errors(errors, reference)
         if self.args.safeguard and predicted is not None and target is not None:
-            predictions, targets = predicted.chunk(2), target.chunk(2)
+            (chosen, rejected), (chosen_target, rejected_target) = predicted.chunk(2), target.chunk(2)
             scale = losses.safeguard_scale(
-                *predictions, *targets, mu=self.args.safeguard_margin, preference=preference
+                chosen, rejected, chosen_target, rejected_target, self.args.safeguard_margin, preference
             )
             self.record(safeguard_scale=scale)
             pair = losses.with_safeguard(pair, scale, preference)
@@ -393,7 +361,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         rows = len(batch["row"])
         loss, margins, found, base = [], [], [], []
         for draw in range(self.args.eval_draws):
-            asked = self._denoise_inputs(batch, draw, _EVAL)
+            asked = self.denoising.ask(batch, draw, EVAL)
             errors, _ = self._errors(model, asked)
             reference = self._reference_errors(asked) if known is None else known[:, draw].T.flatten()
             loss.append(self._losses(errors, reference, batch))
@@ -465,7 +433,7 @@ class _Begin(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._passes, self._begun = int(state.epoch or 0), False
-        self.trainer.log({"beta": self.trainer.beta})
+        self.trainer.log({"beta": self.trainer.beta or 0.0})
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._passes += self._begun

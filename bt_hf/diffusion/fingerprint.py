@@ -1,0 +1,63 @@
+"""Names for what was computed from what: the same in another process, another one when a weight differs."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def digest(*parts: str | bytes) -> str:
+    """16 hexadecimal digits that tell these parts from others."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        state.update(len(content).to_bytes(8, "big") + content)
+    return state.hexdigest()
+
+
+def number_of(content: bytes) -> int:
+    """A number below 2^63 that tells this content from others."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def describe(value: Any) -> Any:
+    """A value as JSON says it, which is the same in another process; what JSON can't say as a digest or its type."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): describe(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(one) for one in value]
+    if isinstance(value, torch.Tensor):
+        return f"tensor {tuple(value.shape)} {digest(value.detach().cpu().float().numpy().tobytes())}"
+    if isinstance(getattr(value, "config", None), Mapping):  # schedulers and models of diffusers
+        # Without diffusers' own notes: "_use_default_values" is in another order in each process.
+        config = {key: describe(one) for key, one in value.config.items() if not key.startswith("_")}
+        return f"{type(value).__name__} {digest(json.dumps(config, sort_keys=True))}"
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def digest_weights(values: Iterable[Any]) -> str:
+    """A digest of the modules among values: 16 numbers of each parameter, and how strongly adapters are switched on.
+
+    Names do not tell what was trained into a pipeline, or which LoRA was loaded into it; to read all of T5-XXL would
+    take minutes, and what is fine-tuned differs in every tensor.
+    """
+    parts: list[str | bytes] = []
+    for module in values:
+        if not isinstance(module, nn.Module):
+            continue
+        for name, parameter in module.named_parameters():
+            parts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}")
+            if not parameter.is_meta:
+                step = max(1, parameter.numel() // 16)
+                parts.append(parameter.detach().flatten()[::step].cpu().float().numpy().tobytes())
+        for name, child in module.named_modules():
+            scaling = getattr(child, "scaling", None)
+            if isinstance(scaling, dict):
+                active = getattr(child, "active_adapters", []), getattr(child, "disable_adapters", False)
+                parts.append(f"{name} {scaling} {active}")
+    return digest(*parts)

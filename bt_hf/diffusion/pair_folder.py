@@ -1,0 +1,138 @@
+"""What is kept of each finished prompt while pairs are drawn, in memory or in a folder."""
+
+import io
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Image, Value
+
+logger = logging.getLogger(__name__)
+
+FEATURES = Features(
+    {
+        "prompt": Value("string"),
+        "chosen": Image(),
+        "rejected": Image(),
+        "preference": Value("float64"),
+        "chosen_seed": Value("int64"),
+        "rejected_seed": Value("int64"),
+        "chosen_reward": Value("float32"),
+        "rejected_reward": Value("float32"),
+    }
+)
+_SETTINGS, _PROGRESS, _METADATA = "settings.json", "progress.jsonl", "metadata.jsonl"
+_FILE_NAMES = {"chosen": "chosen_file_name", "rejected": "rejected_file_name"}
+ADVICE = (
+    "Draw some by hand first: float32 or bfloat16 helps against NaN, and safety_checker=None against black images."
+)
+
+
+class PairFolder:
+    """Finished prompts, in memory or in a folder that survives being killed at any moment.
+
+    The folder holds settings.json, the images, progress.jsonl with a line for each finished prompt, and at the end
+    metadata.jsonl, which makes it a dataset.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.finished: dict[
+            int, dict[str, Any]
+        ] = {}  # place of the prompt -> its rows, and counts of what was skipped
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Start, or go on from what the folder holds.
+
+        Raises:
+            ValueError: The folder holds something else, or was begun with other settings.
+        """
+        if self.folder is None:
+            return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"`output_dir` should be a folder, but '{self.folder}' is a file.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / _SETTINGS
+        if not file.exists():
+            if any(self.folder.iterdir()):
+                raise ValueError(
+                    f"`output_dir` should be a new or empty folder, or one that was begun here, but '{self.folder}' "
+                    f"has files and no {_SETTINGS}: name another folder."
+                )
+            _write(file, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        # Through JSON, as what was written went too.
+        settings = json.loads(json.dumps(settings))
+        names = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
+        if names:
+            changes = "; ".join(f"{name} was {begun.get(name)!r}, is {settings.get(name)!r}" for name in names)
+            raise ValueError(
+                f"`output_dir` '{self.folder}' was begun with other settings ({changes}). Give the same ones to go "
+                "on, or name another folder to start anew."
+            )
+        progress = self.folder / _PROGRESS
+        if progress.exists():
+            text = progress.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]  # a killed run may have written half a line
+            if whole != text:
+                _write(progress, whole)
+            self.finished = {line["place"]: line for line in map(json.loads, whole.decode().splitlines())}
+
+    def add(self, place: int, prompt: str, rows: list[dict[str, Any]], skipped: Mapping[str, int]) -> None:
+        """Keep a finished prompt: its images first, so that a line never names a file that is not there."""
+        kept = []
+        for number, row in enumerate(rows):
+            images: dict[str, Any] = {}
+            for name in ("chosen", "rejected"):
+                png = io.BytesIO()
+                row[name].save(png, format="PNG")
+                if self.folder is None:
+                    images[name] = {"bytes": png.getvalue(), "path": None}
+                else:
+                    images[name] = f"images/{place:06}-{number}-{name}.png"
+                    _write(self.folder / images[name], png.getvalue())
+            kept.append({"prompt": prompt, **row, **images})
+        self.finished[place] = {"place": place, "rows": kept, "skipped": dict(skipped)}
+        if self.folder is not None:
+            with (self.folder / _PROGRESS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.finished[place], ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def end(self) -> Dataset:
+        """The dataset, and the warning about what is not in it."""
+        places = [self.finished[place] for place in sorted(self.finished)]
+        rows = [row for line in places for row in line["rows"]]
+        skipped: Counter[str] = Counter()
+        for line in places:
+            skipped.update(line["skipped"])
+        if not rows:
+            raise ValueError(
+                f"No usable pair from {len(places)} prompt{'s' * (len(places) != 1)} ({counted(skipped)}). {ADVICE}"
+            )
+        if skipped:
+            logger.warning("%d pairs from %d prompts; left out: %s.", len(rows), len(places), counted(skipped))
+        columns = {name: [row[name] for row in rows] for name in FEATURES}
+        if self.folder is not None:
+            # Named as `datasets` names columns of image files in a folder, so that the Hub shows the images too.
+            lines = [{_FILE_NAMES.get(name, name): value for name, value in row.items()} for row in rows]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            _write(self.folder / _METADATA, text.encode())
+            columns |= {name: [str(self.folder / file) for file in columns[name]] for name in _FILE_NAMES}
+        return Dataset.from_dict(columns, features=FEATURES)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write to a temporary name and move it into place."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
