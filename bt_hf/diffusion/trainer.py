@@ -1,6 +1,7 @@
 """Train a preference LoRA for a diffusers pipeline."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -155,11 +156,13 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         """Train as `Trainer.train` does, between two drawings of the validation prompts."""
         self._resolve_beta()
         if self.args.noise_draws and self._needs_reference and isinstance(self.train_dataset, CachedPairs):
-            epochs = self.args.noise_draws  # an epoch is one draw of each pair; more than there are epochs is waste
+            epochs = self.args.num_train_epochs
             if self.args.max_steps > 0:
-                seen = self.args.max_steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
-                epochs = min(epochs, -(-seen * self.args.world_size // len(self.train_dataset)) + 1)
-            self._cache_reference(self.train_dataset, epochs, TRAIN, "Errors of the base")
+                rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+                epochs = self.args.max_steps * rows / len(self.train_dataset)
+            # An epoch takes one draw of each pair, so draws beyond the last epoch are never seen.
+            draws = min(self.args.noise_draws, math.ceil(epochs) + 1)
+            self._cache_reference(self.train_dataset, draws, TRAIN, "Errors of the base")
         with self.base_model(), self.compute_loss_context_manager():
             self.log_validation(self.validation.draw_before())
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

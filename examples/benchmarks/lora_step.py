@@ -1,0 +1,336 @@
+"""What a training step of a preference LoRA costs beyond its network, and what the cache saves.
+
+    python examples/benchmarks/lora_step.py            # seconds a step, side by side in one run
+    python examples/benchmarks/lora_step.py --memory   # peak memory with and without the cache
+
+Compared are, on the emoji pipeline with batches of 16 pairs:
+
+- trainer: `PreferenceLoRATrainer.train`, from the end of one step to the end of the next; images and prompts are
+  encoded beforehand;
+- trainer, noise_draws: the same, with the base's errors computed beforehand as well;
+- straight loop: the paper's formula written down below, which encodes images and prompts at every step;
+- bare: forwards without and with the LoRA, one backward, and the optimizer's step, on one batch that lies in memory;
+- bare, base known: the same without the base's forward, as is due with noise_draws.
+
+They take turns of a few steps, so that a noisy machine is noisy for all; medians are compared.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, disable_progress_bars
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+from bt_hf import PreferenceLoRAConfig, PreferenceLoRATrainer
+from bt_hf.diffusion.sd import UNET_LAYERS
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
+from taste import preference_pairs
+
+BATCH, STEPS, ROUNDS = 16, 11, 5  # pairs; steps in a turn, of which the first is not counted; turns of each
+# A rate at which hardly anything moves: a saturated loss has gradients of denormal numbers, which are slow.
+BETA, RATE, RANK = 2000.0, 1e-6, 8
+Turn = Callable[[], list[float]]  # runs a few steps, and says how many seconds each took
+
+
+# --- The trainer ---
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of a step to the end of the next: all that the Trainer does in between, data included."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.ends = []
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def train(model: Path, pairs: Dataset, scratch: Path, **options) -> tuple[PreferenceLoRATrainer, Turn]:
+    """A trainer, and what runs a few of its steps."""
+    defaults = {
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "learning_rate": RATE,
+        "beta": BETA,
+        "lora_rank": RANK,
+        "cache_dir": str(scratch / "cache"),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    args = PreferenceLoRAConfig(str(scratch / "lora"), **defaults | options)
+    trainer = PreferenceLoRATrainer(str(model), args, train_dataset=pairs)
+    trainer.remove_callback(PrinterCallback)
+    clock = Clock()
+    trainer.add_callback(clock)
+
+    def turn() -> list[float]:
+        trainer.train()
+        return [end - start for start, end in pairwise(clock.ends)]
+
+    return trainer, turn
+
+
+# --- Without the trainer ---
+
+
+def repeat(step: Callable[[], None]) -> Turn:
+    def turn() -> list[float]:
+        ends = []
+        for _ in range(STEPS):
+            step()
+            ends.append(time.perf_counter())
+        return [end - start for start, end in pairwise(ends)]
+
+    return turn
+
+
+def network(model: Path) -> tuple[StableDiffusionPipeline, PeftModel, torch.optim.Optimizer]:
+    """The pipeline, its denoiser with a LoRA as the trainer makes it, and the optimizer that the Trainer takes."""
+    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+        module.eval().requires_grad_(False)
+    denoiser = get_peft_model(pipeline.unet, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=UNET_LAYERS))
+    denoiser.to(memory_format=torch.channels_last).train()
+    weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
+    return pipeline, denoiser, torch.optim.AdamW(weights, lr=RATE, fused=True)
+
+
+@dataclass
+class Batch:
+    """What the denoiser is asked.
+
+    Attributes:
+        inputs: Noisy latents (2B, C, h, w), timesteps (2B,), and embeddings of the prompts (2B, L, D).
+        target: (2B, C, h, w).
+        base: (2B,) errors of the base, if they are known.
+    """
+
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    target: torch.Tensor
+    base: torch.Tensor | None = None
+
+
+def errors(denoiser: PeftModel, batch: Batch, bf16: bool) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        predicted = denoiser(*batch.inputs).sample
+    return (predicted.float() - batch.target).square().mean((1, 2, 3))  # (2B,)
+
+
+def update(denoiser: PeftModel, optimizer: torch.optim.Optimizer, batch: Batch, bf16: bool) -> None:
+    """One step of Diffusion-DPO: https://arxiv.org/abs/2311.12908, equation 14."""
+    base = batch.base
+    if base is None:
+        denoiser.base_model.disable_adapter_layers()
+        with torch.no_grad():
+            base = errors(denoiser, batch, bf16)
+        denoiser.base_model.enable_adapter_layers()
+    chosen, rejected = (errors(denoiser, batch, bf16) - base).chunk(2)
+    loss = -F.logsigmoid(-BETA / 2 * (chosen - rejected)).mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def straight_loop(model: Path, pairs: Dataset, bf16: bool) -> Turn:
+    """Images and prompts are encoded when a step needs them, in float32, as the trainer does it beforehand."""
+    pipeline, denoiser, optimizer = network(model)
+    scheduler, generator = pipeline.scheduler, torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def encode(rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+        images = [np.asarray(image) for name in ("chosen", "rejected") for image in rows[name]]
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+        latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        ids = pipeline.tokenizer(list(rows["prompt"]), padding="max_length", truncation=True, return_tensors="pt")
+        return latents, pipeline.text_encoder(ids.input_ids).last_hidden_state.repeat(2, 1, 1)
+
+    def step() -> None:
+        latents, embeds = encode(pairs.select(torch.randperm(len(pairs), generator=generator)[:BATCH].tolist()))
+        noise = torch.randn(BATCH, *latents.shape[1:], generator=generator).repeat(2, 1, 1, 1)
+        times = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator).repeat(2)
+        noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
+        target = scheduler.get_velocity(latents, noise, times)
+        update(denoiser, optimizer, Batch((noisy, times, embeds), target), bf16)
+
+    return repeat(step)
+
+
+def bare(model: Path, bf16: bool, base_known: bool) -> Turn:
+    pipeline, denoiser, optimizer = network(model)
+    config, length = denoiser.config, pipeline.tokenizer.model_max_length
+    noisy = torch.randn(2 * BATCH, config.in_channels, config.sample_size, config.sample_size)
+    embeds = torch.randn(2 * BATCH, length, config.cross_attention_dim)
+    times = torch.randint(pipeline.scheduler.config.num_train_timesteps, (2 * BATCH,))
+    batch = Batch((noisy.contiguous(memory_format=torch.channels_last), times, embeds), torch.randn_like(noisy))
+    if base_known:
+        with torch.no_grad():
+            batch.base = errors(denoiser, batch, bf16)  # a fresh LoRA changes nothing
+    return repeat(partial(update, denoiser, optimizer, batch, bf16))
+
+
+def compare(model: Path, bf16: bool) -> None:
+    """Print a table of one precision."""
+    torch.manual_seed(0)
+    pairs = preference_pairs("fluent", 10 * BATCH)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        began = time.perf_counter()
+        _, cached = train(model, pairs, scratch, bf16=bf16)
+        filling = time.perf_counter() - began
+        _, draws = train(model, pairs, scratch, bf16=bf16, noise_draws=2)
+        turns = {
+            "trainer": cached,
+            "trainer, noise_draws": draws,
+            "straight loop": straight_loop(model, pairs, bf16),
+            "bare": bare(model, bf16, base_known=False),
+            "bare, base known": bare(model, bf16, base_known=True),
+        }
+        times: dict[str, list[float]] = {name: [] for name in turns}
+        for turn in turns.values():  # the first is slower, and not counted
+            turn()
+        for _ in range(ROUNDS):
+            for name, turn in turns.items():
+                times[name] += turn()
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    print(f"\n{'bf16' if bf16 else 'fp32'}, {torch.get_num_threads()} threads, {BATCH} pairs\n")
+    print("| | seconds a step | to bare |\n|---|---:|---:|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.4f} | {value / seconds['bare']:.2f} |")
+    print()
+    for name, least in (("trainer", "bare"), ("trainer, noise_draws", "bare, base known")):
+        print(f"{name}: {seconds[name] / seconds[least] - 1:+.1%} over {least}")
+    print(f"loading the pipeline and encoding {len(pairs)} pairs once: {filling:.1f} s", flush=True)
+
+
+# --- Memory ---
+
+
+def save_sd15(folder: Path) -> None:
+    """A random pipeline of the shape of Stable Diffusion 1.5, with the emoji tokenizer, in float16."""
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **special
+    )
+    torch.set_default_dtype(torch.float16)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[128, 256, 512, 512],
+            layers_per_block=2,
+            sample_size=512,
+        ),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # its other defaults are those of 1.x
+        scheduler=PNDMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    for name in ("unet", "vae", "text_encoder"):
+        count = sum(weight.numel() for weight in getattr(pipeline, name).parameters())
+        print(f"{name}: {count / 1e6:.0f} M parameters", flush=True)
+
+
+def measure(model: Path, cached: bool, batch: int, size: int) -> None:
+    """Print the memory of this process in GB: its peak until training begins, what is held then, and its peak."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, turn = train(
+            model,
+            preference_pairs("fluent", 2 * batch),
+            Path(scratch),
+            per_device_train_batch_size=batch,
+            max_steps=2,
+            resolution=size,
+            cache_latents=cached,
+        )
+        before, held = peak_memory(), psutil.Process().memory_info().rss / 1e9
+        turn()
+    print(json.dumps({"before": before, "held": held, "peak": peak_memory()}))
+
+
+def peak_memory() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def compare_memory(model: Path) -> None:
+    """Print a table; each case has a process of its own, as a peak never falls."""
+
+    def child(*arguments: object) -> str:
+        command = [sys.executable, __file__, "--child", *map(str, arguments)]
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    with tempfile.TemporaryDirectory() as folder:
+        print(child("save_sd15", folder))
+        print("Two steps in float32; GB of memory\n")
+        print("| | cache | peak until training begins | held then | peak |\n|---|---|---:|---:|---:|")
+        cases = (
+            (f"emoji, 64 px, {BATCH} pairs a step", model, BATCH, 64),
+            ("Stable Diffusion 1.5's shape, 256 px, 1 pair a step", Path(folder), 1, 256),
+        )
+        for name, path, batch, size in cases:
+            for cached in (False, True):
+                found = json.loads(child("measure", path, int(cached), batch, size).splitlines()[-1])
+                figures = " | ".join(f"{found[key]:.2f}" for key in ("before", "held", "peak"))
+                print(f"| {name} | {'yes' if cached else 'no'} | {figures} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="compare memory instead of time")
+    parser.add_argument("--model", type=Path, default=DIFFUSION_FOLDER, help="pipeline folder, for steps of 64 px")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    disable_progress_bars()
+    if options.child and options.child[0] == "save_sd15":
+        save_sd15(Path(options.child[1]))
+    elif options.child:
+        _, model, cached, batch, size = options.child
+        measure(Path(model), cached == "1", int(batch), int(size))
+    elif options.memory:
+        compare_memory(options.model)
+    else:
+        for bf16 in (False, True):
+            compare(options.model, bf16)
+
+
+if __name__ == "__main__":
+    main()
