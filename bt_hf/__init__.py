@@ -19,6 +19,8 @@ _MODULES = {
     "cross_validate": "bt_hf.reward.validation",
     "generate_preference_pairs": "bt_hf.diffusion.sampling",
     "load_preference_pairs": "bt_hf.pairs",
+    "pull_adapter": "bt_hf.hub",
+    "push_adapter": "bt_hf.hub",
 }
 
 __all__ = [
@@ -31,12 +33,15 @@ __all__ = [
     "cross_validate",
     "generate_preference_pairs",
     "load_preference_pairs",
+    "pull_adapter",
+    "push_adapter",
 ]
 
 if TYPE_CHECKING:
     from bt_hf.diffusion.config import PreferenceLoRAConfig
     from bt_hf.diffusion.sampling import generate_preference_pairs
     from bt_hf.diffusion.trainer import PreferenceLoRATrainer
+    from bt_hf.hub import pull_adapter, push_adapter
     from bt_hf.losses import bradley_terry_loss
     from bt_hf.pairs import load_preference_pairs
     from bt_hf.reward.config import BradleyTerryConfig

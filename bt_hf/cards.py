@@ -1,5 +1,6 @@
 """Model cards: the facts of a run, rendered with a template from `hub_cards/`."""
 
+import platform
 import sys
 from collections.abc import Iterable, Mapping, Sized
 from importlib import metadata
@@ -7,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+
+from bt_hf.card_parts import keep_owner_text
+from bt_hf.hub_checks import hub_id
 
 
 def render_card(template: str, facts: Mapping[str, Any], data: ModelCardData) -> ModelCard:
@@ -19,7 +22,7 @@ def render_card(template: str, facts: Mapping[str, Any], data: ModelCardData) ->
     Args:
         template: File name of a template in `hub_cards/`.
         facts: Values of the template. It leaves out what is missing, so that nothing has to be made up.
-        data: Metadata; the template shows it as `metadata`.
+        data: Metadata; the template shows it as `metadata`, and its tags as `tags`.
 
     Example:
         >>> card = render_card("reward_adapter.md", {"name": "my-taste"}, ModelCardData(library_name="peft"))
@@ -30,7 +33,17 @@ def render_card(template: str, facts: Mapping[str, Any], data: ModelCardData) ->
         loader=jinja2.FileSystemLoader(template_folder()), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     # An optional section starts with an empty line, so that it is the same with and without the ones before it.
-    return ModelCard(environment.get_template(template).render(facts, metadata=data.to_yaml()).strip() + "\n")
+    rendered = environment.get_template(template).render(facts, metadata=data.to_yaml(), tags=data.tags or [])
+    return ModelCard(rendered.strip() + "\n")
+
+
+def save_card(card: ModelCard, folder: Path) -> None:
+    """Write `README.md` into `folder`; of one that is there, only the generated parts and fields are renewed."""
+    path = folder / "README.md"
+    text = str(card)
+    if path.is_file():
+        text = keep_owner_text(text, path.read_text(encoding="utf-8"))
+    path.write_text(text, encoding="utf-8")
 
 
 def template_folder() -> Path:
@@ -38,15 +51,6 @@ def template_folder() -> Path:
     package = Path(__file__).parent
     installed = package / "hub_cards"
     return installed if installed.is_dir() else package.parent / "hub_cards"
-
-
-def hub_id(name_or_path: str) -> str | None:
-    """`name_or_path` if it is a Hub id; `None` if it is a local path, which is nobody else's business."""
-    try:
-        validate_repo_id(name_or_path)
-    except HFValidationError:
-        return None
-    return None if Path(name_or_path).exists() else name_or_path
 
 
 def trained_model(trainer: Any) -> Any:
@@ -84,9 +88,11 @@ def training_facts(trainer: Any, options: Mapping[str, str], **facts: Any) -> di
         facts: What stands between the steps and the options.
     """
     args, model = getattr(trainer, "args", None), trained_model(trainer)
+    state = getattr(trainer, "state", None)
     facts = {
         "pairs": count_pairs(getattr(trainer, "train_dataset", None)),
-        "steps": getattr(getattr(trainer, "state", None), "global_step", None),
+        "steps": getattr(state, "global_step", None),
+        **_effort(getattr(state, "log_history", None) or []),
         **facts,
     }
     for fact, name in options.items():
@@ -100,6 +106,15 @@ def training_facts(trainer: Any, options: Mapping[str, str], **facts: Any) -> di
         facts["rank"], facts["alpha"] = getattr(config, "r", None), getattr(config, "lora_alpha", None)
         facts["on"] = _layers(getattr(model.base_model, "targeted_module_names", []))
     return {fact: value for fact, value in facts.items() if value is not None}
+
+
+def _effort(log_history: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """How long the training took, and on what; empty before its end."""
+    seconds = [entry["train_runtime"] for entry in log_history if "train_runtime" in entry]
+    if not seconds:
+        return {}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return {"time": f"{seconds[-1]:.3g} s" if seconds[-1] < 90 else f"{seconds[-1] / 60:.3g} min", "hardware": device}
 
 
 def adapter_config(model: Any) -> Any:

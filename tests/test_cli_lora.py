@@ -63,7 +63,7 @@ def test_says_what_it_did_and_what_comes_next(workplace: Workplace) -> None:
     assert workplace.printed[0] == "Training on 6 pairs, 4 pairs held out"
     assert ", set from the data" in said
     assert "4 held-out pairs: implicit accuracy " in said
-    assert " with the LoRA" in said
+    assert "% against the base's " in said
     assert f"Saved to {workplace.lora}" in said
     assert f"Before | after: {workplace.lora / 'before_after.png'}" in workplace.printed
     assert f"Drawn to {workplace.lora / 'training_curve.png'}" in workplace.printed

@@ -13,6 +13,8 @@ from typing import NoReturn
 COMMANDS = {
     "lora": "train a preference LoRA: make a diffusers pipeline draw one person's way",
     "pairs": "draw images with a pipeline, and rank them into pairs with a reward",
+    "pull": "fetch a published adapter into the cache, and check it",
+    "push": "publish an adapter on the Hub, after checks",
     "reward": "train a reward: adapt CLIP and its kin to one person's clicks",
     "score": "score images with a reward, and rank them",
 }
@@ -26,6 +28,7 @@ example:
   bt-hf reward --model openai/clip-vit-base-patch32 --dataset my-clicks/ --output_dir my-taste
   bt-hf score my-taste --prompt "a red apple" photos/
   bt-hf lora --model stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset my-clicks/ --output_dir my-taste-lora
+  bt-hf push my-taste me/my-taste
 """
 
 

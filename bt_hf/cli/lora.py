@@ -145,7 +145,7 @@ def run(options: Options) -> None:
             for name in ("accuracy", "accuracy_low", "accuracy_high", "winner_error_base", "winner_error_change")
         )
         say(f"{len(held_out)} held-out pairs: implicit accuracy {accuracy:.3f} ({low:.3f} to {high:.3f})")
-        say(f"Denoising error of the preferred images: {base:.4g} of the base, {base + change:.4g} with the LoRA")
+        say(f"Denoising error of the preferred images: {change / base:+.2%} against the base's {base:.3g}")
     for sentence in trainer.warnings_seen:
         say(f"Warning: {sentence}")
     trainer.save_model(config.output_dir)

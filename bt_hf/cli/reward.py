@@ -144,6 +144,8 @@ def run(options: Options) -> None:
             say(f"{name:12}accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}), log-loss {log_loss:.3f}")
     trainer.save_model(config.output_dir)
     drawn = draw(trainer, validation) if extra.plots and config.process_index == 0 else []
+    if drawn:
+        trainer.create_model_card()  # which shows the diagram
     say(f"Saved to {config.output_dir}: the {'model' if config.full_finetuning else 'adapter'} and its card README.md")
     for path in drawn:
         say(f"Drawn to {path}")

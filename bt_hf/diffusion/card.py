@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from bt_hf.cards import count_pairs, eval_result, render_card, run_facts, training_facts, versions
+from bt_hf.cards import count_pairs, eval_result, render_card, run_facts, save_card, training_facts, versions
 
 SHEET = "before_after.png"
 # What the methods are called where one looks for them.
@@ -39,7 +39,7 @@ def write_lora_card(folder: Path, trainer: Any) -> None:
     The card shows `before_after.png` if it is in `folder`.
     """
     facts = lora_facts(trainer) | {"sheet": SHEET if (folder / SHEET).is_file() else None}
-    render_card("preference_lora.md", facts, lora_metadata(facts)).save(folder / "README.md")
+    save_card(render_card("preference_lora.md", facts, lora_metadata(facts)), folder)
 
 
 def lora_facts(trainer: Any) -> dict[str, Any]:

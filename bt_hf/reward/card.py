@@ -15,11 +15,13 @@ from bt_hf.cards import (
     eval_result,
     render_card,
     run_facts,
+    save_card,
     trained_model,
     training_facts,
     versions,
 )
 
+DIAGRAM = "reliability.png"
 _TAGS = ("preference", "reward-model", "bradley-terry")
 _OPTIONS = {
     "seed": "seed",
@@ -36,9 +38,12 @@ _OPTIONS = {
 
 
 def write_reward_card(folder: Path, trainer: Any) -> None:
-    """Write `README.md` into `folder`, from what `trainer` (a `BradleyTerryTrainer`) knows so far."""
-    facts = reward_facts(trainer)
-    render_card("reward_adapter.md", facts, reward_metadata(facts)).save(folder / "README.md")
+    """Write `README.md` into `folder`, from what `trainer` (a `BradleyTerryTrainer`) knows so far.
+
+    The card shows `reliability.png` if it is in `folder`.
+    """
+    facts = reward_facts(trainer) | {"reliability": DIAGRAM if (folder / DIAGRAM).is_file() else None}
+    save_card(render_card("reward_adapter.md", facts, reward_metadata(facts)), folder)
 
 
 def reward_facts(trainer: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from bt_hf.diffusion.sd import UNET_LAYERS
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
 from taste import preference_pairs
 
-BATCH, STEPS, ROUNDS = 16, 11, 5  # pairs; steps in a turn, of which the first is not counted; turns of each
+BATCH, STEPS, ROUNDS = 16, 5, 10  # pairs; steps in a turn, of which the first is not counted; turns of each
 # A rate at which hardly anything moves: a saturated loss has gradients of denormal numbers, which are slow.
 BETA, RATE, RANK = 2000.0, 1e-6, 8
 Turn = Callable[[], list[float]]  # runs a few steps, and says how many seconds each took
@@ -198,7 +198,7 @@ def bare(model: Path, bf16: bool, base_known: bool) -> Turn:
 def compare(model: Path, bf16: bool) -> None:
     """Print a table of one precision."""
     torch.manual_seed(0)
-    pairs = preference_pairs("fluent", 10 * BATCH)
+    pairs = preference_pairs("fluent", 4 * BATCH)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         began = time.perf_counter()

@@ -38,6 +38,7 @@ from bt_hf import (
 )
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
+from pretrain_clip import STYLE_NAMES
 from taste import preference_pairs
 
 PAIRS = 64
@@ -135,7 +136,7 @@ def header(studio: Studio, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("taste", "losses", "loop", "draws", "beta")
+    parts = ("base", "taste", "losses", "loop", "draws", "beta")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--tastes", nargs="+", choices=STYLES, default=STYLES)
     parser.add_argument("--seeds", type=int, default=3, help="of part taste; the others use one")
@@ -181,6 +182,22 @@ def run(studio: Studio, name: str, tastes: Iterable[str], seeds: Iterable[int], 
             betas.append(facts["beta"])
     note = f"{np.median(seconds):.0f} s, beta {np.median(betas):.3g}"
     print(row(name, results, order, note), flush=True)
+
+
+def base(studio: Studio, args: argparse.Namespace) -> None:
+    """Is the untouched pipeline neutral, and does it know the styles by name?"""
+    print("\nThe untouched pipeline: share of each style\n")
+    print("| | " + " | ".join(STYLES) + " | caption |")
+    print("|---" * (len(STYLES) + 2) + "|", flush=True)
+    pipeline = studio.pipeline()
+    for split, found in studio.measure(pipeline, 0).items():
+        print(f"| {split}, bare captions | " + " | ".join(f"{share:.2f}" for share in found["shares"]), end="")
+        print(f" | {found['caption']:.3f} |", flush=True)
+        named = []
+        for index, style in enumerate(STYLES):
+            images = studio.draw(pipeline, [f"{text}, {STYLE_NAMES[style]}" for text in studio.prompts[split]], 0)
+            named.append((studio.judge.style_probabilities(images).argmax(1) == index).float().mean().item())
+        print(f"| {split}, captions that name this style | " + " | ".join(f"{share:.2f}" for share in named) + " | |")
 
 
 def taste(studio: Studio, args: argparse.Namespace) -> None:
