@@ -79,42 +79,58 @@ def run_facts(trainer: Any, name: str, base: str | None) -> dict[str, Any]:
     }
 
 
-def training_facts(trainer: Any, options: Mapping[str, str], **facts: Any) -> dict[str, Any]:
+def training_facts(trainer: Any, options: Mapping[str, str], rows: str = "pairs", **facts: Any) -> dict[str, Any]:
     """Pairs, steps, what decides how a run goes, and its adapter, in the order of the card; only what is known.
 
     Args:
         trainer: A trainer, or whatever has some of its attributes.
         options: What the card calls an option of `trainer.args` -> its name there.
+        rows: What one trained on, if not on pairs.
         facts: What stands between the steps and the options.
     """
     args, model = getattr(trainer, "args", None), trained_model(trainer)
     state = getattr(trainer, "state", None)
     facts = {
-        "pairs": count_pairs(getattr(trainer, "train_dataset", None)),
+        rows: count_pairs(getattr(trainer, "train_dataset", None)),
         "steps": getattr(state, "global_step", None),
-        **_effort(getattr(state, "log_history", None) or []),
+        **_effort(getattr(state, "log_history", None) or [], getattr(args, "device", None)),
         **facts,
     }
     for fact, name in options.items():
         value = getattr(args, name, None)
         facts[fact] = getattr(value, "value", value)
+    batch = f"{rows} in a batch"
+    if facts[rows] and facts.get(batch):
+        facts[batch] = min(facts[rows], facts[batch])  # there are no more
     if (getattr(args, "max_steps", None) or -1) > 0:
         facts["epochs"] = None
     config = adapter_config(model)
     if config is not None:
-        facts["adapter"] = str(getattr(config.peft_type, "value", config.peft_type))
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        facts["adapter"] = "LoRA" if kind == "LORA" else kind
         facts["rank"], facts["alpha"] = getattr(config, "r", None), getattr(config, "lora_alpha", None)
-        facts["on"] = _layers(getattr(model.base_model, "targeted_module_names", []))
-    return {fact: value for fact, value in facts.items() if value is not None}
+        facts["layers"] = _layers(getattr(model.base_model, "targeted_module_names", []))
+    return {fact: _in_words(value) for fact, value in facts.items() if value is not None}
 
 
-def _effort(log_history: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """How long the training took, and on what; empty before its end."""
+def _in_words(value: Any) -> Any:
+    """An option as people write it: `on` rather than `True`, `3` rather than `3.0`."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _effort(log_history: Iterable[Mapping[str, Any]], device: torch.device | None) -> dict[str, str]:
+    """How long the steps took, and on what; empty before their end."""
     seconds = [entry["train_runtime"] for entry in log_history if "train_runtime" in entry]
     if not seconds:
         return {}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    return {"time": f"{seconds[-1]:.3g} s" if seconds[-1] < 90 else f"{seconds[-1] / 60:.3g} min", "hardware": device}
+    size, unit = (1, "s") if seconds[-1] < 90 else (60, "min") if seconds[-1] < 5400 else (3600, "h")
+    time = f"{seconds[-1] / size:.3g} {unit}"
+    kind = device.type if device is not None else "cpu"
+    # Not whatever is in the machine: a run may have been told to leave the GPU alone.
+    hardware = torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind.upper()} ({platform.machine()})"
+    return {"time of the steps": time, "hardware": hardware}
 
 
 def adapter_config(model: Any) -> Any:
@@ -128,7 +144,7 @@ def _layers(names: Iterable[str]) -> str | None:
     if len(found) <= 6:
         return ", ".join(f"`{name}`" for name in found) or None
     kinds = {next(part for part in reversed(name.split(".")) if not part.isdecimal()) for name in found}
-    return f"{len(found)} layers: " + ", ".join(f"`{kind}`" for kind in sorted(kinds))
+    return ", ".join(f"`{kind}`" for kind in sorted(kinds)) + f" ({len(found)} in all)"
 
 
 def count_pairs(pairs: Any) -> int | None:

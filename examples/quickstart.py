@@ -153,6 +153,7 @@ def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
         learning_rate=1e-3,
         per_device_train_batch_size=16,
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),  # the Trainer allows bf16 on a CPU only when told so
         validation_prompts=held_out[:6],
         validation_inference_steps=DRAWING["num_inference_steps"],
         validation_guidance_scale=DRAWING["guidance_scale"],
@@ -168,7 +169,7 @@ def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
     judge = Judge.from_pretrained(JUDGE_FOLDER).eval()
     shares = {}
     for name in ("before", "after"):
-        pipeline = DiffusionPipeline.from_pretrained(DIFFUSION_FOLDER, torch_dtype=torch.float32)
+        pipeline = DiffusionPipeline.from_pretrained(DIFFUSION_FOLDER, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         if name == "after":
             pipeline.load_lora_weights(folder)

@@ -67,10 +67,31 @@ def test_base_is_neutral_about_style_on_new_concepts_yet_sees_it() -> None:
     assert figures["recall@5"].mean() > 0.25
 
 
+def test_assets_stay_small_and_hold_no_pickles() -> None:
+    files = [path for path in (EXAMPLES / "emoji").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 45.1e6  # 45 MB of assets, and the scripts beside them
+    assert not [path for path in files if path.suffix in (".bin", ".ckpt", ".pkl", ".pt", ".pth")]
+
+
+def test_pipeline_of_the_emoji_domain_draws_in_the_style_that_is_named() -> None:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from emoji import DIFFUSION_FOLDER
+    from judge import JUDGE_FOLDER, Judge
+
+    pipeline = DiffusionPipeline.from_pretrained(DIFFUSION_FOLDER, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [f"{name}, mono" for name in ("red apple", "zebra", "house", "bell", "heart", "whale", "key", "star")]
+    options = {"num_inference_steps": 12, "guidance_scale": 3.0, "height": 64, "width": 64}
+    images = pipeline(prompts, generator=torch.Generator().manual_seed(0), **options).images
+    styles = Judge.from_pretrained(JUDGE_FOLDER).eval().style_probabilities(images).argmax(1)
+    assert (styles == 4).float().mean() > 0.7  # bare captions: about a fifth
+
+
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["quickstart.py", "--taste", "mono", "--pairs", "8", "--output_dir", str(tmp_path)]
-    )
+    options = ["--taste", "mono", "--pairs", "8", "--prompts", "6", "--steps", "3", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *options])
     runpy.run_path(str(EXAMPLES / "quickstart.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "cross-validation of 8 pairs" in printed
@@ -81,3 +102,6 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "training_curve.png",
     }
     assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert "pairs of the pipeline's own drawings" in printed
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (tmp_path / "lora" / "before_after.png").is_file()

@@ -1,6 +1,7 @@
 """The card of a preference LoRA: what is known about a run, and nothing that is not."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from bt_hf.cards import count_pairs, eval_result, render_card, run_facts, save_card, training_facts, versions
 
-SHEET = "before_after.png"
+SHEET, CURVE = "before_after.png", "training_curve.png"
 # What the methods are called where one looks for them.
 _METHODS = {
     "dpo": "diffusion-dpo",
@@ -20,6 +21,8 @@ _METHODS = {
     "sft": "sft",
     "kto": "diffusion-kto",
 }
+# What Markdown would take for its own in a prompt, and a quotation mark.
+_MARKUP, _ESCAPED = re.compile(r'([\\`*_~<>\[\]&$|"])'), r"\\\1"
 _OPTIONS = {
     "label smoothing": "label_smoothing",
     "draws of noise for a pair": "noise_draws",
@@ -36,9 +39,10 @@ _OPTIONS = {
 def write_lora_card(folder: Path, trainer: Any) -> None:
     """Write `README.md` into `folder`, from what `trainer` (a `PreferenceLoRATrainer`) knows so far.
 
-    The card shows `before_after.png` if it is in `folder`.
+    The card shows `before_after.png` and `training_curve.png` if they are in `folder`.
     """
-    facts = lora_facts(trainer) | {"sheet": SHEET if (folder / SHEET).is_file() else None}
+    pictures = {"sheet": SHEET, "curve": CURVE}
+    facts = lora_facts(trainer) | {fact: name for fact, name in pictures.items() if (folder / name).is_file()}
     save_card(render_card("preference_lora.md", facts, lora_metadata(facts)), folder)
 
 
@@ -50,6 +54,7 @@ def lora_facts(trainer: Any) -> dict[str, Any]:
     if held_out and len(evaluations) == 1:
         evaluations[0]["title"] = f"{held_out} held-out pairs"
     loss = getattr(args, "loss_type", None)
+    rows = "liked or disliked images" if loss == "kto" else "pairs"
     height, width = getattr(trainer, "size", None) or [getattr(args, "resolution", None)] * 2
     return {
         **run_facts(trainer, "preference-lora", getattr(trainer, "base_name", None)),
@@ -58,13 +63,14 @@ def lora_facts(trainer: Any) -> dict[str, Any]:
         "pipeline": getattr(trainer, "pipeline_class_name", None) or _class_name(getattr(trainer, "pipeline", None)),
         "loss": loss,
         "beta": _beta(trainer),
-        "rows": "liked or disliked images" if loss == "kto" else "pairs",
+        "rows": rows,
         "prompts": _prompts(trainer),
         "evaluations": evaluations,
         "warnings": list(getattr(trainer, "warnings_seen", None) or []),
         "training": training_facts(
             trainer,
-            _OPTIONS,
+            {f"{rows} in a batch" if fact == "pairs in a batch" else fact: name for fact, name in _OPTIONS.items()},
+            rows,
             loss=loss,
             beta=_beta(trainer),
             safeguard="on" if getattr(args, "safeguard", False) else None,
@@ -111,6 +117,7 @@ def _evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
                 "subset": name or None,
                 "accuracy": f"{numbers['']:.3f}",
                 "interval": f"{numbers['_low']:.3f} to {numbers['_high']:.3f}",
+                "undecided": numbers["_low"] <= 0.5 <= numbers["_high"],
                 "numbers": {"accuracy": numbers[""], "low": numbers["_low"], "high": numbers["_high"]},
                 "winner": _change_in_words(
                     entry.get(f"{prefix}winner_error_change"), entry.get(f"{prefix}winner_error_base")
@@ -156,10 +163,11 @@ def _beta(trainer: Any) -> str | None:
 
 
 def _prompts(trainer: Any) -> list[str]:
+    """The validation prompts, quoted, for a line of Markdown."""
     for owner in (trainer, getattr(trainer, "args", None)):
         prompts = getattr(owner, "validation_prompts", None)
         if prompts:
-            return list(prompts)
+            return [f'"{_MARKUP.sub(_ESCAPED, " ".join(prompt.split()))}"' for prompt in prompts]
     return []
 
 

@@ -21,7 +21,8 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
     """Load a pipeline and find its family.
 
     Args:
-        model: Hub id or folder of a pipeline or of a preference LoRA, or a loaded `DiffusionPipeline`.
+        model: Hub id or folder of a pipeline or of a preference LoRA, which are loaded in float32, or a loaded
+            `DiffusionPipeline`, of any dtype.
 
     Returns:
         The pipeline, whose denoiser is a `PeftModel` if `model` is a preference LoRA; its family; and the name or path
@@ -35,7 +36,7 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
     if isinstance(model, str | Path):
         config = find_adapter_config(str(model))
         if config is None:
-            pipeline = DiffusionPipeline.from_pretrained(str(model))
+            pipeline = from_pretrained(str(model))
             return pipeline, find_family(pipeline), str(model)
         base = config.base_model_name_or_path
         if not base:
@@ -43,7 +44,7 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
                 f"The adapter {str(model)!r} does not say what its base is: load the base's pipeline, put the adapter "
                 "on its denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and pass the pipeline."
             )
-        pipeline = DiffusionPipeline.from_pretrained(base)
+        pipeline = from_pretrained(base)
         family = find_family(pipeline)
         denoiser = getattr(pipeline, family.denoiser)
         setattr(pipeline, family.denoiser, PeftModel.from_pretrained(denoiser, str(model), is_trainable=True))
@@ -55,6 +56,12 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
         )
     # A copy of the shell: what we take out of it, the caller's keeps.
     return copy.copy(model), find_family(model), model.config.get("_name_or_path") or None
+
+
+def from_pretrained(name_or_path: str) -> Any:
+    """A pipeline in float32. Without a dtype, diffusers takes float32 for its own models, but leaves a text encoder in
+    what it was saved in (transformers 5), and the two then don't go together."""
+    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32)
 
 
 def add_adapter(

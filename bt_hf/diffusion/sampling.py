@@ -368,9 +368,9 @@ def _check_options(scorer: Any, on_bad_images: str, pipeline_kwargs: Mapping[str
 
 def _loaded(pipeline: Any) -> Any:
     if isinstance(pipeline, (str, os.PathLike)):
-        from diffusers import DiffusionPipeline
+        from bt_hf.diffusion.loading import from_pretrained
 
-        pipeline = DiffusionPipeline.from_pretrained(os.fspath(pipeline))
+        pipeline = from_pretrained(os.fspath(pipeline))
         return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
     if not callable(pipeline):
         raise TypeError(

@@ -21,7 +21,7 @@ from bt_hf.cards import (
     versions,
 )
 
-DIAGRAM = "reliability.png"
+DIAGRAM, CURVE = "reliability.png", "training_curve.png"
 _TAGS = ("preference", "reward-model", "bradley-terry")
 _OPTIONS = {
     "seed": "seed",
@@ -35,14 +35,17 @@ _OPTIONS = {
     "weight of the prior": "prior_weight",
     "weight of the alignment": "alignment_weight",
 }
+# What only a LoRA has.
+_OF_LORA = ("warm start", "weight of the prior")
 
 
 def write_reward_card(folder: Path, trainer: Any) -> None:
     """Write `README.md` into `folder`, from what `trainer` (a `BradleyTerryTrainer`) knows so far.
 
-    The card shows `reliability.png` if it is in `folder`.
+    The card shows `reliability.png` and `training_curve.png` if they are in `folder`.
     """
-    facts = reward_facts(trainer) | {"reliability": DIAGRAM if (folder / DIAGRAM).is_file() else None}
+    pictures = {"reliability": DIAGRAM, "curve": CURVE}
+    facts = reward_facts(trainer) | {fact: name for fact, name in pictures.items() if (folder / name).is_file()}
     save_card(render_card("reward_adapter.md", facts, reward_metadata(facts)), folder)
 
 
@@ -50,6 +53,8 @@ def reward_facts(trainer: Any) -> dict[str, Any]:
     """The values of the template `reward_adapter.md`. What is not known is left out, or empty."""
     model = trained_model(trainer)
     adapter = isinstance(model, PeftModel)
+    lora = adapter and "LORA" in str(getattr(adapter_config(model), "peft_type", ""))
+    options = {fact: name for fact, name in _OPTIONS.items() if lora or fact not in _OF_LORA}
     evaluations = _evaluations(getattr(getattr(trainer, "state", None), "log_history", None) or [])
     held_out = count_pairs(getattr(trainer, "eval_dataset", None))
     if held_out and len(evaluations) == 1:
@@ -58,13 +63,13 @@ def reward_facts(trainer: Any) -> dict[str, Any]:
     return {
         **run_facts(trainer, "reward", encoders.base_name(model) if model is not None else None),
         "adapter": adapter,
-        "lora": adapter and "LORA" in str(getattr(adapter_config(model), "peft_type", "")),
+        "lora": lora,
         "family": getattr(getattr(model, "config", None), "model_type", None),
         # As the model was trained: see `encoders.tokenize`.
         "padding": '"max_length"' if "siglip" in processor else "True",
         "verdict": getattr(trainer, "verdict", None),
         "evaluations": evaluations,
-        "training": training_facts(trainer, _OPTIONS),
+        "training": training_facts(trainer, options),
         "versions": versions(("torch", "transformers", *(("peft",) if adapter else ()), "datasets")),
     }
 

@@ -113,7 +113,7 @@ def repeat(step: Callable[[], None]) -> Turn:
 
 def network(model: Path) -> tuple[StableDiffusionPipeline, PeftModel, torch.optim.Optimizer]:
     """The pipeline, its denoiser with a LoRA as the trainer makes it, and the optimizer that the Trainer takes."""
-    pipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         module.eval().requires_grad_(False)
     denoiser = get_peft_model(pipeline.unet, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=UNET_LAYERS))

@@ -72,7 +72,7 @@ class Studio:
 
     @staticmethod
     def pipeline() -> StableDiffusionPipeline:
-        pipeline = StableDiffusionPipeline.from_pretrained(DIFFUSION_FOLDER, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(DIFFUSION_FOLDER, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

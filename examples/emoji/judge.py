@@ -288,7 +288,7 @@ def through_autoencoder(pixels: torch.Tensor) -> torch.Tensor:
     """Drawings (N, 3, 64, 64) in [0, 1] as the autoencoder of `diffusion/` gives them back."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(DIFFUSION_FOLDER / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(DIFFUSION_FOLDER / "vae", dtype=torch.float32).eval()
     decoded = [vae.decode(vae.encode(chunk * 2 - 1).latent_dist.mode()).sample for chunk in pixels.split(64)]
     return ((torch.cat(decoded) + 1) / 2).clamp(0, 1)
 

@@ -219,7 +219,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, 
 @torch.no_grad()
 def sample_sheet(folder: Path, path: Path, guidance_scale: float = 3.0) -> None:
     """Rows: captions; columns: the bare caption four times, then one of each style by name."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     captions = [*load_emoji("train")["caption"][7::605][:11], *load_emoji("held_out")["caption"][7::110][:11]]
     prompts = [
@@ -267,7 +267,7 @@ def main() -> None:
         model = pretrain_vae(start, corpus, args.steps, args.batch_size, args.learning_rate)
         model.half().save_pretrained(args.output_dir / "vae")
     else:
-        vae = AutoencoderKL.from_pretrained(args.output_dir / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(args.output_dir / "vae", dtype=torch.float32)
         unet, scale = pretrain_unet(corpus, vae, args)
         save_pipeline(args.output_dir, vae, unet, scale)
 
