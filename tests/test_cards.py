@@ -137,3 +137,16 @@ def test_templates_and_versions_are_found() -> None:
     assert (template_folder() / "reward_adapter.md").is_file()
     found = versions(["torch", "no-such-library"])
     assert list(found) == ["bt-hf", "torch"]
+
+
+def test_card_of_a_whole_model_has_no_facts_of_a_lora(tmp_path) -> None:
+    args = SimpleNamespace(warm_start=True, prior_weight=0.02, alignment_weight=0.7)
+    text = card_of(SimpleNamespace(args=args, verdict="Worse."), tmp_path).text
+    assert "- weight of the alignment: 0.7" in text
+    assert not re.search("warm start|prior", text)
+
+
+def test_caption_says_which_pairs_the_diagram_is_of(trained: BradleyTerryTrainer, tmp_path) -> None:
+    (tmp_path / "reliability.png").touch()
+    assert "for how sure it is, on 6 held-out pairs." in card_of(trained, tmp_path).text
+    assert "for how sure it is, in the cross-validation." in card_of(SimpleNamespace(verdict="Worse."), tmp_path).text

@@ -196,3 +196,31 @@ def test_card_of_unpaired_rows_and_of_a_loss_without_beta(tmp_path: Path) -> Non
 
 def test_template_is_found() -> None:
     assert (template_folder() / "preference_lora.md").is_file()
+
+
+def test_prompts_are_quoted_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "before_after.png").touch()
+    trainer = trainer_of()
+    trainer.args.validation_prompts = ["a dog's café", "*red* <b> a_b"]
+    assert r"""prompt: "a dog's café", "\*red\* \<b\> a\_b".""" in card_of(trainer, tmp_path).text
+
+
+def test_chance_within_the_interval_is_said(tmp_path: Path) -> None:
+    def text(low: float) -> str:
+        state = SimpleNamespace(log_history=[evaluation(accuracy_low=low)])
+        return card_of(trainer_of(state=state), tmp_path).text
+
+    assert "Chance lies within this interval" in text(0.4)
+    assert "Chance lies" not in text(0.6)
+
+
+def test_training_in_words(tmp_path: Path) -> None:
+    (tmp_path / "training_curve.png").touch()
+    trainer = trainer_of()
+    trainer.args.loss_type, trainer.args.train_batch_size, trainer.args.label_smoothing = "kto", 32, 0.0
+    trainer.args.device = torch.device("mps")
+    trainer.state.log_history = [{"train_runtime": 20000.0}]
+    text = card_of(trainer, tmp_path).text
+    for fact in ("images: 12", "images in a batch: 12", "label smoothing: 0\n", "time of the steps: 5.56 h", "MPS ("):
+        assert fact in text
+    assert "](training_curve.png)" in text

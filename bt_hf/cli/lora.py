@@ -151,6 +151,8 @@ def run(options: Options) -> None:
     trainer.save_model(config.output_dir)
     folder = Path(config.output_dir)
     drawn = draw_plots(folder, trainer.state.log_history) if extra.plots and config.process_index == 0 else []
+    if drawn:  # so that the card shows them
+        trainer.create_model_card()
     say(f"Saved to {config.output_dir}: the LoRA and its card README.md")
     if trainer.validation.after:
         say(f"Before | after: {folder / SHEET}")

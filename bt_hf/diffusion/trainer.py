@@ -349,7 +349,10 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         preference = batch["preference"]
         margin = losses.denoising_margin(self._pair_errors(errors, reference), self.beta or 1.0)
         decided = preference != 0.5
-        self.record(accuracy=((margin > 0) == (preference > 0.5))[decided], margin=margin)
+        hits = ((margin > 0) == (preference > 0.5)).float()
+        # A LoRA that does nothing yet, as at the first step, guesses.
+        hits = torch.where(margin == 0, torch.full_like(hits, 0.5), hits)
+        self.record(accuracy=hits[decided], margin=margin)
         if change is not None:
             first, second = change.chunk(2)
             winner, loser = _by_preference(first, second, preference)

@@ -16,12 +16,14 @@ They take turns of a few steps, so that a noisy machine is noisy for all; median
 """
 
 import argparse
+import gc
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -233,13 +235,12 @@ def compare(model: Path, bf16: bool) -> None:
 
 
 def save_sd15(folder: Path) -> None:
-    """A random pipeline of the shape of Stable Diffusion 1.5, with the emoji tokenizer, in float16."""
+    """A random pipeline of the shape of Stable Diffusion 1.5, with the emoji tokenizer."""
     tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **special
     )
-    torch.set_default_dtype(torch.float16)
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(
             down_block_types=["DownEncoderBlock2D"] * 4,
@@ -265,10 +266,10 @@ def save_sd15(folder: Path) -> None:
 
 
 def measure(model: Path, cached: bool, batch: int, size: int) -> None:
-    """Print the memory of this process in GB: its peak until training begins, what is held then, and its peak."""
+    """Print what this process held, in GB."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer, turn = train(
+        _, turn = train(
             model,
             preference_pairs("fluent", 2 * batch),
             Path(scratch),
@@ -277,14 +278,43 @@ def measure(model: Path, cached: bool, batch: int, size: int) -> None:
             resolution=size,
             cache_latents=cached,
         )
-        before, held = peak_memory(), psutil.Process().memory_info().rss / 1e9
+        found = {"before": peak_memory(), "tensors": tensor_memory()}
+        training = Watch()
         turn()
-    print(json.dumps({"before": before, "held": held, "peak": peak_memory()}))
+        print(json.dumps(found | {"training": training.stop(), "peak": peak_memory()}))
 
 
 def peak_memory() -> float:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def tensor_memory() -> float:
+    """All tensors that live; what a process holds may be more, as an allocator keeps freed memory to use it again."""
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values()) / 1e9
+
+
+class Watch(threading.Thread):
+    """The largest memory of this process from now on: `peak_memory` never falls, so it would tell of the loading."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+        self._stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        process = psutil.Process()
+        while not self._stopped.wait(0.02):
+            self.peak = max(self.peak, process.memory_info().rss / 1e9)
+
+    def stop(self) -> float:
+        self._stopped.set()
+        self.join()
+        return self.peak
 
 
 def compare_memory(model: Path) -> None:
@@ -297,7 +327,13 @@ def compare_memory(model: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         print(child("save_sd15", folder))
         print("Two steps in float32; GB of memory\n")
-        print("| | cache | peak until training begins | held then | peak |\n|---|---|---:|---:|---:|")
+        names = {
+            "before": "peak of loading and encoding",
+            "tensors": "tensors that are left",
+            "training": "peak of the steps",
+            "peak": "peak in all",
+        }
+        print(f"| | cache | {' | '.join(names.values())} |\n|---|---|{'---:|' * len(names)}")
         cases = (
             (f"emoji, 64 px, {BATCH} pairs a step", model, BATCH, 64),
             ("Stable Diffusion 1.5's shape, 256 px, 1 pair a step", Path(folder), 1, 256),
@@ -305,7 +341,7 @@ def compare_memory(model: Path) -> None:
         for name, path, batch, size in cases:
             for cached in (False, True):
                 found = json.loads(child("measure", path, int(cached), batch, size).splitlines()[-1])
-                figures = " | ".join(f"{found[key]:.2f}" for key in ("before", "held", "peak"))
+                figures = " | ".join(f"{found[key]:.2f}" for key in names)
                 print(f"| {name} | {'yes' if cached else 'no'} | {figures} |", flush=True)
 
 
