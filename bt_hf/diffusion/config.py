@@ -78,7 +78,7 @@ class PreferenceLoRAConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Fix that many draws of noise and timestep for each pair, so that the base's errors are computed "
-            "once: a third of the work less. By default every epoch draws anew."
+            "once: a forward pass less at each step. By default every epoch draws anew."
         },
     )
     eval_draws: int = field(

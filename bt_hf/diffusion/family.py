@@ -105,9 +105,9 @@ def unwrap(denoiser: nn.Module) -> Any:
 def cast(values: Mapping[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
     """Floating tensors in the denoiser's dtype, everything on its device."""
     model = unwrap(denoiser)
+    device, dtype = model.device, model.dtype  # once: each looks through all of the model
     return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-        for name, value in values.items()
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in values.items()
     }
 
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -259,6 +260,23 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         pairs.reference = torch.cat(found)
 
     # --- One step ---
+
+    @contextmanager
+    def base_model(self) -> Iterator[nn.Module]:
+        """The untouched base, within a context that restores the adapter.
+
+        What `disable_adapter` does for a LoRA, without its report on the whole model, which takes longer than the rest
+        and would be made at every step.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        try:
+            model.eval()
+            model.base_model.disable_adapter_layers()
+            yield model
+        finally:
+            model.base_model.enable_adapter_layers()
+            model.train(training)
 
     def _encoded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with latents and conditions: from the cache, or encoded now."""
