@@ -139,7 +139,9 @@ def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
 
     # 6. The pipeline draws some prompts, and the reward of step 3 takes the best and the worst of each.
     prompts = captions[:: len(captions) // args.prompts][: args.prompts]
+    # Turned up, it asks for the taste before the caption: all drawings of a prompt show the same thing.
     scorer = PreferenceScorer.from_pretrained(args.output_dir)
+    scorer.set_scale(8)
     with torch.autocast("cpu", torch.bfloat16):
         pairs = generate_preference_pairs(
             str(DIFFUSION_FOLDER), prompts, scorer, candidates=8, pairs_per_prompt=2, batch_size=48, **DRAWING

@@ -240,7 +240,9 @@ def loop(studio: Studio, args: argparse.Namespace) -> None:
         reward = BradleyTerryTrainer(CLIP_FOLDER, BradleyTerryConfig("unused", **QUIET), train_dataset=clicks)
         reward.remove_callback(PrinterCallback)
         reward.train()
+        # Turned up, it asks for the taste before the caption: all drawings of a prompt show the same thing.
         scorer = PreferenceScorer(reward.model, reward.processing_class)
+        scorer.set_scale(8)
         prompts = captions[3 :: len(captions) // PAIRS][:PAIRS]
         with torch.autocast("cpu", torch.bfloat16):
             pairs = generate_preference_pairs(
