@@ -30,6 +30,7 @@ FLOORS = {
     "plots": 1,
     "encoders": 1,
     "evaluate_modules": 1,
+    "config": 1,
     "trainer": 2,
     "verdict": 2,
     "reward": 3,

@@ -11,6 +11,7 @@ from trl import TrlParser
 
 from bt_hf import plots
 from bt_hf.cli import refuse
+from bt_hf.config import PreferenceConfig
 from bt_hf.pairs import load_preference_pairs
 
 # Of the many TrainingArguments, those that `--help` shows; `--help_all` shows all.
@@ -100,7 +101,8 @@ def parse_training(
     parser.set_defaults(output_dir=output_dir)
     if not {"--help_all", "--help-all"} & set(argv):
         *own, config = parts
-        shown = _SHOWN | {item.name for part in own for item in fields(part)} | set(config.__annotations__)
+        shown = _SHOWN | {item.name for part in own for item in fields(part)}
+        shown |= {name for part in (config, PreferenceConfig) for name in part.__annotations__}
         for action in parser._actions:
             if action.dest not in shown | {"config", "help", "help_all"}:
                 action.help = argparse.SUPPRESS

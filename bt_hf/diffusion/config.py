@@ -4,12 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from transformers import TrainingArguments
+from bt_hf.config import PreferenceConfig
 
 
 @dataclass
-class PreferenceLoRAConfig(TrainingArguments):
+class PreferenceLoRAConfig(PreferenceConfig):
     """Options of [`PreferenceLoRATrainer`]: those of `transformers.TrainingArguments`, with defaults for few pairs.
 
     With dpo, the default, the objective is the mean over pairs of
@@ -28,7 +27,6 @@ class PreferenceLoRAConfig(TrainingArguments):
         'dpo'
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     max_steps: int = field(default=200, metadata={"help": "Optimizer steps; -1 to count in `num_train_epochs`."})
     per_device_train_batch_size: int = field(
         default=4, metadata={"help": "Pairs in a batch on each device; the denoiser sees twice as many images."}
@@ -38,9 +36,6 @@ class PreferenceLoRAConfig(TrainingArguments):
     warmup_steps: float = field(default=10, metadata={"help": "Steps over which the learning rate rises."})
     weight_decay: float = field(default=1e-2, metadata={"help": "Weight decay of AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept off: the collator reads the columns of the row contract."}
-    )
     loss_type: Literal["dpo", "ipo", "hinge", "bt", "mapo", "sft", "kto"] = field(
         default="dpo",
         metadata={
@@ -56,10 +51,6 @@ class PreferenceLoRAConfig(TrainingArguments):
             "that it means the same for every model. What a number means differs by model: 2000 to "
             "5000 is usual for Stable Diffusion, 100 for flow models."
         },
-    )
-    label_smoothing: float = field(
-        default=0.0,
-        metadata={"help": "Share of clicks taken to be slips of the hand, in [0, 0.5], as in conservative DPO."},
     )
     safeguard: bool = field(
         default=False,
@@ -120,25 +111,16 @@ class PreferenceLoRAConfig(TrainingArguments):
             "falls while training accuracy is near 1 (stops, and goes back to the best), images become all alike."
         },
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Allow to write over an adapter that `output_dir` already holds."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Dispatching cuts every tensor of a stream's batch to B rows, but of images there are 2B.
-        self.accelerator_config.dispatch_batches = False
-        # Pinned memory is for copies to a GPU; without one torch only warns about it.
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
         if self.beta != "auto":
             self.beta = _positive("beta", self.beta, " or 'auto'")
         for name in ("snr_gamma", "noise_draws", "eval_draws", "lora_rank", "validation_images", "resolution"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        for name, high in (("label_smoothing", 0.5), ("safeguard_margin", 1.0)):
-            if not 0.0 <= getattr(self, name) <= high:
-                raise ValueError(f"`{name}` should be in [0, {high:g}], but got {getattr(self, name)}.")
+        if not 0.0 <= self.safeguard_margin <= 1.0:
+            raise ValueError(f"`safeguard_margin` should be in [0, 1], but got {self.safeguard_margin}.")
         if self.safeguard and self.loss_type in ("sft", "kto"):
             raise ValueError(
                 f"`safeguard` scales the gradient of a pair's rejected image, but `{self.loss_type}` has no such "

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, field
 
-import torch
-from transformers import TrainingArguments
+from bt_hf.config import PreferenceConfig
 
 
 @dataclass
-class BradleyTerryConfig(TrainingArguments):
+class BradleyTerryConfig(PreferenceConfig):
     """Options of [`BradleyTerryTrainer`]: those of `transformers.TrainingArguments`, with defaults for few pairs.
 
     The objective is the mean over pairs of
@@ -23,19 +22,11 @@ class BradleyTerryConfig(TrainingArguments):
         10
     """
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     num_train_epochs: float = field(default=10, metadata={"help": "How often each pair is seen."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Pairs in a batch on each device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Pairs in a batch of evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     logging_steps: float = field(default=5, metadata={"help": "Log every so many steps."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept off: the collator reads the columns of the row contract."}
-    )
-    label_smoothing: float = field(
-        default=0.0,
-        metadata={"help": "Share of clicks taken to be slips of the hand, in [0, 0.5], as in conservative DPO."},
-    )
     warm_start: bool = field(
         default=True,
         metadata={
@@ -70,19 +61,9 @@ class BradleyTerryConfig(TrainingArguments):
     cache_max_gb: float = field(
         default=4.0, metadata={"help": "No cache if it would take more than this much memory, in GB."}
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Allow to write over an adapter that `output_dir` already holds."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Dispatching cuts every tensor of a stream's batch to B rows, but of images there are 2B.
-        self.accelerator_config.dispatch_batches = False
-        # Pinned memory is for copies to a GPU; without one torch only warns about it.
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
-        if not 0.0 <= self.label_smoothing <= 0.5:
-            raise ValueError(f"`label_smoothing` should be in [0, 0.5], but got {self.label_smoothing}.")
         for name in ("prior_weight", "alignment_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` should be at least 0, but got {getattr(self, name)}.")
