@@ -108,6 +108,7 @@ def test_cached_batches_are_those_encoded_at_every_step(sample: bool, tmp_path: 
     found = cached.collate([cached[index] for index in (3, 0, 4)])
     expected = own.encode(own.collator([pairs[index] for index in (3, 0, 4)]))
     assert found.keys() == expected.keys()
+    assert found.pop("prompt") == expected.pop("prompt") == [pairs[index]["prompt"] for index in (3, 0, 4)]
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
     assert found["latents"].shape[0] == 6  # the chosen, then the rejected

@@ -44,8 +44,9 @@ class CachedPairs(torch.utils.data.Dataset):
         read = _read(self.images, [row["images"][side] for side in sides for row in rows])
         digests = read.pop("digest").view(len(sides), -1)
         conditions = _read(self.prompts, [row["prompt"] for row in rows])
-        batch = {**read, **{f"condition_{name}": value for name, value in conditions.items()}}
-        batch["row"] = row_numbers([row["text"] for row in rows], digests)
+        batch: dict[str, Any] = {**read, **{f"condition_{name}": value for name, value in conditions.items()}}
+        batch["prompt"] = [row["text"] for row in rows]  # for messages
+        batch["row"] = row_numbers(batch["prompt"], digests)
         if self.reference is not None:
             batch["reference"] = self.reference[[row["index"] for row in rows]]  # (B, draws, sides)
         return {**batch, **labels(rows)}

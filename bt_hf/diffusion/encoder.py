@@ -88,8 +88,8 @@ class PairEncoder:
             diffusers_logging.set_verbosity(verbosity)
 
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of `DiffusionCollator` with latents and `condition_*` in place of pixels and prompts."""
-        rest = {name: value for name, value in batch.items() if name not in ("pixels", "prompt")}
+        """A batch of `DiffusionCollator` with latents in place of pixels, and with `condition_*`."""
+        rest = {name: value for name, value in batch.items() if name != "pixels"}
         conditions = self.encode_prompts(batch["prompt"])
         named = {f"condition_{name}": value for name, value in conditions.items()}
         return {**rest, **self.encode_pixels(batch["pixels"]), **named}

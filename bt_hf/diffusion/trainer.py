@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainerCallback, set_seed
@@ -404,13 +405,14 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def _stop_at(self, values: torch.Tensor, inputs: Mapping[str, Any]) -> None:
         index = int((~torch.isfinite(values)).nonzero()[0])
-        prompts = inputs.get("prompt") or [f"number {row}" for row in inputs.get("index", inputs["row"]).tolist()]
-        checkpoints = sorted(Path(self.args.output_dir).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        kept = f"The last good checkpoint is {checkpoints[-1]}." if checkpoints else "No checkpoint was written yet."
+        # The newest may have been written with the weights that gave this loss.
+        weights = sorted(Path(self.args.output_dir).glob("checkpoint-*/adapter_model.safetensors"), key=_age)
+        good = next((path.parent for path in weights if _is_finite(path)), None)
+        kept = f"The last good checkpoint is {good}." if good else "There is no good checkpoint yet."
         raise FloatingPointError(
             f"the loss became {values[index].item()} at step {self.state.global_step + 1}, at the pair with the "
-            f"prompt {prompts[index]!r}. {kept} Lower `learning_rate` or `beta`, use bf16 instead of fp16, or look at "
-            "that pair's images."
+            f"prompt {inputs['prompt'][index]!r}. {kept} Lower `learning_rate` or `beta`, use bf16 instead of fp16, "
+            "or look at that pair's images."
         )
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -470,6 +472,14 @@ def _by_preference(
     """Values of the winners and of the losers; with a soft label below one half the rejected image won."""
     won = preference >= 0.5
     return torch.where(won, chosen, rejected), torch.where(won, rejected, chosen)
+
+
+def _age(path: Path) -> int:
+    return -path.stat().st_mtime_ns
+
+
+def _is_finite(path: Path) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in load_file(path).values())
 
 
 def _each(*data: Any) -> Iterator[Any]:
