@@ -352,8 +352,9 @@ def test_unknown_prediction_type_is_named() -> None:
     [
         (IA3Config(target_modules=["to_k"], feedforward_modules=[]), "expected a `LoraConfig`, but got IA3Config"),
         (LoraConfig(target_modules=["to_k"], modules_to_save=["conv_in"]), "`modules_to_save` asks for"),
+        (LoraConfig(target_modules=["to_k"], bias="lora_only"), "`bias='lora_only'` trains biases"),
     ],
-    ids=["ia3", "modules_to_save"],
+    ids=["ia3", "modules_to_save", "bias"],
 )
 def test_adapters_that_pipelines_cannot_load(config: Any, expected: str, tmp_path: Path) -> None:
     pipeline = build("sd")

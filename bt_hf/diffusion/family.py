@@ -105,7 +105,9 @@ def unwrap(denoiser: nn.Module) -> Any:
 def cast(values: Mapping[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
     """Floating tensors in the denoiser's dtype, everything on its device."""
     model = unwrap(denoiser)
-    device, dtype = model.device, model.dtype  # once: each looks through all of the model
+    weight = next(value for value in model.parameters() if value.is_floating_point())
+    # `model.dtype` would look through all of the model at every step; weights of 8 bits alone need it.
+    device, dtype = weight.device, weight.dtype if weight.itemsize > 1 else model.dtype
     return {
         name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in values.items()
     }
@@ -172,4 +174,9 @@ def check_adapter(config: Any) -> None:
         raise ValueError(
             f"Pipelines load LoRA weights alone, but `modules_to_save` asks for {config.modules_to_save}: leave it "
             "out, and name these modules in `target_modules`."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"Pipelines load LoRA weights alone, but `bias={config.bias!r}` trains biases of the base too, which "
+            "switching off the LoRA would not undo: pass `bias='none'`."
         )

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainerCallback, set_seed
 
@@ -266,18 +269,29 @@ class PreferenceLoRATrainer(PreferenceTrainer):
     def base_model(self) -> Iterator[nn.Module]:
         """The untouched base, within a context that restores the adapter.
 
-        What `disable_adapter` does for a LoRA, without its report on the whole model, which takes longer than the rest
-        and would be made at every step.
+        What `eval()` and `disable_adapter()` do, without searching the whole model, which at every step takes longer
+        than the rest.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        training = model.training
+        adapters, dropouts = self._switched
+        training = [module.training for module in dropouts]
         try:
-            model.eval()
-            model.base_model.disable_adapter_layers()
-            yield model
+            for module in dropouts:
+                module.eval()
+            for layer in adapters:
+                layer.enable_adapters(False)
+            yield self.model_wrapped
         finally:
-            model.base_model.enable_adapter_layers()
-            model.train(training)
+            for layer in adapters:
+                layer.enable_adapters(True)
+            for module, mode in zip(dropouts, training, strict=True):
+                module.train(mode)
+
+    @cached_property
+    def _switched(self) -> tuple[list[BaseTunerLayer], list[nn.Module]]:
+        """The layers that differ between base and adapter, and those that differ between training and use."""
+        modules = list(self.model.modules())
+        adapters = [module for module in modules if isinstance(module, BaseTunerLayer)]
+        return adapters, [module for module in modules if isinstance(module, _DropoutNd)]
 
     def _encoded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with latents and conditions: from the cache, or encoded now."""
