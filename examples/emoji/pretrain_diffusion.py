@@ -8,6 +8,10 @@ Only training concepts are used, in all five styles alike. The text encoder is t
 last layer, as Stable Diffusion 2 takes it, and stays frozen. Captions are bare ("red apple", or its tags), name the
 style ("red apple, twemoji"), or are empty, which classifier-free guidance needs. The denoiser predicts v on a schedule
 with zero terminal SNR (https://arxiv.org/abs/2305.08891): drawings on white need to begin from pure noise.
+Two processes of one thread each bear other work on the machine better than one of two:
+
+    OMP_NUM_THREADS=1 accelerate launch --multi_gpu --num_processes 2 examples/emoji/pretrain_diffusion.py \
+        --stage unet --batch_size 32
 """
 
 import argparse
@@ -17,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import compute_snr
 from PIL import Image
@@ -162,7 +167,10 @@ def pretrain_unet(
     model = start.to(memory_format=torch.channels_last)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     optimizer, schedule = optimizer_of(model, args.learning_rate, args.steps)
-    progress = tqdm(range(args.steps), desc="denoiser", mininterval=10)
+    accelerator = Accelerator(cpu=True)
+    wrapped = accelerator.prepare(model)
+    set_seed(args.seed + accelerator.process_index)  # each process draws its own batches
+    progress = tqdm(range(args.steps), desc="denoiser", mininterval=10, disable=not accelerator.is_main_process)
     began, running = time.perf_counter(), 0.0
     for step in progress:
         drawn = torch.randint(parameters.shape[1], (args.batch_size,))
@@ -176,15 +184,14 @@ def pretrain_unet(
         noise = torch.randn_like(latents)
         noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         target = scheduler.get_velocity(latents, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                states = encoder(tokens).last_hidden_state
-            predicted = model(noisy, timesteps, states).sample.float()
+        with torch.no_grad():
+            states = encoder(tokens).last_hidden_state
+        predicted = wrapped(noisy, timesteps, states).sample  # bfloat16 is slower than float32 at this size
         snr = compute_snr(scheduler, timesteps)
         weight = snr.clamp(max=SNR_GAMMA) / (snr + 1) + 0.1  # the last steps, of almost no signal, count a little
         loss = (weight * F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))).mean()
         optimizer.zero_grad()
-        loss.backward()
+        accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -192,7 +199,7 @@ def pretrain_unet(
         running = 0.98 * running + 0.02 * loss.item() if step else loss.item()
         if step % 50 == 49:
             progress.set_postfix(loss=f"{running:.4f}", minutes=f"{(time.perf_counter() - began) / 60:.0f}")
-        if step % args.save_steps == args.save_steps - 1:
+        if step % args.save_steps == args.save_steps - 1 and accelerator.is_main_process:
             save_pipeline(args.output_dir, vae, average.module, scale)
     return average.module, scale
 
@@ -250,7 +257,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=["vae", "unet", "sample"], required=True)
     parser.add_argument("--output_dir", type=Path, default=DIFFUSION_FOLDER)
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="of each process")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--copies", type=int, default=4, help="how often each drawing is encoded, each time moved")
     parser.add_argument("--go_on", action="store_true", help="begin with the weights in --output_dir")
@@ -270,7 +277,8 @@ def main() -> None:
     else:
         vae = AutoencoderKL.from_pretrained(args.output_dir / "vae", dtype=torch.float32)
         unet, scale = pretrain_unet(corpus, vae, args)
-        save_pipeline(args.output_dir, vae, unet, scale)
+        if PartialState().is_main_process:
+            save_pipeline(args.output_dir, vae, unet, scale)
 
 
 if __name__ == "__main__":
