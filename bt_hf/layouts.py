@@ -6,7 +6,7 @@ import difflib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from datasets import Dataset, Features, Image, IterableDataset, Value, concatena
 CONTRACT = ("prompt", "chosen", "rejected", "preference", "weight")
 DEFAULTS = {"preference": 1.0, "weight": 1.0}
 IMAGE = Image(decode=False)  # images travel as {"bytes", "path"} and are decoded one pair at a time
-NOTES = Features({"_row": Value("int64"), "_problem": Value("string")})  # where a pair came from, what is wrong
+PLACE = Features({"_shard": Value("string"), "_row": Value("int64")})  # where a pair came from; of one file, no name
+NOTES = Features(PLACE | {"_problem": Value("string")})  # and what is wrong with it
 _KINDS = {
     "text": "text (string)",
     "number": "numbers",
@@ -130,7 +131,7 @@ def recognise(features: Features, label: str) -> Layout:
             kinds = {"prompt": "text", images: "image", ranks: "number"}
             layout = Layout("ImageRewardDB", kinds, convert, group=first("prompt_id", "prompt"))
     if layout is None:
-        raise PreferenceDataError(_missing_columns(list(features), label))
+        raise PreferenceDataError(_missing_columns([name for name in features if name not in PLACE], label))
     for name, kind in layout.kinds.items():
         if not _is_kind(features[name], kind):
             raise PreferenceDataError(
@@ -180,11 +181,11 @@ def to_pairs(
         name: feature
         for name, feature in features.items()
         if isinstance(feature, Value) and feature.dtype not in ("null", "binary", "large_binary")
-        if name not in layout.kinds and name not in CONTRACT and layout.group in (None, name)
+        if name not in layout.kinds and name not in (*CONTRACT, *NOTES) and layout.group in (None, name)
     }
     images, floats = dict.fromkeys(["chosen", "rejected"], IMAGE), dict.fromkeys(DEFAULTS, Value("float64"))
     rewritten = Features({"prompt": Value("string")} | images | floats | extras | NOTES)
-    expand = {"convert": layout.convert, "extras": list(extras), "folder": folder}
+    expand = {"convert": layout.convert, "extras": tuple(extras), "folder": folder}
     options = {
         "with_indices": True,
         "batched": True,
@@ -239,13 +240,13 @@ def _encode(value: Any, folder: Path | None) -> dict[str, Any] | None:
 
 
 def _expand(
-    batch: dict[str, list], indices: list[int], convert: Callable, extras: list[str], folder: Path | None
+    batch: dict[str, list], indices: list[int], convert: Callable, extras: tuple[str, ...], folder: Path | None
 ) -> dict[str, list]:
     """A batch of rows of some layout -> a batch of pairs."""
     pairs = []
     for position, index in enumerate(indices):
         row = {name: values[position] for name, values in batch.items()}
-        kept = {name: row[name] for name in extras} | {"_row": index}
+        kept = {name: row[name] for name in extras} | {"_row": row.get("_row", index), "_shard": row.get("_shard")}
         pairs += [kept | pair for pair in _pairs_of(row, convert)]
     columns = {name: [pair[name] for pair in pairs] for name in (*CONTRACT, *extras, *NOTES)}
     return columns | {name: [_encode(value, folder) for value in columns[name]] for name in ("chosen", "rejected")}
@@ -276,7 +277,7 @@ def _join_groups(dataset: Dataset, layout: Layout, folder: Path | None, features
         ranking = {prompt: text, images: rows, ranks: light[rows][ranks], "_rows": rows}
         found = _pairs_of(ranking, layout.convert)  # here an image is the number of its row
         named = {layout.group: key} if layout.group != prompt else {}
-        pairs += [{"_row": rows[0]} | pair | named for pair in found]
+        pairs += [{"_row": rows[0], "_shard": None} | pair | named for pair in found]
     plain = Features({name: feature for name, feature in features.items() if name not in ("chosen", "rejected")})
     columns = [Dataset.from_dict({name: [pair[name] for pair in pairs] for name in plain}, features=plain)]
     dataset = _stored(dataset, images, folder).select_columns([images])
@@ -287,20 +288,24 @@ def _join_groups(dataset: Dataset, layout: Layout, folder: Path | None, features
 
 
 def _stream_groups(
-    dataset: Iterable[dict], columns: tuple[str, ...], convert: Callable, extras: list[str], folder: Path | None
+    dataset: IterableDataset, columns: tuple[str, ...], convert: Callable, extras: tuple[str, ...], folder: Path | None
 ) -> Iterator[dict[str, Any]]:
     """The same for a stream, which holds the images of one prompt at a time."""
     group, prompt, images, ranks = columns
     seen: set[tuple] = set()
-    for key, run in itertools.groupby(enumerate(dataset), key=lambda item: (item[1][group], item[1][prompt])):
-        numbers, rows = zip(*run, strict=True)
+    # `iter`, unlike iterating, does not split among the workers of a DataLoader: here one of them reads all.
+    plain = ({name: values[0] for name, values in batch.items()} for batch in dataset.iter(batch_size=1))
+    for key, run in itertools.groupby(enumerate(plain), key=lambda item: (item[1][group], item[1][prompt])):
+        numbers, rows = zip(*((row.get("_row", index), row) for index, row in run), strict=True)
+        shard = rows[0].get("_shard")
+        place = f"row {numbers[0]} of {shard}" if shard else f"row {numbers[0]}"
         if key in seen:
             raise PreferenceDataError(
-                f"row {numbers[0]}: {group} {key[0]!r} comes again after others; in a stream the images of a prompt "
-                "must be neighbours: sort the data, or load it with streaming=False"
+                f"{place}: {group} {key[0]!r} comes again after others; in a stream the images of a prompt must be "
+                "neighbours: sort the data, or load it with streaming=False"
             )
         seen.add(key)
         ranking = {name: [row[name] for row in rows] for name in (images, ranks)}
-        ranking |= {group: key[0], prompt: key[1], "_rows": list(numbers)}
+        ranking |= {group: key[0], prompt: key[1], "_rows": list(numbers), "_shard": shard}
         batch = _expand({name: [value] for name, value in ranking.items()}, [numbers[0]], convert, extras, folder)
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

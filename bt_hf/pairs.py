@@ -63,9 +63,12 @@ def load_preference_pairs(
         split: The split, with the slices of `datasets` where it loads ("train[:100]"). Default: the only split, else
             "train".
         streaming: Return an `IterableDataset` that reads rows as they are asked for. A loaded `IterableDataset` stays
-            one either way. Here the images of one prompt must be neighbours if each has its own row.
+            one either way. Here the images of one prompt must be neighbours if each has its own row. Files are
+            Parquet, or WebDataset with members such as `1.chosen.jpg`, `1.rejected.jpg`, and `1.prompt.txt` or
+            `1.json`. They go to processes and workers as a whole where their number is a multiple of the processes, so
+            make many. Rows come in their own order, unless you go on with `.shuffle(seed, buffer_size)`.
         on_bad_rows: "raise" stops at the first bad row. "drop" leaves bad rows out and warns with the count of each
-            reason (a stream: at the first of each reason).
+            reason (a stream: at the first of each reason). Of a stream, a file that can't be read is the same.
         num_proc: Processes for the work on a loaded dataset. Default: this one.
 
     Returns:
@@ -75,7 +78,8 @@ def load_preference_pairs(
     Raises:
         PreferenceDataError: A `ValueError` with a one-line message: missing or mistyped columns, an unknown split, no
             rows or no labelled ones, or a bad row: a prompt that is empty or not text, an image that is missing,
-            unreadable or too large, two identical images, a preference outside [0, 1], a negative weight.
+            unreadable or too large, two identical images, a preference outside [0, 1], a negative weight. Of a
+            stream, a file that can't be read. Names the file and the row.
 
     Example:
         >>> from PIL import Image as PILImage
@@ -86,7 +90,7 @@ def load_preference_pairs(
     """
     if on_bad_rows not in ("raise", "drop"):
         raise PreferenceDataError(f"on_bad_rows must be 'raise' or 'drop', found {on_bad_rows!r}")
-    dataset, folder, label = read(source, split, streaming)
+    dataset, folder, label = read(source, split, streaming, on_bad_rows)
     features = features_of(dataset, label)
     layout = recognise(features, label)
     for name in layout.kinds if dataset.features else ():  # a stream of unknown features holds plain Python values
@@ -209,7 +213,7 @@ def _note(row: dict[str, Any], index: int, label: str, on_bad_rows: str) -> dict
     note = {"_row": row.get("_row", index), "_problem": _problem(row)}
     if note["_problem"] and on_bad_rows == "raise":
         raise PreferenceDataError(
-            f"row {note['_row']} of {label}: {note['_problem']}; "
+            f"row {note['_row']} of {row.get('_shard') or label}: {note['_problem']}; "
             "fix the row, or pass on_bad_rows='drop' to go without it"
         )
     return note
@@ -263,5 +267,6 @@ def _keep(row: dict[str, Any], index: int, label: str, on_bad_rows: str, warned:
     reason = note["_problem"].partition(":")[0]
     if reason not in warned:  # the end of a stream is not ours to see, so there is no total
         warned.add(reason)
-        logger.warning("%s: dropping row %d (%s), and from here on such rows", label, note["_row"], note["_problem"])
+        place = row.get("_shard") or label
+        logger.warning("%s: dropping row %d (%s), and from here on such rows", place, note["_row"], note["_problem"])
     return False

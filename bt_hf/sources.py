@@ -10,11 +10,21 @@ import datasets
 from datasets import Dataset, Features, IterableDataset
 
 from .layouts import PreferenceDataError
+from .shards import open_shards
 
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_READERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".tar": "webdataset",
+}
 
 
-def read(source: Any, split: str | None, streaming: bool) -> tuple[Dataset | IterableDataset, Path | None, str]:
+def read(
+    source: Any, split: str | None, streaming: bool, on_bad_rows: str = "raise"
+) -> tuple[Dataset | IterableDataset, Path | None, str]:
     """Returns the dataset, the folder that relative image paths start from, and a name for messages."""
     if isinstance(source, Dataset | IterableDataset):
         loaded, folder, label = source, None, "the dataset"
@@ -27,7 +37,7 @@ def read(source: Any, split: str | None, streaming: bool) -> tuple[Dataset | Ite
         label = path.name if path.exists() else str(source)
         folder = path if path.is_dir() else path.parent if path.is_file() else None
         try:
-            loaded = _load(path, str(source), split, streaming)
+            loaded = _load(path, str(source), split, streaming, label, on_bad_rows)
         except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
             raise PreferenceDataError(
                 f"{source}: no such local file or folder, and no such dataset on the Hub that you can read; "
@@ -35,6 +45,8 @@ def read(source: Any, split: str | None, streaming: bool) -> tuple[Dataset | Ite
             ) from error
         except datasets.exceptions.DatasetGenerationError as error:
             raise PreferenceDataError(f"{label}: cannot be read ({_one_line(error.__cause__ or error)})") from error
+        except PreferenceDataError:
+            raise
         except ValueError as error:
             if "corresponds to no data" in str(error):
                 raise PreferenceDataError(f"{label}: has no rows; expected at least one pair") from error
@@ -58,14 +70,19 @@ def read(source: Any, split: str | None, streaming: bool) -> tuple[Dataset | Ite
     return loaded.with_format(None), folder, label
 
 
-def _load(path: Path, source: str, split: str | None, streaming: bool) -> Any:
+def _load(path: Path, source: str, split: str | None, streaming: bool, label: str, on_bad_rows: str) -> Any:
+    def load(name: str, streaming: bool = streaming, **options: Any) -> Any:
+        if not streaming:
+            return datasets.load_dataset(name, split=split, **options)
+        return open_shards(datasets.load_dataset_builder(name, **options), split, label, on_bad_rows)
+
     if path.is_dir():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded = datasets.load_from_disk(str(path))
             return loaded if isinstance(loaded, dict) else {split or "train": loaded}
         metadata = next((file for file in sorted(path.glob("metadata.*")) if file.suffix in _READERS), None)
         if metadata is None:
-            return datasets.load_dataset(str(path), split=split, streaming=streaming)
+            return load(str(path))
         path = metadata
     if path.is_file():
         if path.suffix not in _READERS:
@@ -73,13 +90,12 @@ def _load(path: Path, source: str, split: str | None, streaming: bool) -> Any:
         options: dict[str, Any] = {}
         if _READERS[path.suffix] == "csv":  # a prompt such as "null" or "NA" is a prompt; only an empty cell is empty
             options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if path.suffix == ".tsv" else ","}
-        # A table of text is small, and loading it gives its types; only Parquet may hold the images themselves.
-        streaming = streaming and path.suffix == ".parquet"
-        reader = _READERS[path.suffix]
-        return datasets.load_dataset(reader, data_files=str(path), split=split, streaming=streaming, **options)
+        # A table of text is small, and loading it gives its types; the others may hold the images themselves.
+        streaming = streaming and path.suffix in (".parquet", ".tar")
+        return load(_READERS[path.suffix], streaming, data_files=str(path), **options)
     if path.suffix in _READERS or path.is_absolute() or source.startswith("."):
         raise FileNotFoundError(source)
-    return datasets.load_dataset(source, split=split, streaming=streaming)
+    return load(source)
 
 
 def features_of(dataset: Dataset | IterableDataset, label: str) -> Features:

@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "bt_hf"
 # A file imports its own part (the file, or everything in its folder) and parts of lower floors, nothing else.
 # Negative floors are the basement: what `pairs` is made of.
 FLOORS = {
-    "images": -2,
-    "layouts": -2,
+    "images": -3,
+    "layouts": -3,
+    "shards": -2,
     "sources": -1,
     "card_parts": 0,
     "hub_checks": 0,
