@@ -1,5 +1,6 @@
 """Encode once: what the files depend on, what is reused, and what a failed build leaves behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from diffusers import DiffusionPipeline
 from tiny_models import picture, red_pairs
 from tiny_pipelines import SIZE, build, save
 from tiny_trainers import logged, make
 
+from bt_hf.diffusion import cache
 from bt_hf.diffusion.cache import cache_pairs
 from bt_hf.diffusion.collator import DiffusionCollator
 from bt_hf.diffusion.encoder import PairEncoder
@@ -115,45 +117,97 @@ def test_cached_batches_are_those_encoded_at_every_step(sample: bool, tmp_path: 
     assert ("std" in found) == sample
 
 
-def run(code: str, folder: Path) -> subprocess.CompletedProcess:
+def start(code: str, folder: Path) -> subprocess.Popen:
     """Run code that caches 40 pairs in `folder`, in a fresh process."""
-    start = f"""
+    begin = f"""
         import os, resource, signal, sys
         sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
         import torch
         torch.set_num_threads(1)
-        from test_latent_cache import cache_pairs, encoder, red_pairs
+        from test_latent_cache import cache, cache_pairs, encoder, red_pairs
         own = encoder()
+        encode, calls = own.encode_images, []
         """
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(code).format(folder=str(folder))],
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(begin) + textwrap.dedent(code).format(folder=str(folder))],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
     )
 
 
-def test_a_killed_build_is_made_again(tmp_path: Path) -> None:
-    code = """
-        encode, calls = own.encode_images, []
-        def kill_at_third(*args):
+def test_a_killed_build_goes_on_and_processes_share_it(tmp_path: Path) -> None:
+    kill = """
+        cache.SHARD = 16  # each in two batches, after one image that tells the shape
+        def kill_at_eighth(*args):
             calls.append(args)
-            if len(calls) == 4:
+            if len(calls) == 8:
                 os.kill(os.getpid(), signal.SIGKILL)
             return encode(*args)
-        own.encode_images = kill_at_third
+        own.encode_images = kill_at_eighth
         cache_pairs(red_pairs(40), own, {folder!r}, "Encoding")
         """
-    assert run(code, tmp_path).returncode == -signal.SIGKILL
-    assert not list(tmp_path.glob("*/images.arrow"))
-    cached = cache_pairs(red_pairs(40), encoder(), str(tmp_path), "Encoding")
-    assert len(cached.images) == 80
+    killed = start(kill, tmp_path)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    whole = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/images.arrow")}
+    assert len(whole) == 2
+    share = """
+        cache.SHARD = 16
+        own.encode_images = lambda images, names: (calls.extend(names), encode(images, names))[1]
+        cached = cache_pairs(red_pairs(40), own, {folder!r}, "Encoding")
+        print(len(cached.images), len(calls))
+        """
+    both = [start(share, tmp_path) for _ in range(2)]
+    ended = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    found = [[int(number) for number in out.split()] for out, _ in ended]
+    assert [images for images, _ in found] == [80, 80]
+    assert sum(calls for _, calls in found) == 3 * (16 + 1)  # what was missing, once, whoever did it
+    assert all(path.stat().st_mtime_ns == time for path, time in whole.items())
     assert not list(tmp_path.glob("*/tmp*"))  # what the killed one left is gone
-    # Another process finds the files.
-    again = run("cache_pairs(red_pairs(40), own, {folder!r}, 'Encoding')", tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert len(list(tmp_path.glob("*/*.arrow"))) == 2
+
+
+def test_rows_that_are_added_leave_the_files_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "SHARD", 8)
+    pairs, own = red_pairs(12), encoder()
+    few = cache_pairs(pairs.select(range(8)), own, str(tmp_path), "Encoding")
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/images.arrow")}
+    assert len(files) == 2
+    many = cache_pairs(pairs, own, str(tmp_path), "Encoding")
+    assert len(list(tmp_path.glob("*/images.arrow"))) == 3
+    assert all(path.stat().st_mtime_ns == time for path, time in files.items())
+    for index in range(8):
+        one, other = few.collate([few[index]]), many.collate([many[index]])
+        torch.testing.assert_close(one["latents"], other["latents"], rtol=0, atol=0)
+    fresh = own.encode(own.collator([pairs[11], pairs[9]]))
+    torch.testing.assert_close(
+        many.collate(many.__getitems__([11, 9]))["latents"], fresh["latents"], atol=1e-5, rtol=0
+    )
+
+
+def test_an_image_file_that_has_changed_is_encoded_anew(tmp_path: Path) -> None:
+    for name, colour in (("a", (200, 0, 0)), ("b", (0, 200, 0))):
+        picture(colour).save(tmp_path / f"{name}.png")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({"prompt": "a dog", "chosen": str(tmp_path / "a.png"), "rejected": str(tmp_path / "b.png")})
+    )
+
+    def latents() -> torch.Tensor:
+        # On the disk, with a fingerprint that knows of the paths alone.
+        rows = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "datasets"))
+        for name in ("chosen", "rejected"):
+            rows = rows.cast_column(name, Image())
+        pairs = cache_pairs(rows, encoder(), str(tmp_path / "cache"), "Encoding")
+        return pairs.collate([pairs[0]])["latents"]
+
+    before = latents()
+    torch.testing.assert_close(latents(), before, rtol=0, atol=0)
+    picture((0, 0, 250)).save(tmp_path / "a.png")
+    after = latents()
+    assert (after[0] - before[0]).abs().max() > 1e-3
+    torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_cache(tmp_path: Path) -> None:
@@ -162,8 +216,9 @@ def test_a_full_disk_is_told_and_leaves_no_half_cache(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         cache_pairs(red_pairs(40), own, {folder!r}, "Encoding")
         """
-    ended = run(code, tmp_path)
-    assert ended.returncode == 1
-    assert "no space left to cache 80 rows" in ended.stderr.splitlines()[-1]
-    assert "cache_latents=False" in ended.stderr.splitlines()[-1]
+    process = start(code, tmp_path)
+    message = process.communicate(timeout=120)[1].splitlines()[-1]
+    assert process.returncode == 1
+    assert "no space left to cache 80 rows" in message
+    assert "cache_latents=False" in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path
     # The checkpoint of the poisoned step is written before anyone knows: it is not the one to go back to.
     with pytest.raises(FloatingPointError, match=r"nan at step 3, at the pair .* is .*checkpoint-1\.") as error:
         trainer.train()
-    assert any(f"the prompt {row['text']!r}" in str(error.value) for row in trainer.train_dataset.rows)
+    assert any(f"the prompt {row['prompt']!r}" in str(error.value) for row in trainer.train_dataset.rows)
     assert (tmp_path / "out" / "checkpoint-2").is_dir()
     good = adapter(tmp_path / "out" / "checkpoint-1")
     assert all(torch.isfinite(value).all() for value in good.values())

@@ -2,31 +2,40 @@
 
 import errno
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from datasets import config as datasets_config
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from bt_hf.diffusion.collator import image_columns, labels, row_numbers
 from bt_hf.diffusion.encoder import PairEncoder
-from bt_hf.diffusion.fingerprint import digest
+from bt_hf.diffusion.fingerprint import digest, number_of
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16"}
+SHARD = 1024  # images or prompts in a file: what a killed build loses, and what a process builds before it takes more
+Encode = Callable[[dict[str, list[Any]]], dict[str, torch.Tensor]]
 
 
 class CachedPairs(torch.utils.data.Dataset):
-    """Rows whose latents and embeddings lie in memory-mapped files; a row has numbers instead of images.
+    """Rows whose latents and embeddings lie in memory-mapped files.
+
+    Args:
+        rows: Rows of the contract with numbers instead of images, and `condition`, the number of the prompt.
+        images: What the numbers of the images mean.
+        prompts: What `condition` means.
 
     Attributes:
         reference: (N, draws, 2 or 1) float32 errors of the base at fixed draws, once they are computed: see
             `PreferenceLoRATrainer`.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], images: Dataset, prompts: Dataset) -> None:
+    def __init__(self, rows: Dataset, images: Dataset, prompts: Dataset) -> None:
         self.rows = rows
         self.images = images
         self.prompts = prompts
@@ -36,16 +45,20 @@ class CachedPairs(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "index": index}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        columns = {**self.rows[indices], "index": indices}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows to a batch: as `PairEncoder.encode` gives it, and `reference` if there is one."""
-        sides = range(len(rows[0]["images"]))
-        read = _read(self.images, [row["images"][side] for side in sides for row in rows])
-        digests = read.pop("digest").view(len(sides), -1)
-        conditions = _read(self.prompts, [row["prompt"] for row in rows])
+        columns = image_columns(list(rows[0]))
+        read = _read(self.images, [row[name] for name in columns for row in rows])
+        digests = read.pop("digest").view(len(columns), -1)
+        conditions = _read(self.prompts, [row["condition"] for row in rows])
         batch: dict[str, Any] = {**read, **{f"condition_{name}": value for name, value in conditions.items()}}
-        batch["prompt"] = [row["text"] for row in rows]  # for messages
+        batch["prompt"] = [row["prompt"] for row in rows]  # for messages
         batch["row"] = row_numbers(batch["prompt"], digests)
         if self.reference is not None:
             batch["reference"] = self.reference[[row["index"] for row in rows]]  # (B, draws, sides)
@@ -56,8 +69,9 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
     """Encode the distinct images and prompts of `pairs`, or find what an earlier run has encoded.
 
     The files are named by what they were computed from: the bytes of the images, the prompts, the weights of the
-    encoders and the options of `encoder`. They are written elsewhere and moved into place, so that a build that was
-    killed leaves none; a build that failed is taken away.
+    encoders and the options of `encoder`. Each holds `SHARD` images or prompts. It is written elsewhere and moved into
+    place, so that a build that was killed or failed leaves whole files alone, from which the next one goes on.
+    Processes that see the same disk share the work. Memory does not grow with the data but for some 50 bytes a row.
 
     Args:
         pairs: Rows of the contract, or unpaired ones.
@@ -70,64 +84,107 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
         ValueError: An image is unreadable or smaller than what one latent pixel covers.
     """
     columns = image_columns(pairs.column_names)
-    raw = pairs.select_columns(list(columns))
-    for name in columns:
-        raw = raw.cast_column(name, Image(decode=False))
-    positions: dict[str, tuple[int, str]] = {}  # by content: where an image is first seen
-    digests = [[_digest_of_image(row[name]) for name in columns] for row in raw]
-    for index, row in enumerate(digests):
-        for name, content in zip(columns, row, strict=True):
-            positions.setdefault(content, (index, name))
-    texts = list(dict.fromkeys(pairs["prompt"]))
     root = Path(cache_dir) if cache_dir else Path(datasets_config.HF_DATASETS_CACHE) / "bt_hf"
+    root.mkdir(parents=True, exist_ok=True)
+    with _room_on_disk(root, len(pairs)):
+        digests = _digests(pairs, columns, root, description)
+    first_image, image_numbers = _distinct(np.stack([digests[name] for name in columns], axis=1).ravel())
+    first_prompt, prompt_numbers = _distinct(digests["prompt"])
     model = encoder.fingerprint()
+    single = {name: pairs.select_columns([name]) for name in (*columns, "prompt")}  # one is read without the others
 
     def encode_images(batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+        places = [(columns[number % len(columns)], number // len(columns)) for number in batch["first"]]
         return encoder.encode_images(
-            [pairs[index][name] for index, name in zip(batch["row"], batch["column"], strict=True)],
-            [f"`{name}` of row {index}" for index, name in zip(batch["row"], batch["column"], strict=True)],
+            [single[name][row][name] for name, row in places], [f"`{name}` of row {row}" for name, row in places]
         )
 
-    rows, names = zip(*positions.values(), strict=True)
-    images = _build(
-        root / digest(model, *positions) / "images.arrow",
-        Dataset.from_dict({"row": rows, "column": names}),
-        encode_images,
-        f"{description}: images",
+    def encode_prompts(batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+        return encoder.encode_prompts([single["prompt"][row]["prompt"] for row in batch["first"]])
+
+    contents = np.stack([digests[name] for name in columns], axis=1).ravel()[first_image]
+    images = _encoded(root, "images", model, contents, first_image, encode_images, description)
+    prompts = _encoded(
+        root, "prompts", model, digests["prompt"][first_prompt], first_prompt, encode_prompts, description
     )
-    prompts = _build(
-        root / digest(model, *texts) / "prompts.arrow",
-        Dataset.from_dict({"prompt": texts}),
-        lambda batch: encoder.encode_prompts(batch["prompt"]),
-        f"{description}: prompts",
+    rows = pairs.select_columns(
+        ["prompt", *(name for name in ("preference", "weight", "label") if name in pairs.column_names)]
     )
-    image_index = {content: index for index, content in enumerate(positions)}
-    text_index = {text: index for index, text in enumerate(texts)}
-    others = [name for name in ("preference", "weight", "label") if name in pairs.column_names]
-    rows_of_labels = pairs.select_columns([*others, "prompt"])
-    return CachedPairs(
-        [
-            {
-                "images": tuple(image_index[content] for content in row),
-                "prompt": text_index[values["prompt"]],
-                "text": values["prompt"],
-                **{name: values[name] for name in others},
-            }
-            for row, values in zip(digests, rows_of_labels, strict=True)
-        ],
-        images,
-        prompts,
-    )
+    for side, name in enumerate(columns):
+        rows = rows.add_column(name, image_numbers[side :: len(columns)])
+    return CachedPairs(rows.add_column("condition", prompt_numbers), images, prompts)
 
 
-def _build(
-    path: Path, items: Dataset, encode: Callable[[dict[str, list[Any]]], dict[str, torch.Tensor]], description: str
+def _digests(pairs: Dataset, columns: Sequence[str], root: Path, description: str) -> dict[str, np.ndarray]:
+    """A number (N,) int64 for the content of each cell; `datasets` keeps them for data that lies on the disk."""
+    raw = pairs.select_columns([*columns, "prompt"])
+    for name in columns:
+        raw = raw.cast_column(name, Image(decode=False))
+    # Files that rows only point to may be other ones by now, which no fingerprint of the rows tells.
+    whole = all(raw.data.column(name).combine_chunks().field("bytes").null_count == 0 for name in columns)
+    keeps = whole and bool(raw.cache_files)
+    with FileLock(root / f"{raw._fingerprint}.lock") if keeps else nullcontext():
+        found = raw.map(
+            _digest_batch,
+            batched=True,
+            batch_size=100,
+            remove_columns=raw.column_names,
+            load_from_cache_file=None if keeps else False,
+            keep_in_memory=not keeps,
+            desc=f"{description}: digests",
+        )
+    table = found.with_format("arrow")[:]
+    return {name: table[name].to_numpy() for name in raw.column_names}
+
+
+def _digest_batch(batch: dict[str, list[Any]]) -> dict[str, list[int]]:
+    return {
+        name: [number_of(value.encode() if name == "prompt" else _content(value)) for value in values]
+        for name, values in batch.items()
+    }
+
+
+def _content(image: Mapping[str, Any] | None) -> bytes:
+    content = (image or {}).get("bytes")
+    if content is None and (path := (image or {}).get("path")) and Path(path).is_file():
+        content = Path(path).read_bytes()
+    # Without content `to_rgb` tells what is wrong, when the image is encoded.
+    return content if content is not None else repr(image).encode()
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each distinct value is first seen (K,), in that order, and which of them each value is (N,)."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    order = first.argsort()
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[inverse]
+
+
+def _encoded(
+    root: Path, kind: str, model: str, contents: np.ndarray, first: np.ndarray, encode: Encode, description: str
 ) -> Dataset:
-    """The rows that `encode` makes of `items`, memory-mapped from `path`, which is made if it is not there."""
+    """What `encode` makes of the rows `first`, whose `contents` name the files; memory-mapped, in the same order."""
+    shards = []
+    for start in range(0, len(first), SHARD):
+        part = slice(start, start + SHARD)
+        path = root / digest(model, contents[part].tobytes()) / f"{kind}.arrow"
+        count = f" {start // SHARD + 1} of {-(-len(first) // SHARD)}" if len(first) > SHARD else ""
+        shards.append((path, Dataset.from_dict({"first": first[part]}), f"{description}: {kind}{count}"))
+    for wait in (False, True):  # at first only for what no other process is at
+        for path, items, text in shards:
+            with _room_on_disk(root, len(first)):
+                _build(path, items, encode, text, wait)
+    return concatenate_datasets([Dataset.from_file(str(path)) for path, *_ in shards]).with_format("arrow")
+
+
+def _build(path: Path, items: Dataset, encode: Encode, description: str, wait: bool) -> None:
+    """Write what `encode` makes of `items` to `path`, if it is not there and no other process is at it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes on one disk, the first builds and the others find.
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
+            if path.exists():
+                return
             for left_over in path.parent.glob("tmp*"):  # of a build that was killed
                 left_over.unlink()
             try:
@@ -143,17 +200,26 @@ def _build(
                     writer_batch_size=64,
                     desc=description,
                 )
-            except BaseException as error:
+            except BaseException:
                 shutil.rmtree(path.parent, ignore_errors=True)
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise OSError(
-                        error.errno,
-                        f"no space left to cache {len(items)} rows: free some, name another `cache_dir`, or pass "
-                        "`cache_latents=False` to encode at every step",
-                        str(path.parent),
-                    ) from error
                 raise
-        return Dataset.from_file(str(path)).with_format("arrow")
+    except Timeout:
+        return
+
+
+@contextmanager
+def _room_on_disk(folder: Path, rows: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"no space left to cache {rows} rows: free some, and the next run goes on from the files that are "
+                "complete; or name another `cache_dir`, or pass `cache_latents=False` to encode at every step",
+                str(folder),
+            ) from error
+        raise
 
 
 def _flat(values: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -184,11 +250,3 @@ def _read(dataset: Dataset, indices: list[int]) -> dict[str, torch.Tensor]:
         value = torch.from_numpy(column.to_numpy(zero_copy_only=False).reshape(shape).copy())
         values[name] = value.float() if value.is_floating_point() else value
     return values
-
-
-def _digest_of_image(image: Mapping[str, Any] | None) -> str:
-    content = (image or {}).get("bytes")
-    if content is None and (path := (image or {}).get("path")) and Path(path).is_file():
-        content = Path(path).read_bytes()
-    # Without content `to_rgb` tells what is wrong, when the image is encoded.
-    return digest(content if content is not None else repr(image))
