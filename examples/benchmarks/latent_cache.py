@@ -1,0 +1,115 @@
+"""What the cache of latents and embeddings costs as data grow: time, disk and memory, and what a million rows take.
+
+    python examples/benchmarks/latent_cache.py
+    python examples/benchmarks/latent_cache.py --rows 1000 10000
+
+Rows are synthetic: two images of noise of 64 px, and a prompt that no other row has, which lie in a file as a dataset
+from the Hub does. Each number of rows has a process of its own, since a peak of memory never falls. The encoders are
+those of the emoji pipeline; for another one, seconds and bytes are other ones, but grow in the same way.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, Value, disable_progress_bars
+from PIL import Image as PILImage
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+from bt_hf.diffusion.cache import cache_pairs
+from bt_hf.diffusion.collator import DiffusionCollator
+from bt_hf.diffusion.encoder import PairEncoder
+from bt_hf.diffusion.family import find_family
+from bt_hf.diffusion.loading import from_pretrained
+from emoji import DIFFUSION_FOLDER
+
+SIZE, BATCH, MILLION = 64, 16, 1_000_000
+
+
+def rows(count: int) -> Iterator[dict[str, Any]]:
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+        chosen, rejected = (PILImage.fromarray(one).resize((SIZE, SIZE), 0) for one in pixels)
+        yield {"prompt": f"drawing number {index}", "chosen": chosen, "rejected": rejected}
+
+
+def measure(count: int, folder: Path) -> None:
+    """Print what `count` rows took, as JSON."""
+    features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
+    pairs = Dataset.from_generator(rows, features, cache_dir=str(folder), gen_kwargs={"count": count})
+    pipeline = from_pretrained(str(DIFFUSION_FOLDER))
+    collator = DiffusionCollator((SIZE, SIZE))
+    encoder = PairEncoder(find_family(pipeline), pipeline, collator, False, torch.device("cpu"))
+    cache = folder / "cache"
+    encoder.encode(collator([pairs[index] for index in range(8)]))  # what a first batch allocates
+    held = memory()
+    began = time.perf_counter()
+    cached = cache_pairs(pairs, encoder, str(cache), "Encoding")
+    building = time.perf_counter() - began
+    grown = memory() - held
+    began = time.perf_counter()
+    cache_pairs(pairs, encoder, str(cache), "Encoding")
+    finding = time.perf_counter() - began
+    order = np.random.default_rng(0).integers(count, size=(50, BATCH)).tolist()
+    began = time.perf_counter()
+    for indices in order:
+        cached.collate(cached.__getitems__(indices))
+    reading = (time.perf_counter() - began) / len(order)
+    size = sum(path.stat().st_size for path in cache.rglob("*.arrow"))
+    print(json.dumps({"build": building, "find": finding, "read": reading, "bytes": size, "memory": grown}))
+
+
+def memory() -> float:
+    """Peak of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs=2, default=[1000, 10_000], metavar=("FEW", "MANY"))
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    if args.child:
+        measure(int(args.child[0]), Path(args.child[1]))
+        return
+    print("| rows | building, s | finding again, s | files, MB | memory grown by, MB | a batch of 16, ms |")
+    print("|---:" * 6 + "|", flush=True)
+    found = []
+    for count in args.rows:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--child", str(count), folder]
+            found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+        print(line(f"{count:,}", found[-1]), flush=True)
+    few, many = found
+    rate = (MILLION - args.rows[1]) / (args.rows[1] - args.rows[0])
+    straight = {name: many[name] + rate * (many[name] - few[name]) for name in few}
+    print(line(f"{MILLION:,}, by a straight line through both", {**straight, "read": float("nan")}))
+    each = {name: (many[name] - few[name]) / (args.rows[1] - args.rows[0]) for name in few}
+    print(
+        f"\nEach further row: {1000 * each['build']:.2f} ms to build and {1000 * each['find']:.3f} ms to find again, "
+        f"{each['bytes']:,.0f} bytes on disk, {each['memory']:,.0f} bytes of memory"
+    )
+
+
+def line(name: str, found: dict[str, float]) -> str:
+    read = "" if np.isnan(found["read"]) else f"{1000 * found['read']:.1f}"
+    size, grown = found["bytes"] / 1e6, found["memory"] / 1e6
+    return f"| {name} | {found['build']:,.1f} | {found['find']:,.2f} | {size:,.0f} | {grown:,.0f} | {read} |"
+
+
+if __name__ == "__main__":
+    main()
