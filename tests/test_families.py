@@ -340,6 +340,13 @@ def test_inpainting_models_are_refused(name: str, channels: int, expected: str) 
         find_family(pipeline)
 
 
+def test_models_distilled_with_their_guidance_are_refused() -> None:
+    pipeline = build("sd")
+    pipeline.unet.register_to_config(time_cond_proj_dim=256)
+    with pytest.raises(ValueError, match=r"distilled .* Train on the model that it was distilled from"):
+        find_family(pipeline)
+
+
 def test_unknown_prediction_type_is_named() -> None:
     pipeline = build("sd")
     pipeline.scheduler.register_to_config(prediction_type="flow_prediction")

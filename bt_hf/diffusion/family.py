@@ -69,12 +69,12 @@ def find_family(pipeline: Any) -> Family:
 
     Raises:
         TypeError: No family fits the pipeline.
-        ValueError: The denoiser expects more than noisy latents, as those for inpainting do.
+        ValueError: The denoiser expects more than noisy latents, as those for inpainting and distilled ones do.
     """
     for cls in type(pipeline).__mro__:
         if cls.__name__ in FAMILIES:
             family: Family = import_module(f"bt_hf.diffusion.{FAMILIES[cls.__name__]}").FAMILY
-            _check_channels(family, pipeline)
+            _check_denoiser(family, pipeline)
             return family
     raise TypeError(
         f"{type(pipeline).__name__} is not supported: expected a text-to-image pipeline among {', '.join(FAMILIES)}. "
@@ -82,7 +82,7 @@ def find_family(pipeline: Any) -> Family:
     )
 
 
-def _check_channels(family: Family, pipeline: Any) -> None:
+def _check_denoiser(family: Family, pipeline: Any) -> None:
     """Raise a `ValueError` unless the denoiser takes noisy latents and nothing else."""
     config = getattr(pipeline, family.denoiser).config
     # What is packed into 2x2 patches has four times the channels of the latents.
@@ -92,6 +92,12 @@ def _check_channels(family: Family, pipeline: Any) -> None:
             f"The {family.denoiser} of {type(pipeline).__name__} should take {latent} channels, those of its noisy "
             f"latents, but it takes {config.in_channels}. Models for inpainting, editing or control images are not "
             "supported: load the text-to-image model that it comes from."
+        )
+    if getattr(config, "time_cond_proj_dim", None) is not None:
+        raise ValueError(
+            f"The {family.denoiser} of {type(pipeline).__name__} was distilled to draw in few steps, with the "
+            "guidance scale as one more input (LCM), and does not denoise as it was trained to. Train on the model "
+            "that it was distilled from: the LoRA loads into both."
         )
 
 
