@@ -19,17 +19,14 @@ import argparse
 import gc
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +37,14 @@ from datasets import Dataset, disable_progress_bars
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+import timing
+from timing import Turn
+
 from bt_hf import PreferenceLoRAConfig, PreferenceLoRATrainer
 from bt_hf.diffusion.sd import UNET_LAYERS
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
@@ -53,27 +53,13 @@ from taste import preference_pairs
 BATCH, STEPS, ROUNDS = 16, 5, 10  # pairs; steps in a turn, of which the first is not counted; turns of each
 # A rate at which hardly anything moves: a saturated loss has gradients of denormal numbers, which are slow.
 BETA, RATE, RANK = 2000.0, 1e-6, 8
-Turn = Callable[[], list[float]]  # runs a few steps, and says how many seconds each took
 
 
 # --- The trainer ---
 
 
-class Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next: all that the Trainer does in between, data included."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.ends = []
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.ends.append(time.perf_counter())
-
-
-def train(model: Path, pairs: Dataset, scratch: Path, **options) -> tuple[PreferenceLoRATrainer, Turn]:
-    """A trainer, and what runs a few of its steps."""
+def train(model: Path, pairs: Dataset, scratch: Path, **options) -> Turn:
+    """Make a trainer; a turn is a few of its steps."""
     defaults = {
         "per_device_train_batch_size": BATCH,
         "max_steps": STEPS,
@@ -87,39 +73,21 @@ def train(model: Path, pairs: Dataset, scratch: Path, **options) -> tuple[Prefer
         "use_cpu": True,
     }
     args = PreferenceLoRAConfig(str(scratch / "lora"), **defaults | options)
-    trainer = PreferenceLoRATrainer(str(model), args, train_dataset=pairs)
-    trainer.remove_callback(PrinterCallback)
-    clock = Clock()
-    trainer.add_callback(clock)
-
-    def turn() -> list[float]:
-        trainer.train()
-        return [end - start for start, end in pairwise(clock.ends)]
-
-    return trainer, turn
+    return timing.train(PreferenceLoRATrainer(str(model), args, train_dataset=pairs))
 
 
 # --- Without the trainer ---
 
 
-def repeat(step: Callable[[], None]) -> Turn:
-    def turn() -> list[float]:
-        ends = []
-        for _ in range(STEPS):
-            step()
-            ends.append(time.perf_counter())
-        return [end - start for start, end in pairwise(ends)]
-
-    return turn
-
-
-def network(model: Path) -> tuple[StableDiffusionPipeline, PeftModel, torch.optim.Optimizer]:
+def network(
+    model: Path, channels_last: bool = True
+) -> tuple[StableDiffusionPipeline, PeftModel, torch.optim.Optimizer]:
     """The pipeline, its denoiser with a LoRA as the trainer makes it, and the optimizer that the Trainer takes."""
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         module.eval().requires_grad_(False)
     denoiser = get_peft_model(pipeline.unet, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=UNET_LAYERS))
-    denoiser.to(memory_format=torch.channels_last).train()
+    denoiser.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).train()
     weights = [weight for weight in denoiser.parameters() if weight.requires_grad]
     return pipeline, denoiser, torch.optim.AdamW(weights, lr=RATE, fused=True)
 
@@ -160,41 +128,47 @@ def update(denoiser: PeftModel, optimizer: torch.optim.Optimizer, batch: Batch, 
     optimizer.zero_grad()
 
 
-def straight_loop(model: Path, pairs: Dataset, bf16: bool) -> Turn:
+def straight_loop(
+    model: Path, pairs: Dataset, bf16: bool, batch: int = BATCH, size: int = 64, channels_last: bool = True
+) -> Turn:
     """Images and prompts are encoded when a step needs them, in float32, as the trainer does it beforehand."""
-    pipeline, denoiser, optimizer = network(model)
+    pipeline, denoiser, optimizer = network(model, channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     scheduler, generator = pipeline.scheduler, torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def encode(rows: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-        images = [np.asarray(image) for name in ("chosen", "rejected") for image in rows[name]]
+        drawings = [image for name in ("chosen", "rejected") for image in rows[name]]
+        images = [np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)) for image in drawings]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
         latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
         ids = pipeline.tokenizer(list(rows["prompt"]), padding="max_length", truncation=True, return_tensors="pt")
         return latents, pipeline.text_encoder(ids.input_ids).last_hidden_state.repeat(2, 1, 1)
 
     def step() -> None:
-        latents, embeds = encode(pairs.select(torch.randperm(len(pairs), generator=generator)[:BATCH].tolist()))
-        noise = torch.randn(BATCH, *latents.shape[1:], generator=generator).repeat(2, 1, 1, 1)
-        times = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator).repeat(2)
-        noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
+        latents, embeds = encode(pairs.select(torch.randperm(len(pairs), generator=generator)[:batch].tolist()))
+        noise = torch.randn(batch, *latents.shape[1:], generator=generator).repeat(2, 1, 1, 1)
+        times = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator).repeat(2)
+        noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=memory_format)
         target = scheduler.get_velocity(latents, noise, times)
         update(denoiser, optimizer, Batch((noisy, times, embeds), target), bf16)
 
-    return repeat(step)
+    return timing.repeat(step, STEPS)
 
 
-def bare(model: Path, bf16: bool, base_known: bool) -> Turn:
-    pipeline, denoiser, optimizer = network(model)
+def bare(model: Path, bf16: bool, base_known: bool, pairs: int = BATCH, channels_last: bool = True) -> Turn:
+    """Forwards, a backward and the optimizer's step on one batch of `pairs` pairs, made once."""
+    pipeline, denoiser, optimizer = network(model, channels_last)
     config, length = denoiser.config, pipeline.tokenizer.model_max_length
-    noisy = torch.randn(2 * BATCH, config.in_channels, config.sample_size, config.sample_size)
-    embeds = torch.randn(2 * BATCH, length, config.cross_attention_dim)
-    times = torch.randint(pipeline.scheduler.config.num_train_timesteps, (2 * BATCH,))
-    batch = Batch((noisy.contiguous(memory_format=torch.channels_last), times, embeds), torch.randn_like(noisy))
+    noisy = torch.randn(2 * pairs, config.in_channels, config.sample_size, config.sample_size)
+    embeds = torch.randn(2 * pairs, length, config.cross_attention_dim)
+    times = torch.randint(pipeline.scheduler.config.num_train_timesteps, (2 * pairs,))
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    batch = Batch((noisy.contiguous(memory_format=memory_format), times, embeds), torch.randn_like(noisy))
     if base_known:
         with torch.no_grad():
             batch.base = errors(denoiser, batch, bf16)  # a fresh LoRA changes nothing
-    return repeat(partial(update, denoiser, optimizer, batch, bf16))
+    return timing.repeat(partial(update, denoiser, optimizer, batch, bf16), STEPS)
 
 
 def compare(model: Path, bf16: bool) -> None:
@@ -204,9 +178,9 @@ def compare(model: Path, bf16: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         began = time.perf_counter()
-        _, cached = train(model, pairs, scratch, bf16=bf16)
+        cached = train(model, pairs, scratch, bf16=bf16)
         filling = time.perf_counter() - began
-        _, draws = train(model, pairs, scratch, bf16=bf16, noise_draws=2)
+        draws = train(model, pairs, scratch, bf16=bf16, noise_draws=2)
         turns = {
             "trainer": cached,
             "trainer, noise_draws": draws,
@@ -214,13 +188,7 @@ def compare(model: Path, bf16: bool) -> None:
             "bare": bare(model, bf16, base_known=False),
             "bare, base known": bare(model, bf16, base_known=True),
         }
-        times: dict[str, list[float]] = {name: [] for name in turns}
-        for turn in turns.values():  # the first is slower, and not counted
-            turn()
-        for _ in range(ROUNDS):
-            for name, turn in turns.items():
-                times[name] += turn()
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+        seconds = timing.compare(turns, ROUNDS)
     print(f"\n{'bf16' if bf16 else 'fp32'}, {torch.get_num_threads()} threads, {BATCH} pairs\n")
     print("| | seconds a step | to bare |\n|---|---:|---:|")
     for name, value in seconds.items():
@@ -269,7 +237,7 @@ def measure(model: Path, cached: bool, batch: int, size: int) -> None:
     """Print what this process held, in GB."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        _, turn = train(
+        turn = train(
             model,
             preference_pairs("fluent", 2 * batch),
             Path(scratch),

@@ -1,0 +1,174 @@
+"""What makes the training of a preference LoRA faster, each thing in a row of its own, side by side in one run.
+
+    python examples/benchmarks/lora_speed.py                      # what each thing gives
+    python examples/benchmarks/lora_speed.py --parts batch size rank
+
+The pipeline is random and of the layout of Stable Diffusion: a UNet of 71 M parameters, images of 256 px, 4 pairs a
+step, a LoRA of rank 8. The first row stands for a training script such as diffusers' own for Diffusion-DPO: the
+formula of the paper in float32, with images and prompts encoded at every step (`straight_loop` of `lora_step.py`).
+Every row below keeps what the rows above it have brought. They take turns of a few steps, and medians are compared.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+import lora_step
+import timing
+from lora_step import bare, straight_loop, train
+
+from emoji import CLIP_FOLDER
+from taste import preference_pairs
+
+PAIRS, SIZE, ROUNDS = 4, 256, 3
+ROWS: dict[str, dict[str, Any]] = {  # each on top of those above it
+    "trainer: images and prompts encoded once": {"channels_last": False},
+    "+ channels-last": {"channels_last": True},
+    "+ bf16": {"bf16": True},
+    "+ errors of the base computed once (noise_draws)": {"noise_draws": 4},
+    "+ torch_compile": {"torch_compile": True},
+}
+
+
+def save_pipeline(folder: Path) -> None:
+    """A random pipeline whose UNet has 71 M parameters, with the emoji tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = CLIPTextConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, **special
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[32, 64, 128, 128],
+            layers_per_block=1,
+            sample_size=SIZE,
+        ),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=SIZE // 8,
+            block_out_channels=[128, 256, 512],
+            layers_per_block=2,
+            down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+            cross_attention_dim=256,
+            attention_head_dim=8,
+        ),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    print(f"UNet of {sum(weight.numel() for weight in pipeline.unet.parameters()) / 1e6:.1f} M parameters\n")
+
+
+def options(pairs: int = PAIRS, **others: Any) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": pairs,
+        "resolution": SIZE,
+        "use_cpu": not torch.cuda.is_available(),
+    } | others
+
+
+def things(model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """What each thing gives."""
+    pairs = preference_pairs("fluent", 4 * PAIRS)
+    turns = {
+        "straight loop, fp32": straight_loop(model, pairs, False, PAIRS, SIZE, channels_last=False),
+        "bare: two forwards, a backward, fp32": bare(model, False, False, PAIRS, channels_last=False),
+    }
+    chosen: dict[str, Any] = {}
+    once = {}
+    for name, more in ROWS.items():
+        if "torch_compile" in more and args.no_compile:
+            continue
+        chosen = chosen | more
+        began = time.perf_counter()
+        turns[name] = train(model, pairs, scratch, **options(**chosen))
+        once[name] = time.perf_counter() - began
+    report(timing.compare(turns, args.rounds), PAIRS, "straight loop, fp32")
+    first = next(iter(once))
+    print(f"\nLoading the pipeline and encoding {len(pairs)} pairs, once: {once[first]:.1f} s")
+
+
+def report(seconds: dict[str, float], pairs: int | dict[str, int], reference: str) -> None:
+    count = pairs if isinstance(pairs, dict) else dict.fromkeys(seconds, pairs)
+    rates = {name: count[name] / value for name, value in seconds.items()}
+    print("| | seconds a step | pairs a second | times |\n|---|---:|---:|---:|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.3f} | {rates[name]:.2f} | {rates[name] / rates[reference]:.2f} |", flush=True)
+
+
+def batch(model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Pairs a step."""
+    data = preference_pairs("fluent", 32)
+    turns, counts = {}, {}
+    for count in (1, 4, 16):
+        name = f"{count} pairs a step"
+        turns[name] = train(model, data, scratch, **options(count, bf16=True))
+        counts[name] = count
+    report(timing.compare(turns, args.rounds), counts, "1 pairs a step")
+
+
+def size(model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Resolution."""
+    data = preference_pairs("fluent", 8)
+    turns = {}
+    for side in (128, 256, 384):
+        turns[f"{side} px"] = train(model, data, scratch, **options(2, bf16=True, resolution=side))
+    report(timing.compare(turns, args.rounds), 2, "256 px")
+
+
+def rank(model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Rank of the LoRA."""
+    data = preference_pairs("fluent", 4 * PAIRS)
+    turns = {}
+    for value in (4, 8, 32, 128):
+        turns[f"rank {value}"] = train(model, data, scratch, **options(bf16=True, lora_rank=value))
+    report(timing.compare(turns, args.rounds), PAIRS, "rank 8")
+
+
+PARTS = {"things": things, "batch": batch, "size": size, "rank": rank}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["things"])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each")
+    parser.add_argument("--steps", type=int, default=3, help="in a turn, of which the first is not counted")
+    parser.add_argument("--no_compile", action="store_true", help="leave out torch_compile, which takes minutes")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    disable_progress_bars()
+    lora_step.STEPS = args.steps
+    with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as scratch:
+        save_pipeline(Path(model))
+        for part in args.parts:
+            print(f"{(PARTS[part].__doc__ or '').strip()} {torch.get_num_threads()} threads.\n", flush=True)
+            PARTS[part](Path(model), Path(scratch), args)
+            print()
+
+
+if __name__ == "__main__":
+    main()
