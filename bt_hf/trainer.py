@@ -23,7 +23,8 @@ from transformers.utils import PushInProgress
 from bt_hf import hub
 from bt_hf.card_parts import add_metadata
 from bt_hf.hub_checks import ADAPTER_CONFIG, CARD, contract_files
-from bt_hf.pairs import check_columns, overlapping_rows
+from bt_hf.pairs import PreferenceDataError, check_columns, overlapping_rows
+from bt_hf.streams import Filler, Position, share_out
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +47,73 @@ class PreferenceTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What `record` has seen since the last log: sums and counts.
         self._running: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._filler: Filler | None = None
+        self._counts = True
         super().__init__(*args, **kwargs)
+        self.add_callback(Position())
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """Collect the batches of one step, and the sum of their weights over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if isinstance(self.train_dataset, IterableDataset):
+            batches = self._in_step(batches, num_batches)
         if not batches:
             return batches, None
         total = sum(batch["weight"].sum() for batch in batches).to(device)
         return batches, self.accelerator.gather(total).sum()
+
+    def _in_step(self, batches: list[Any], num_batches: int) -> list[Any]:
+        """What remains of a stream's pass, filled up so that all processes take the same steps, of as many batches."""
+        if batches:
+            self._filler = Filler.of(batches[-1])
+        counts = self._everywhere(len(batches))
+        if (counts == num_batches).all():
+            return batches
+        if not counts.any():
+            self.control.should_epoch_stop = True  # else the Trainer would ask on, up to `max_steps`
+            return []
+        if self._filler is None:  # resumed at the end of this process's rows
+            first = next(iter(self.get_train_dataloader()), None)
+            self._filler = first and Filler.of(first)
+        without = self._everywhere(int(self._filler is None)).sum()
+        if without:
+            raise PreferenceDataError(
+                f"the stream has no rows for {without} of {self.args.world_size} processes: start fewer of them, or "
+                "spread its rows over more files"
+            )
+        return batches + [self._filler] * (num_batches - len(batches))
+
+    def _everywhere(self, number: int) -> torch.Tensor:
+        """The number of each process, on each process."""
+        return self.accelerator.gather(torch.tensor([number], device=self.args.device))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer.training_step`; what fills up the end of a stream leaves no trace in the log."""
+        self._counts = not isinstance(inputs, Filler)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    @property
+    def position(self) -> Position:
+        """How far the training is in its rows."""
+        return next(found for found in self.callback_handler.callbacks if isinstance(found, Position))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        passes, batches = super()._init_training_state(*args, **kwargs)
+        saved = self.state.stateful_callbacks.get(Position.__name__)
+        steps = batches // self.args.gradient_accumulation_steps
+        if isinstance(self.train_dataset, IterableDataset) and saved is not None and self.state.global_step:
+            passes, steps = saved["args"]["passes"], saved["args"]["steps"]
+            batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+        self.position.go_on_from(passes, steps)
+        return passes, batches
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Batches of the training rows; of a stream, those that are this process's."""
+        if isinstance(self.train_dataset, IterableDataset) and self.args.world_size > 1:
+            return share_out(self.train_dataset, self.args, self._train_batch_size, self.data_collator)
+        return super().get_train_dataloader()
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
         # Rows of a cache know how to become a batch, and plain rows need another collator; the Trainer knows one.
@@ -101,7 +158,8 @@ class PreferenceTrainer(Trainer):
     def record(self, **values: torch.Tensor) -> None:
         """Add per-pair values (B,) to the means of the next log. No synchronisation with the device."""
         for name, value in values.items():
-            self._running[name].append(value.detach().float().flatten())
+            # Of what does not count nothing, but under its name: all processes log the same names.
+            self._running[name].append(value.detach().float().flatten()[: None if self._counts else 0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the means of what was recorded in training since the last time."""

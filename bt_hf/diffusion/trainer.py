@@ -124,7 +124,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._passes = 0  # over the training rows, each of which sees every row once
         self.add_callback(_Begin(self))
         self.guards = [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()] if args.guards else []
         for guard in self.guards:
@@ -318,7 +317,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         if not model.training:
             loss, outputs = self._evaluate_batch(model, batch)
             return (loss, outputs) if return_outputs else loss
-        draw = self._passes % self.args.noise_draws if self.args.noise_draws else self._passes
+        passes = self.position.passes
+        draw = passes % self.args.noise_draws if self.args.noise_draws else passes
         asked = self.denoising.ask(batch, draw, TRAIN)
         errors, predicted = self._errors(model, asked)
         reference = None
@@ -465,19 +465,13 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
 
 class _Begin(TrainerCallback):
-    """Logs beta, and keeps `trainer._passes`: the epoch of the state won't do, for a stream it only counts steps."""
+    """Logs beta."""
 
     def __init__(self, trainer: PreferenceLoRATrainer) -> None:
         self.trainer = trainer
-        self._begun = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._passes, self._begun = int(state.epoch or 0), False
         self.trainer.log({"beta": self.trainer.beta or 0.0})
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._passes += self._begun
-        self._begun = True
 
 
 def _by_preference(

@@ -1,0 +1,134 @@
+"""Training on streams: each pass sees each row once on whatever processes, and resuming is the same to the bit."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_streaming import follow, make
+from launching import launch
+from safetensors.torch import load_file
+from tiny_models import red_pairs
+
+# Files of so many rows. Of four files each process takes two, with 1 to 7 rows more on one of them. Three can't be
+# divided, so that each process takes every second row: 6 and 5.
+DATA = {"four": [7, 2, 3, 1], "three": [4, 5, 2]}
+CASES: list[dict[str, Any]] = [
+    {"name": "reward", "kind": "reward", "data": "four", "options": {"max_steps": 10}},
+    {
+        "name": "workers",
+        "kind": "reward",
+        "data": "four",
+        "options": {"max_steps": 6, "dataloader_num_workers": 2, "alignment_weight": 0},
+    },
+    {
+        "name": "lora",
+        "kind": "lora",
+        "data": "three",
+        "options": {"max_steps": 4, "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3},
+    },
+    {
+        "name": "resumed",
+        "kind": "lora",
+        "data": "three",
+        "options": {"max_steps": 4, "gradient_accumulation_steps": 2},
+        "resume": "lora/checkpoint-3",
+    },
+]
+PASSES = {"reward": 2, "workers": 1, "lora": 2}  # that are complete: the files' order decides how long one is
+
+
+def write(folder: Path) -> Path:
+    for name, sizes in DATA.items():
+        pairs, first = red_pairs(sum(sizes)), 0
+        for shard, size in enumerate(sizes):
+            pairs.select(range(first, first + size)).to_parquet(folder / name / f"part-{shard}.parquet")
+            first += size
+    return folder
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what two processes wrote."""
+    folder = tmp_path_factory.mktemp("two-processes")
+    launch("distributed_streaming.py", folder, write(folder / "data"), json.dumps(CASES))
+    return folder
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_two_processes_see_each_row_once_a_pass(case: str, two_processes: Path) -> None:
+    ranks = [json.loads((two_processes / f"{case}-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [facts["world_size"] for facts in ranks] == [2, 2]
+    data = next(found["data"] for found in CASES if found["name"] == case)
+    prompts = red_pairs(sum(DATA[data]))["prompt"]
+    for done in range(PASSES[case]):
+        seen = [Counter(row for row, weight, number in facts["seen"] if weight and number == done) for facts in ranks]
+        assert seen[0] + seen[1] == Counter(prompts)
+        assert len(seen[0]) != len(seen[1])
+    # Both have taken as many steps, the one with fewer rows some that don't count.
+    assert len({facts["steps"] for facts in ranks}) == 1
+    assert any(not weight for facts in ranks for _, weight, _ in facts["seen"])
+
+
+def test_two_processes_resume_the_same_to_the_bit(two_processes: Path) -> None:
+    assert_same(adapter(two_processes / "resumed"), adapter(two_processes / "lora"))
+    for rank in (0, 1):
+        whole, resumed = (
+            json.loads((two_processes / f"{case}-{rank}.json").read_text())["seen"] for case in ("lora", "resumed")
+        )
+        assert 0 < len(resumed) < len(whole)
+        assert whole[-len(resumed) :] == resumed
+
+
+@pytest.mark.parametrize("kind", ["reward", "lora"])
+def test_resuming_a_stream_is_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
+    data = write(tmp_path / "data") / "three"  # 11 rows, 6 steps a pass
+    options = {"save_strategy": "steps", "save_steps": 1}
+    whole = make(kind, tmp_path / "whole", data, max_steps=13, **options)
+    seen = follow(whole)
+    whole.train()
+    whole.save_model()
+    for step in (4, 6, 7):  # within a pass, at its end, in the next one
+        resumed = make(kind, tmp_path / str(step), data, max_steps=13)
+        rest = follow(resumed)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        resumed.save_model()
+        assert rest == seen[len(seen) - len(rest) :]
+        assert [number for _, _, number in rest][0] == step // 6
+        assert_same(adapter(tmp_path / str(step)), adapter(tmp_path / "whole"))
+
+
+def test_a_run_can_be_prolonged(tmp_path: Path) -> None:
+    # Its last checkpoint ends within a pass, where `max_steps` was.
+    data = write(tmp_path / "data") / "three"
+    options = {"lr_scheduler_type": "constant"}
+    whole = make("lora", tmp_path / "whole", data, max_steps=8, **options)
+    seen = follow(whole)
+    whole.train()
+    make("lora", tmp_path / "short", data, max_steps=4, save_strategy="steps", save_steps=4, **options).train()
+    longer = make("lora", tmp_path / "longer", data, max_steps=8, **options)
+    rest = follow(longer)
+    longer.train(resume_from_checkpoint=str(tmp_path / "short" / "checkpoint-4"))
+    assert rest == seen[8:]
+
+
+def test_accumulated_batches_of_a_short_pass_are_one_step(tmp_path: Path) -> None:
+    # 11 rows are 6 batches of 2: with 4 of them a step, the second step of a pass has the remaining 2.
+    data = write(tmp_path / "data") / "three"
+    trainer = make("reward", tmp_path / "out", data, max_steps=4, gradient_accumulation_steps=4)
+    seen = follow(trainer)
+    trainer.train()
+    counted = Counter((prompt, number) for prompt, weight, number in seen if weight)
+    assert counted == Counter((prompt, number) for number in (0, 1) for prompt in red_pairs(11)["prompt"])
