@@ -1,12 +1,13 @@
 """Every family against the unmodified pipeline of diffusers that it stands for."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from tiny_pipelines import PIPELINES, SIZE, build, draw, make_flux, make_sd, make_sd3, save, unet
+from tiny_pipelines import PIPELINES, SIZE, build, draw, make_flux, make_flux2, make_sd, make_sd3, save, unet
 from torch import nn
 
 from bt_hf.diffusion.family import Family, check_adapter, encode_latents, find_family, save_lora, unwrap
@@ -18,6 +19,8 @@ NAMES = {
     "sdxl": "stable-diffusion-xl",
     "sd3": "stable-diffusion-3",
     "flux": "flux",
+    "flux2": "flux2",
+    "flux2_dev": "flux2",
     "sana": "sana",
 }
 PROMPTS = ["a red apple", "a drawing of the old boat and the small bird"]
@@ -95,14 +98,21 @@ def test_encoded_images_are_what_the_pipeline_decodes(name: str) -> None:
     assert mean.dtype == std.dtype == torch.float32
     assert not mean.requires_grad
     config = pipeline.vae.config
-    raw = mean / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+    if name.startswith("flux2"):  # patches of latents, each channel with a mean and a standard deviation
+        norm = pipeline.vae.bn
+        scale = (norm.running_var + config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        shift = norm.running_mean.view(1, -1, 1, 1)
+        raw, spread = (pipeline._unpatchify_latents(value) for value in (mean * scale + shift, std * scale))
+    else:
+        raw = mean / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        spread = std / config.scaling_factor
     with torch.no_grad():
         if name == "sana":  # its VAE has no distribution
             assert not std.any()
             latents = pipeline.vae.encode(pixels).latent
         else:
             distribution = pipeline.vae.encode(pixels).latent_dist
-            torch.testing.assert_close(std / config.scaling_factor, distribution.std)
+            torch.testing.assert_close(spread, distribution.std)
             latents = distribution.mode()
         expected = pipeline.vae.decode(latents).sample
         torch.testing.assert_close(pipeline.vae.decode(raw).sample, expected)
@@ -145,6 +155,10 @@ def test_predict_is_what_the_pipeline_asks_its_denoiser(name: str, size: tuple[i
         latent = (size[0] // 4, size[1] // 4)
         sample = pipeline._unpack_latents(sample, *latent, vae_scale_factor=1)
         expected = pipeline._unpack_latents(expected, *latent, vae_scale_factor=1)
+        time = time * 1000
+    elif name.startswith("flux2"):  # (N, h w, C): a row of patches
+        patches = (2, -1, size[0] // 8, size[1] // 8)
+        sample, expected = (value.transpose(1, 2).reshape(patches) for value in (sample, expected))
         time = time * 1000
     conditions = family.encode_prompts(pipeline, PROMPTS)
     with torch.no_grad():
@@ -226,7 +240,12 @@ def test_every_default_target_is_there(name: str) -> None:
     family = find_family(pipeline)
     denoiser = getattr(pipeline, family.denoiser)
     model = get_peft_model(denoiser, LoraConfig(target_modules=family.target_modules))
-    adapted = {key.split(".lora_A")[0].removeprefix("base_model.model.") for key, _ in model.named_modules()}
+    names = [key for key, _ in model.named_modules() if key.endswith(".lora_A")]
+    adapted = {key.removeprefix("base_model.model.").removesuffix(".lora_A") for key in names}
+    if isinstance(family.target_modules, str):  # a pattern; FLUX.2's blocks have no other layers
+        layers = {key for key, layer in build(name).transformer.named_modules() if isinstance(layer, nn.Linear)}
+        assert {key for key in layers if "transformer_blocks." in key} == adapted
+        return
     for target in family.target_modules:
         assert any(key.endswith("." + target) for key in adapted), target
 
@@ -240,7 +259,7 @@ def test_sizes(name: str) -> None:
     family = find_family(pipeline)
     assert family.multiple(pipeline) == (32 if name == "sana" else 8)
     # FLUX has no size in its config: the pipeline's own default, 128 latents.
-    assert family.default_size(pipeline) == ((512, 512) if name == "flux" else SIZE)
+    assert family.default_size(pipeline) == ((512, 512) if name.startswith("flux") else SIZE)
 
 
 def test_default_size_of_a_wide_unet() -> None:
@@ -271,6 +290,24 @@ def test_flux_without_guidance_embedding() -> None:
     noisy, times, conditions = inputs_of(family, pipeline)
     with torch.no_grad():
         assert family.predict(pipeline.transformer, noisy, times, conditions, SIZE).isfinite().all()
+
+
+def test_flux2_latents_are_those_that_its_pipeline_edits() -> None:
+    pipeline = build("flux2")
+    pixels = torch.rand(2, 3, *SIZE) * 2 - 1
+    mean, _ = find_family(pipeline).encode_images(pipeline, pixels)
+    assert mean.shape == (2, 16, 4, 4)
+    torch.testing.assert_close(mean, pipeline._encode_vae_image(pixels, None))
+
+
+@pytest.mark.parametrize("side", [512, 1024, 1536])
+def test_flux2_trains_with_the_shift_of_many_steps(side: int) -> None:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    pipeline = build("flux2")
+    size = (side // 2, side // 2)  # the tiny VAE has half the stride
+    expected = math.exp(compute_empirical_mu((side // 16) ** 2, num_steps=200))
+    assert find_family(pipeline).schedule(pipeline, size).shift == pytest.approx(expected, rel=1e-3)
 
 
 def test_sdxl_with_standardised_latents() -> None:
@@ -344,6 +381,12 @@ def test_models_distilled_with_their_guidance_are_refused() -> None:
     pipeline = build("sd")
     pipeline.unet.register_to_config(time_cond_proj_dim=256)
     with pytest.raises(ValueError, match=r"distilled .* Train on the model that it was distilled from"):
+        find_family(pipeline)
+
+
+def test_models_distilled_to_few_steps_are_refused() -> None:
+    pipeline = build(lambda: make_flux2(is_distilled=True))
+    with pytest.raises(ValueError, match=r"few steps .* Train on .* FLUX\.2-klein-base-4B"):
         find_family(pipeline)
 
 

@@ -137,9 +137,10 @@ def test_seed_and_options_reach_the_pipeline(pipeline: Any) -> None:
     assert generate(pipeline, PROMPTS[:1], candidates=2, width=48)[0]["chosen"].size == (48, 32)
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "flux2"])
 def test_other_families(name: str) -> None:
-    pairs = generate(tiny_pipelines.build(name), candidates=2, num_inference_steps=1, negative_prompt="a lamp")
+    options = {} if name == "flux2" else {"negative_prompt": "a lamp"}  # FLUX.2 takes no such text
+    pairs = generate(tiny_pipelines.build(name), candidates=2, num_inference_steps=1, **options)
     assert len(pairs) == 3
     assert all(more > less for more, less in zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True))
 

@@ -12,9 +12,13 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -26,7 +30,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tiny_models import CONTEXT, LETTERS, WORDS, bpe, clip_tokenizer, number
+from tiny_models import CONTEXT, LETTERS, WORDS, bpe, clip_images, clip_tokenizer, number
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -35,12 +39,28 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlavaProcessor,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    PixtralVisionConfig,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 SIZE = (32, 32)
+# Language models of today, as they encode prompts.
+DECODER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
 
 
 # --- Components ---
@@ -59,6 +79,24 @@ def gemma_tokenizer() -> GemmaTokenizer:
     first_word, _ = bpe()  # the first word has no space in front of it
     vocab = number(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *pieces, *first_word])
     return GemmaTokenizer(vocab=vocab, merges=merges)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """As published: a chat template with an empty thought, and bytes written as letters, a space as "Ġ"."""
+    pieces, merges = bpe(starts="Ġ")
+    first_word, first_merges = bpe()  # the first word has no space in front of it
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    return Qwen2Tokenizer(
+        vocab=number([*pieces, *first_word, "Ċ", *special]),
+        merges=[*merges, *first_merges],
+        extra_special_tokens=special[1:],
+        chat_template=template,
+    )
 
 
 def clip_text(cls: type = CLIPTextModel, **kwargs: Any) -> nn.Module:
@@ -86,8 +124,8 @@ def t5(width: int = 32) -> nn.Module:
     return T5EncoderModel(config)
 
 
-def vae(channels: int = 4, **kwargs: Any) -> AutoencoderKL:
-    return AutoencoderKL(
+def vae(channels: int = 4, cls: type = AutoencoderKL, **kwargs: Any) -> Any:
+    return cls(
         down_block_types=["DownEncoderBlock2D"] * 3,
         up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=[8, 8, 16],
@@ -221,17 +259,52 @@ def make_flux(guidance_embeds: bool = True) -> DiffusionPipeline:
     )
 
 
+def flux2_parts(text_width: int, guidance_embeds: bool) -> dict[str, Any]:
+    """What klein and dev have in common."""
+    autoencoder = vae(4, AutoencoderKLFlux2)
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2.0)
+    denoiser = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * text_width,  # three layers of the text encoder side by side
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return {"vae": autoencoder, "transformer": denoiser, "scheduler": scheduler}
+
+
+def make_flux2(is_distilled: bool = False) -> DiffusionPipeline:
+    """FLUX.2 klein."""
+    tokenizer = qwen_tokenizer()
+    # The pipeline reads layers 9, 18 and 27.
+    text = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=27, **DECODER)
+    parts = flux2_parts(text.hidden_size, guidance_embeds=False)
+    encoder = Qwen3ForCausalLM(text)
+    return Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, is_distilled=is_distilled, **parts)
+
+
+def make_flux2_dev() -> DiffusionPipeline:
+    """FLUX.2 dev, whose tokenizer is inside a processor, here LLaVA's: Pixtral's can't be made without torchvision."""
+    tokenizer = qwen_tokenizer()
+    template = "[{{ messages[1].content[0].text }}]"  # the system's message would be 500 letters
+    processor = LlavaProcessor(clip_images(), tokenizer, chat_template=template)
+    text = MistralConfig(vocab_size=len(tokenizer), num_hidden_layers=30, **DECODER)  # layers 10, 20 and 30
+    vision = PixtralVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+    parts = flux2_parts(text.hidden_size, guidance_embeds=True)
+    return Flux2Pipeline(text_encoder=encoder, tokenizer=processor, **parts)
+
+
 def make_sana() -> DiffusionPipeline:
     tokenizer = gemma_tokenizer()
-    text = Gemma2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
+    text = Gemma2Config(vocab_size=len(tokenizer), num_hidden_layers=2, **DECODER)
     denoiser = SanaTransformer2DModel(
         in_channels=8,
         out_channels=8,
@@ -275,6 +348,8 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sdxl": make_sdxl,
     "sd3": make_sd3,
     "flux": make_flux,
+    "flux2": make_flux2,
+    "flux2_dev": make_flux2_dev,
     "sana": make_sana,
 }
 
@@ -308,4 +383,4 @@ def draw(pipeline: DiffusionPipeline, prompt: str | list[str] | None = "a red ap
     options = {"height": height, "width": width, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
     if isinstance(pipeline, SanaPipeline):
         options["use_resolution_binning"] = False
-    return pipeline(prompt, generator=torch.Generator().manual_seed(0), **options | kwargs).images[0]
+    return pipeline(prompt=prompt, generator=torch.Generator().manual_seed(0), **options | kwargs).images[0]

@@ -8,7 +8,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from bt_hf.diffusion.collator import DiffusionCollator, digest_pixels
-from bt_hf.diffusion.family import Family
+from bt_hf.diffusion.family import Family, find_tokenizers
 from bt_hf.diffusion.fingerprint import describe, digest, digest_weights
 
 
@@ -45,9 +45,8 @@ class PairEncoder:
 
     def fingerprint(self) -> str:
         tokenizers = [
-            (name, component.__class__.__name__, len(component))
-            for name, component in self.pipeline.components.items()
-            if name.startswith("tokenizer") and component is not None
+            (name, type(tokenizer).__name__, len(tokenizer))
+            for name, tokenizer in find_tokenizers(self.pipeline).items()
         ]
         options = (self.family.name, self.collator.size, self.sample_latents, tokenizers)
         return digest(digest_weights(self.modules().values()), repr(options), str(describe(self.pipeline.vae)))

@@ -60,6 +60,8 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
+    "Flux2Pipeline": "flux2",
     "SanaPipeline": "sana",
 }
 
@@ -69,7 +71,7 @@ def find_family(pipeline: Any) -> Family:
 
     Raises:
         TypeError: No family fits the pipeline.
-        ValueError: The denoiser expects more than noisy latents, as those for inpainting and distilled ones do.
+        ValueError: The denoiser expects more than noisy latents, as those for inpainting do, or was distilled.
     """
     for cls in type(pipeline).__mro__:
         if cls.__name__ in FAMILIES:
@@ -83,7 +85,7 @@ def find_family(pipeline: Any) -> Family:
 
 
 def _check_denoiser(family: Family, pipeline: Any) -> None:
-    """Raise a `ValueError` unless the denoiser takes noisy latents and nothing else."""
+    """Raise a `ValueError` unless the denoiser takes noisy latents and nothing else, and is not known as distilled."""
     config = getattr(pipeline, family.denoiser).config
     # What is packed into 2x2 patches has four times the channels of the latents.
     latent = pipeline.vae.config.latent_channels * (4 if hasattr(pipeline, "_pack_latents") else 1)
@@ -99,6 +101,22 @@ def _check_denoiser(family: Family, pipeline: Any) -> None:
             "guidance scale as one more input (LCM), and does not denoise as it was trained to. Train on the model "
             "that it was distilled from: the LoRA loads into both."
         )
+    # What Black Forest Labs advise too: https://github.com/black-forest-labs/flux2
+    if pipeline.config.get("is_distilled"):
+        raise ValueError(
+            f"This {type(pipeline).__name__} was distilled to draw in few steps (`is_distilled`), which training on "
+            "the error of denoising would undo. Train on the model that it was distilled from, as "
+            "FLUX.2-klein-base-4B for FLUX.2-klein-4B: the LoRA loads into both."
+        )
+
+
+def find_tokenizers(pipeline: Any) -> dict[str, Any]:
+    """The tokenizers by their names in the pipeline; that of FLUX.2-dev is inside a processor."""
+    return {
+        name: getattr(component, "tokenizer", component)
+        for name, component in pipeline.components.items()
+        if name.startswith("tokenizer") and component is not None
+    }
 
 
 def unwrap(denoiser: nn.Module) -> Any:

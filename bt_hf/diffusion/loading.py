@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.family import Family, check_adapter, find_family
+from bt_hf.diffusion.family import Family, check_adapter, find_family, find_tokenizers
 from bt_hf.encoders import find_adapter_config
 
 logger = logging.getLogger(__name__)
@@ -127,11 +127,7 @@ def training_size(pipeline: Any, family: Family, resolution: int | None) -> tupl
 
 def count_truncated(pipeline: Any, prompts: list[str]) -> int:
     """How many prompts are longer than every text encoder's context; said once, as a warning."""
-    tokenizers = [
-        component
-        for name, component in pipeline.components.items()
-        if name.startswith("tokenizer") and component is not None
-    ]
+    tokenizers = find_tokenizers(pipeline).values()
     if not prompts or not tokenizers:
         return 0
     # Of several encoders the longest context counts: T5 reads on where CLIP has to stop.
