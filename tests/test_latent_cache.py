@@ -81,6 +81,16 @@ def test_cache_depends_on_content_and_model(tmp_path: Path) -> None:
     assert built(pairs, resolution=SIZE[0] // 2) == 4
 
 
+def test_statistics_that_are_no_parameters_count() -> None:
+    """FLUX.2's latents are standardised by buffers of its VAE."""
+    pipeline = build("flux2")
+    own = PairEncoder(find_family(pipeline), pipeline, DiffusionCollator(SIZE), False, torch.device("cpu"))
+    before = own.fingerprint()
+    assert own.fingerprint() == before
+    pipeline.vae.bn.running_var += 0.1
+    assert own.fingerprint() != before
+
+
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     pairs = red_pairs(20)
     tiny = Dataset.from_list(

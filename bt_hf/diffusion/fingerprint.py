@@ -41,7 +41,7 @@ def describe(value: Any) -> Any:
 
 
 def digest_weights(values: Iterable[Any]) -> str:
-    """A digest of the modules among values: 16 numbers of each parameter, and how strongly adapters are switched on.
+    """A digest of the modules among values: 16 numbers of each tensor, and how strongly adapters are switched on.
 
     Names do not tell what was trained into a pipeline, or which LoRA was loaded into it; to read all of T5-XXL would
     take minutes, and what is fine-tuned differs in every tensor.
@@ -50,11 +50,12 @@ def digest_weights(values: Iterable[Any]) -> str:
     for module in values:
         if not isinstance(module, nn.Module):
             continue
-        for name, parameter in module.named_parameters():
-            parts.append(f"{name} {tuple(parameter.shape)} {parameter.dtype}")
-            if not parameter.is_meta:
-                step = max(1, parameter.numel() // 16)
-                parts.append(parameter.detach().flatten()[::step].cpu().float().numpy().tobytes())
+        # Buffers that are saved count too: FLUX.2's VAE has the statistics of its latents in them.
+        for name, tensor in module.state_dict().items():
+            parts.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
+            if not tensor.is_meta:
+                step = max(1, tensor.numel() // 16)
+                parts.append(tensor.flatten()[::step].cpu().float().numpy().tobytes())
         for name, child in module.named_modules():
             scaling = getattr(child, "scaling", None)
             if isinstance(scaling, dict):
