@@ -25,8 +25,10 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    GemmaTokenizer,
     MetaClip2Config,
     MetaClip2Model,
+    Qwen2Tokenizer,
     Siglip2Config,
     Siglip2Model,
     Siglip2Processor,
@@ -34,6 +36,7 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
     SiglipProcessor,
+    T5Tokenizer,
     XLMRobertaTokenizer,
 )
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
@@ -99,6 +102,39 @@ def siglip_tokenizer(**kwargs) -> Siglip2Tokenizer:
     vocab = number(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *pieces, *first_word])
     kwargs = {"padding_side": "right", "model_input_names": ["input_ids"]} | kwargs
     return Siglip2Tokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT, **kwargs)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """As published, except that it has no sentinels: nothing of a prompt is masked."""
+    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    words = [("▁" + word, -1.0) for word in WORDS]
+    letters = [(piece, -9.0) for letter in LETTERS for piece in (letter, "▁" + letter) if piece != "▁a"]
+    return T5Tokenizer(vocab=[*special, *words, *letters, ("▁", -9.0)], extra_ids=0, model_max_length=CONTEXT)
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    pieces, merges = bpe(starts="▁")
+    first_word, _ = bpe()  # the first word has no space in front of it
+    vocab = number(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *pieces, *first_word])
+    return GemmaTokenizer(vocab=vocab, merges=merges)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """As published: a chat template with an empty thought, and bytes written as letters, a space as "Ġ"."""
+    pieces, merges = bpe(starts="Ġ")
+    first_word, first_merges = bpe()  # the first word has no space in front of it
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    return Qwen2Tokenizer(
+        vocab=number([*pieces, *first_word, "Ċ", *special]),
+        merges=[*merges, *first_merges],
+        extra_special_tokens=special[1:],
+        chat_template=template,
+    )
 
 
 # --- Families ---

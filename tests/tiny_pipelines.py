@@ -30,7 +30,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tiny_models import CONTEXT, LETTERS, WORDS, bpe, clip_images, clip_tokenizer, number
+from tiny_models import CONTEXT, clip_images, clip_tokenizer, gemma_tokenizer, qwen_tokenizer, t5_tokenizer
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -38,65 +38,24 @@ from transformers import (
     CLIPTextModelWithProjection,
     Gemma2Config,
     Gemma2Model,
-    GemmaTokenizer,
     LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
     PixtralVisionConfig,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
 SIZE = (32, 32)
 # Language models of today, as they encode prompts.
-DECODER = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+DECODER = {"hidden_size": 16, "intermediate_size": 32, **HEADS}
 
 
 # --- Components ---
-
-
-def t5_tokenizer() -> T5Tokenizer:
-    """As published, except that it has no sentinels: nothing of a prompt is masked."""
-    special = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
-    words = [("▁" + word, -1.0) for word in WORDS]
-    letters = [(piece, -9.0) for letter in LETTERS for piece in (letter, "▁" + letter) if piece != "▁a"]
-    return T5Tokenizer(vocab=[*special, *words, *letters, ("▁", -9.0)], extra_ids=0, model_max_length=CONTEXT)
-
-
-def gemma_tokenizer() -> GemmaTokenizer:
-    pieces, merges = bpe(starts="▁")
-    first_word, _ = bpe()  # the first word has no space in front of it
-    vocab = number(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *pieces, *first_word])
-    return GemmaTokenizer(vocab=vocab, merges=merges)
-
-
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """As published: a chat template with an empty thought, and bytes written as letters, a space as "Ġ"."""
-    pieces, merges = bpe(starts="Ġ")
-    first_word, first_merges = bpe()  # the first word has no space in front of it
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-        "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-    )
-    return Qwen2Tokenizer(
-        vocab=number([*pieces, *first_word, "Ċ", *special]),
-        merges=[*merges, *first_merges],
-        extra_special_tokens=special[1:],
-        chat_template=template,
-    )
 
 
 def clip_text(cls: type = CLIPTextModel, **kwargs: Any) -> nn.Module:
