@@ -1,5 +1,6 @@
 """Options that the trainers of rewards and of preference LoRAs share."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,10 @@ class PreferenceConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Processes that were started together on a machine without a GPU join on CPUs. If nothing said so, each would
+        # take itself for the only one, train by itself, and write into the same folder.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
         # Dispatching cuts every tensor of a stream's batch to B rows, but of images there are 2B.
         self.accelerator_config.dispatch_batches = False

@@ -22,6 +22,7 @@ from transformers.utils import PushInProgress
 
 from bt_hf import hub
 from bt_hf.card_parts import add_metadata
+from bt_hf.divided import divide_by_layers, whole
 from bt_hf.hub_checks import ADAPTER_CONFIG, CARD, contract_files
 from bt_hf.pairs import PreferenceDataError, check_columns, overlapping_rows
 from bt_hf.streams import Filler, Position, share_out
@@ -127,6 +128,16 @@ class PreferenceTrainer(Trainer):
         finally:
             self.data_collator = own
 
+    @property
+    def divided(self) -> bool:
+        """Whether training divides the weights among the processes (FSDP, DeepSpeed)."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled:
+            divide_by_layers(self.model, self.accelerator.state.fsdp_plugin)
+        return super()._prepare_for_training(*args, **kwargs)
+
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
         """The untouched base, within a context that restores the adapter."""
@@ -181,10 +192,11 @@ class PreferenceTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         # Beside its destination: a move within one file system replaces a file in one step.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            self.model.save_pretrained(scratch, state_dict=state_dict, safe_serialization=True, **self.save_options)
+            with whole(self.accelerator.unwrap_model(self.model), state_dict) as model:
+                model.save_pretrained(scratch, safe_serialization=True, **self.save_options)
+                self.save_beside_adapter(Path(scratch))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(scratch)
-            self.save_beside_adapter(Path(scratch))
             if (folder / CARD).is_file():  # of which only the generated parts are renewed
                 shutil.copy(folder / CARD, scratch)
             self.write_card(Path(scratch))

@@ -32,6 +32,7 @@ FLOORS = {
     "encoders": 1,
     "evaluate_modules": 1,
     "config": 1,
+    "divided": 1,
     "streams": 1,
     "trainer": 2,
     "verdict": 2,

@@ -255,11 +255,12 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         for index, batch in enumerate(bar):
             count = len(batch["row"])
             errors = torch.zeros(count, draws, len(batch["latents"]) // count, device=self.args.device)
-            if index % self.accelerator.num_processes == self.accelerator.process_index:
+            # Divided weights are gathered for each forward, in which all processes have to take part.
+            if self.divided or index % self.accelerator.num_processes == self.accelerator.process_index:
                 for draw in range(draws):
                     values = self._reference_errors(self.denoising.ask(batch, draw, stream))
                     errors[:, draw] = values.view(-1, count).T
-            found.append(self.accelerator.reduce(errors, "sum").cpu())
+            found.append((errors if self.divided else self.accelerator.reduce(errors, "sum")).cpu())
         pairs.reference = torch.cat(found)
 
     # --- One step ---

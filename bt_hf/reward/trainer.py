@@ -16,6 +16,7 @@ from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.processing_utils import ProcessorMixin
 
 from bt_hf import encoders
+from bt_hf.divided import make_divisible
 from bt_hf.lora import add_adapter
 from bt_hf.losses import alignment_loss, bradley_terry_loss
 from bt_hf.metrics import preference_metrics
@@ -142,6 +143,11 @@ class BradleyTerryTrainer(PreferenceTrainer):
         resume = resume_from_checkpoint or self.args.resume_from_checkpoint
         self._prepare(begin=not resume)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.divided:
+            make_divisible(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _prepare(self, begin: bool) -> None:
         """Embed training pairs with the base, for the alignment term and for the warm start."""
