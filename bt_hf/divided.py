@@ -25,7 +25,6 @@ def divide_by_layers(model: nn.Module, plugin: Any) -> None:
             "`fsdp_state_dict_type` should be FULL_STATE_DICT in the config of accelerate: with "
             f"{plugin.state_dict_type.name} no adapter would be saved."
         )
-    model.to(memory_format=torch.contiguous_format)  # FSDP takes no other, such as channels last
     if plugin.transformer_cls_names_to_wrap is None:
         present = {type(module).__name__ for module in model.modules()}
         wanted = getattr(model, "_no_split_modules", None) or ()

@@ -133,7 +133,15 @@ class PreferenceTrainer(Trainer):
         """Whether training divides the weights among the processes (FSDP, DeepSpeed)."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
+    def place_whole(self) -> None:
+        """Put the model on the device for what looks at the base before it is divided; it has to fit there once."""
+        if self.divided and next(self.model.parameters()).device != self.args.device:
+            self.model.to(self.args.device)
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.divided:
+            # Neither of them divides weights in another order, such as channels last.
+            self.model.to(memory_format=torch.contiguous_format)
         if self.is_fsdp_enabled:
             divide_by_layers(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(*args, **kwargs)

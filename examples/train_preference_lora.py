@@ -1,7 +1,7 @@
 """Train a preference LoRA on any preference pairs and any diffusers pipeline, on one device or many.
 
     python examples/train_preference_lora.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset my-clicks/
-    accelerate launch examples/train_preference_lora.py --config taste.yaml
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/train_preference_lora.py ...
 
 `my-clicks/` is a folder with `metadata.csv` (columns prompt, chosen, rejected) and the images that it names; a Hub id
 such as data-is-better-together/open-image-preferences-v1-binarized works as well. All options: --help.
@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((LoraArguments, PreferenceLoRAConfig), description=__doc__)
     parser.set_defaults(output_dir="my-taste-lora")
     options, config = parser.parse_args_and_config(argv)
+    PartialState().print(
+        f"Processes: {config.world_size} on {config.device.type}"
+    )  # fewer than meant? see accelerate/
 
     # 2. Pairs. Every known layout becomes rows of prompt, chosen, rejected; bad rows are found now, not in an hour.
     # KTO alone takes each image by itself.

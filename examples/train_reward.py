@@ -1,7 +1,7 @@
 """Train a reward on any preference pairs and any dual encoder, on one device or many.
 
     python examples/train_reward.py --model openai/clip-vit-base-patch32 --dataset my-clicks/ --output_dir my-taste
-    accelerate launch examples/train_reward.py --config taste.yaml
+    accelerate launch --config_file examples/accelerate/multi_gpu.yaml examples/train_reward.py ...
 
 `my-clicks/` is a folder with `metadata.csv` (columns prompt, chosen, rejected) and the images that it names; a Hub id
 such as data-is-better-together/open-image-preferences-v1-binarized works as well. All options: --help.
@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((RewardArguments, BradleyTerryConfig), description=__doc__)
     parser.set_defaults(output_dir="my-taste")
     options, config = parser.parse_args_and_config(argv)
+    PartialState().print(
+        f"Processes: {config.world_size} on {config.device.type}"
+    )  # fewer than meant? see accelerate/
 
     # 2. Pairs. Every known layout becomes rows of prompt, chosen, rejected; bad rows are found now, not in an hour.
     pairs, held_out = options.load_pairs()

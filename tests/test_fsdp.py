@@ -10,7 +10,11 @@ from launching import CONFIGS, launch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import build as build_clip
+from tiny_models import red_pairs
 from tiny_pipelines import build as build_pipeline
+from tiny_trainers import make
+
+from bt_hf import PreferenceLoRATrainer, cross_validate
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +54,15 @@ def test_a_divided_run_leaves_a_folder_for_peft_and_diffusers(divided: Path) -> 
     pipeline.unload_lora_weights()
     after = pipeline.unet.state_dict()
     assert any(not torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_validation_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreferenceLoRATrainer, "divided", True)
+    with pytest.raises(ValueError, match="validation_prompts.*saved folder"):
+        make(tmp_path, validation_prompts=["a red apple"])
+
+
+def test_cross_validation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="divided its weights: pass `--cross_validate 0`"):
+        cross_validate(build_clip()[0], red_pairs(4))

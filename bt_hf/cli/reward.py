@@ -50,11 +50,13 @@ class RewardArguments(DataArguments):
         default=5,
         metadata={
             "help": "Folds of the cross-validation before the training, 0 for none. It trains once a fold: seconds "
-            "for the hundreds of pairs that need it."
+            "for the hundreds of pairs that need it. None of a stream, which can't be dealt into folds."
         },
     )
 
     def __post_init__(self) -> None:
+        if self.streaming:
+            self.cross_validate = 0
         if self.cross_validate < 0 or self.cross_validate == 1:
             raise ValueError(
                 f"`cross_validate` should be 0 (none) or at least 2 folds, but got {self.cross_validate}."

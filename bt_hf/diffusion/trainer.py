@@ -124,6 +124,11 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.divided and args.validation_prompts:
+            raise ValueError(
+                "`validation_prompts` can't be drawn while FSDP or DeepSpeed divides the weights: leave them out, and "
+                "draw with the saved folder."
+            )
         self.add_callback(_Begin(self))
         self.guards = [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()] if args.guards else []
         for guard in self.guards:
@@ -158,6 +163,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, between two drawings of the validation prompts."""
+        if self.beta is None or self.args.noise_draws:
+            self.place_whole()
         self._resolve_beta()
         if self.args.noise_draws and self._needs_reference and isinstance(self.train_dataset, CachedPairs):
             epochs = self.args.num_train_epochs

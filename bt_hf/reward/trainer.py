@@ -154,6 +154,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         start = begin and self._fresh_adapter and self.args.warm_start
         if not (start or self.args.alignment_weight) or self.train_dataset is None:
             return
+        self.place_whole()
         embedded = self._embed_training_pairs(512)
         size = self.args.alignment_bank_size
         self._banks = {name: embedded[name][:size].to(self.args.device) for name in ("text", "chosen", "rejected")}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -102,8 +103,8 @@ def cross_validate(
         A `CrossValidation`; `print` it for the table and the verdict.
 
     Raises:
-        ValueError: Fewer than two folds or two distinct prompts, or `model` has an adapter, which may have been
-            trained on these pairs.
+        ValueError: Fewer than two folds or two distinct prompts, `model` has an adapter, which may have been trained
+            on these pairs, or FSDP or DeepSpeed is on.
 
     Example:
         ```python
@@ -112,6 +113,11 @@ def cross_validate(
         ```
     """
     check_columns(dataset)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "`cross_validate` trains one model again for each fold, which can't be once FSDP or DeepSpeed has divided "
+            "its weights: pass `--cross_validate 0`, or run it beforehand on one device."
+        )
     source = model
     # A copy, as the adapters of the folds come and go, and leave the weights frozen.
     base: Any = copy.deepcopy(model) if isinstance(model, nn.Module) else encoders.load_dual_encoder(model)
