@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import pyarrow
-from datasets import Features, IterableDataset, IterableDatasetDict
+from datasets import Dataset, Features, IterableDataset, IterableDatasetDict
 
 from .layouts import PLACE, PreferenceDataError
 
@@ -59,6 +59,15 @@ def open_shards(
         splits = {name: _by_shard(stream, files.get(name, ()), label, on_bad_rows) for name, stream in opened.items()}
         return IterableDatasetDict(splits)
     return _by_shard(opened, files.get(split, ()), label, on_bad_rows)
+
+
+def plain_names(dataset: Dataset) -> Dataset:
+    """A loaded dataset whose columns, if they are those of WebDataset, have the names that they get in a stream."""
+    if "__key__" not in dataset.column_names:
+        return dataset
+    dataset = dataset.remove_columns([name for name in dataset.column_names if name.startswith("__")]).flatten()
+    names = {name: name.removeprefix("json.").partition(".")[0] for name in dataset.column_names}
+    return dataset.rename_columns({name: "prompt" if plain == "txt" else plain for name, plain in names.items()})
 
 
 def _by_shard(stream: IterableDataset, files: Any, label: str, on_bad_rows: str) -> IterableDataset:

@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset, Features, IterableDataset
 
 from .layouts import PreferenceDataError
-from .shards import open_shards
+from .shards import open_shards, plain_names
 
 _READERS = {
     ".csv": "csv",
@@ -65,6 +65,8 @@ def read(
         loaded = loaded[name]
     if isinstance(loaded, Dataset) and len(loaded) == 0:
         raise PreferenceDataError(f"{label}: has no rows; expected at least one pair")
+    if isinstance(loaded, Dataset):
+        loaded = plain_names(loaded)
     if streaming and isinstance(loaded, Dataset):
         loaded = loaded.to_iterable_dataset()
     return loaded.with_format(None), folder, label

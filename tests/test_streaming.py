@@ -72,6 +72,17 @@ def numbers(rows: Iterable[dict]) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", WRITERS)
+def test_loaded_and_streamed_are_the_same_rows(kind: str, tmp_path: Path) -> None:
+    folder = WRITERS[kind](tmp_path / "data", [3, 2])
+    file = next(folder.glob("part-0.*"))
+    for source, count in ((folder, 5), (file, 3)):
+        loaded, streamed = (load_preference_pairs(source, streaming=streaming) for streaming in (False, True))
+        assert numbers(loaded) == numbers(streamed) == list(range(count))
+        for row, other in zip(loaded, streamed, strict=True):
+            assert row["preference"] == other["preference"] == (0.75 if kind == "webdataset" else 1.0)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("shards", [1, 3, 4], ids="{} shards".format)
 def test_processes_and_workers_read_each_row_once(kind: str, shards: int, tmp_path: Path) -> None:
     sizes = [7, 2, 1, 5][:shards]
