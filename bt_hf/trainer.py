@@ -205,8 +205,10 @@ class PreferenceTrainer(Trainer):
                 self.save_beside_adapter(Path(scratch))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(scratch)
-            if (folder / CARD).is_file():  # of which only the generated parts are renewed
-                shutil.copy(folder / CARD, scratch)
+            # Only the card's generated parts are renewed, and it shows the pictures that it finds beside it.
+            for found in (folder / CARD, *folder.glob("*.png")):
+                if found.is_file() and not (Path(scratch) / found.name).exists():
+                    shutil.copy(found, scratch)
             self.write_card(Path(scratch))
             move_files(Path(scratch), folder)
 

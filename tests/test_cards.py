@@ -150,3 +150,11 @@ def test_caption_says_which_pairs_the_diagram_is_of(trained: BradleyTerryTrainer
     (tmp_path / "reliability.png").touch()
     assert "for how sure it is, on 6 held-out pairs." in card_of(trained, tmp_path).text
     assert "for how sure it is, in the cross-validation." in card_of(SimpleNamespace(verdict="Worse."), tmp_path).text
+
+
+def test_a_folder_that_is_saved_again_keeps_its_pictures(trained: BradleyTerryTrainer, tmp_path) -> None:
+    trained.save_model(str(tmp_path))
+    (tmp_path / "reliability.png").write_bytes(b"a picture")
+    trained.save_model(str(tmp_path))
+    assert "](reliability.png)" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "reliability.png").read_bytes() == b"a picture"
