@@ -41,7 +41,7 @@ from judge import JUDGE_FOLDER, Judge
 from taste import preference_pairs
 
 # How to draw with the tiny pipeline.
-DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 7.5, "height": 64, "width": 64}
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def options(pairs: int = PAIRS, **others: Any) -> dict[str, Any]:
     } | others
 
 
-def things(model: Path, scratch: Path, args: argparse.Namespace) -> None:
+def things(model: Path, scratch: Path, args: argparse.Namespace, rows: dict[str, dict[str, Any]] = ROWS) -> None:
     """What each thing gives."""
     pairs = preference_pairs("fluent", 4 * PAIRS)
     turns = {
@@ -97,7 +97,7 @@ def things(model: Path, scratch: Path, args: argparse.Namespace) -> None:
     }
     chosen: dict[str, Any] = {}
     once = {}
-    for name, more in ROWS.items():
+    for name, more in rows.items():
         if "torch_compile" in more and args.no_compile:
             continue
         chosen = chosen | more

@@ -43,7 +43,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import timing
-from timing import Turn
+from timing import DEVICE, Turn
 
 from bt_hf import PreferenceLoRAConfig, PreferenceLoRATrainer
 from bt_hf.diffusion.sd import UNET_LAYERS
@@ -70,7 +70,7 @@ def train(model: Path, pairs: Dataset, scratch: Path, **options) -> Turn:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",  # the Trainer allows bf16 on a CPU only when told so
     }
     args = PreferenceLoRAConfig(str(scratch / "lora"), **defaults | options)
     return timing.train(PreferenceLoRATrainer(str(model), args, train_dataset=pairs))
@@ -83,7 +83,7 @@ def network(
     model: Path, channels_last: bool = True
 ) -> tuple[StableDiffusionPipeline, PeftModel, torch.optim.Optimizer]:
     """The pipeline, its denoiser with a LoRA as the trainer makes it, and the optimizer that the Trainer takes."""
-    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(DEVICE)
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         module.eval().requires_grad_(False)
     denoiser = get_peft_model(pipeline.unet, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=UNET_LAYERS))
@@ -108,7 +108,7 @@ class Batch:
 
 
 def errors(denoiser: PeftModel, batch: Batch, bf16: bool) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
         predicted = denoiser(*batch.inputs).sample
     return (predicted.float() - batch.target).square().mean((1, 2, 3))  # (2B,)
 
@@ -141,14 +141,14 @@ def straight_loop(
         drawings = [image for name in ("chosen", "rejected") for image in rows[name]]
         images = [np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)) for image in drawings]
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
-        latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        latents = pipeline.vae.encode(pixels.to(DEVICE)).latent_dist.mean * pipeline.vae.config.scaling_factor
         ids = pipeline.tokenizer(list(rows["prompt"]), padding="max_length", truncation=True, return_tensors="pt")
-        return latents, pipeline.text_encoder(ids.input_ids).last_hidden_state.repeat(2, 1, 1)
+        return latents, pipeline.text_encoder(ids.input_ids.to(DEVICE)).last_hidden_state.repeat(2, 1, 1)
 
     def step() -> None:
         latents, embeds = encode(pairs.select(torch.randperm(len(pairs), generator=generator)[:batch].tolist()))
-        noise = torch.randn(batch, *latents.shape[1:], generator=generator).repeat(2, 1, 1, 1)
-        times = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator).repeat(2)
+        noise = torch.randn(batch, *latents.shape[1:], generator=generator).repeat(2, 1, 1, 1).to(DEVICE)
+        times = torch.randint(scheduler.config.num_train_timesteps, (batch,), generator=generator).repeat(2).to(DEVICE)
         noisy = scheduler.add_noise(latents, noise, times).contiguous(memory_format=memory_format)
         target = scheduler.get_velocity(latents, noise, times)
         update(denoiser, optimizer, Batch((noisy, times, embeds), target), bf16)
@@ -160,9 +160,9 @@ def bare(model: Path, bf16: bool, base_known: bool, pairs: int = BATCH, channels
     """Forwards, a backward and the optimizer's step on one batch of `pairs` pairs, made once."""
     pipeline, denoiser, optimizer = network(model, channels_last)
     config, length = denoiser.config, pipeline.tokenizer.model_max_length
-    noisy = torch.randn(2 * pairs, config.in_channels, config.sample_size, config.sample_size)
-    embeds = torch.randn(2 * pairs, length, config.cross_attention_dim)
-    times = torch.randint(pipeline.scheduler.config.num_train_timesteps, (2 * pairs,))
+    noisy = torch.randn(2 * pairs, config.in_channels, config.sample_size, config.sample_size, device=DEVICE)
+    embeds = torch.randn(2 * pairs, length, config.cross_attention_dim, device=DEVICE)
+    times = torch.randint(pipeline.scheduler.config.num_train_timesteps, (2 * pairs,), device=DEVICE)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     batch = Batch((noisy.contiguous(memory_format=memory_format), times, embeds), torch.randn_like(noisy))
     if base_known:

@@ -49,7 +49,7 @@ LORA = {  # of every run below, where it does not say otherwise
     "per_device_eval_batch_size": 32,
     "bf16": True,
 }
-DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 7.5, "height": 64, "width": 64}
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 METHODS = {
     "sft on winners": {"loss_type": "sft"},

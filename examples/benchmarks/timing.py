@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
+import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 Turn = Callable[[], list[float]]  # runs a few steps, and says how many seconds each took but the first
 
 
@@ -21,7 +23,14 @@ class Clock(TrainerCallback):
         self.ends = []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
+
+
+def now() -> float:
+    """Seconds, once the device has done all that it was asked to."""
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def train(trainer: Trainer) -> Turn:
@@ -44,7 +53,7 @@ def repeat(step: Callable[[], None], count: int) -> Turn:
         ends = []
         for _ in range(count):
             step()
-            ends.append(time.perf_counter())
+            ends.append(now())
         return [end - start for start, end in pairwise(ends)]
 
     return turn

@@ -218,14 +218,17 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, 
     )
     for name in ("vae", "unet", "text_encoder"):
         module = getattr(pipeline, name)
-        copy = type(module).from_config(module.config) if name != "text_encoder" else type(module)(module.config)
+        if name == "text_encoder":
+            copy = type(module)(module.config)
+        else:  # without the note of the folder that it was loaded from
+            copy = type(module).from_config({key: value for key, value in module.config.items() if key[0] != "_"})
         copy.load_state_dict(module.state_dict())
         setattr(pipeline, name, copy.half())
     pipeline.save_pretrained(folder)
 
 
 @torch.no_grad()
-def sample_sheet(folder: Path, path: Path, guidance_scale: float = 3.0) -> None:
+def sample_sheet(folder: Path, path: Path, guidance_scale: float = 7.5) -> None:
     """Rows: captions; columns: the bare caption four times, then one of each style by name."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
