@@ -1,5 +1,6 @@
 """Draw images with a pipeline and let a reward judge them: preference pairs, or simply the best of several."""
 
+import inspect
 import logging
 import os
 from collections import Counter
@@ -89,8 +90,8 @@ def generate_preference_pairs(
 
     Raises:
         TypeError: `pipeline` can't be called or `scorer` has no `score`.
-        ValueError: A number is out of range, an option belongs to this function and not to the pipeline, `output_dir`
-            was begun with other settings, or there is no usable pair.
+        ValueError: A number is out of range, the pipeline has no such option or it is set here, `output_dir` was begun
+            with other settings, or there is no usable pair.
 
     Example:
         ```python
@@ -111,7 +112,7 @@ def generate_preference_pairs(
             f"pair, but got {candidates}."
         )
     _check_options(scorer, on_bad_images, pipeline_kwargs)
-    pipeline = _loaded(pipeline)
+    pipeline = _loaded(pipeline, pipeline_kwargs)
     keep = PairFolder(output_dir)
     keep.begin(
         {
@@ -179,8 +180,8 @@ def best_of_n(
 
     Raises:
         TypeError: `pipeline` can't be called or `scorer` has no `score`.
-        ValueError: The prompt is empty, a number is out of range, an option belongs to this function and not to the
-            pipeline, or no image is usable.
+        ValueError: The prompt is empty, a number is out of range, the pipeline has no such option or it is set here, or
+            no image is usable.
 
     Example:
         ```python
@@ -193,7 +194,7 @@ def best_of_n(
     _check_number("candidates", candidates, 1)
     _check_number("batch_size", batch_size, 1)
     _check_options(scorer, "skip", pipeline_kwargs)
-    pipeline = _loaded(pipeline)
+    pipeline = _loaded(pipeline, pipeline_kwargs)
     seeds = [image_seed(seed, 0, index) for index in range(candidates)]
     with _quiet(pipeline):
         drawn = draw(pipeline, [prompt] * candidates, seeds, batch_size, **pipeline_kwargs)
@@ -366,16 +367,23 @@ def _check_options(scorer: Any, on_bad_images: str, pipeline_kwargs: Mapping[str
         )
 
 
-def _loaded(pipeline: Any) -> Any:
+def _loaded(pipeline: Any, options: Mapping[str, Any]) -> Any:
     if isinstance(pipeline, (str, os.PathLike)):
         from bt_hf.diffusion.loading import from_pretrained
 
         pipeline = from_pretrained(os.fspath(pipeline))
-        return pipeline.to("cuda") if torch.cuda.is_available() else pipeline
+        pipeline = pipeline.to("cuda") if torch.cuda.is_available() else pipeline
     if not callable(pipeline):
         raise TypeError(
             "`pipeline` should be a text-to-image pipeline of diffusers, its Hub id or its folder, but got "
             f"{type(pipeline).__name__}."
+        )
+    known = inspect.signature(pipeline).parameters
+    unknown = [name for name in options if name not in known]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        raise ValueError(
+            f"{type(pipeline).__name__} takes no {', '.join(unknown)}: leave it out. Not every pipeline has every "
+            "option; those of FLUX.2 have no `negative_prompt`, for example."
         )
     return pipeline
 

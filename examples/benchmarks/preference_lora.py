@@ -47,7 +47,6 @@ LORA = {  # of every run below, where it does not say otherwise
     "max_steps": 120,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
-    "bf16": True,
 }
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 7.5, "height": 64, "width": 64}
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
