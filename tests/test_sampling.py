@@ -145,9 +145,9 @@ def test_other_families(name: str) -> None:
     assert all(more > less for more, less in zip(pairs["chosen_reward"], pairs["rejected_reward"], strict=True))
 
 
-def test_an_option_that_the_pipeline_has_not_is_named(pipeline: Any) -> None:
-    with pytest.raises(ValueError, match=r"StableDiffusionPipeline takes no guidance, steps: leave it out"):
-        generate(pipeline, guidance=3.0, steps=2)
+def test_an_option_that_the_pipeline_has_not_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Flux2KleinPipeline takes no negative_prompt: leave it out"):
+        generate(tiny_pipelines.build("flux2"), negative_prompt="blurry")
 
 
 def test_soft_labels(pipeline: Any) -> None:

@@ -180,8 +180,8 @@ def best_of_n(
 
     Raises:
         TypeError: `pipeline` can't be called or `scorer` has no `score`.
-        ValueError: The prompt is empty, a number is out of range, the pipeline has no such option or it is set here, or
-            no image is usable.
+        ValueError: The prompt is empty, a number is out of range, the pipeline has no such option or it is set here,
+            or no image is usable.
 
     Example:
         ```python
