@@ -41,7 +41,7 @@ from judge import JUDGE_FOLDER, Judge
 from taste import preference_pairs
 
 # How to draw with the tiny pipeline.
-DRAWING = {"num_inference_steps": 20, "guidance_scale": 7.5, "height": 64, "width": 64}
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
 
 # Held-out captions that the tiny pipeline draws so that one can see what they are: most others are beyond it.
 SHOWN = ["face exhaling", "two o’clock", "person: beard", "man running", "prohibited", "woman wearing turban"]

@@ -83,7 +83,7 @@ def test_pipeline_of_the_emoji_domain_draws_in_the_style_that_is_named() -> None
     pipeline = DiffusionPipeline.from_pretrained(DIFFUSION_FOLDER, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [f"{name}, mono" for name in ("red apple", "zebra", "house", "bell", "heart", "whale", "key", "star")]
-    options = {"num_inference_steps": 12, "guidance_scale": 7.5, "height": 64, "width": 64}
+    options = {"num_inference_steps": 12, "guidance_scale": 3.0, "height": 64, "width": 64}
     images = pipeline(prompts, generator=torch.Generator().manual_seed(0), **options).images
     styles = Judge.from_pretrained(JUDGE_FOLDER).eval().style_probabilities(images).argmax(1)
     assert (styles == 4).float().mean() > 0.7  # bare captions: about a fifth

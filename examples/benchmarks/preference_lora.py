@@ -48,7 +48,7 @@ LORA = {  # of every run below, where it does not say otherwise
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
 }
-DRAWING = {"num_inference_steps": 20, "guidance_scale": 7.5, "height": 64, "width": 64}
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 METHODS = {
     "sft on winners": {"loss_type": "sft"},
@@ -192,11 +192,15 @@ def base(studio: Studio, args: argparse.Namespace) -> None:
     for split, found in studio.measure(pipeline, 0).items():
         print(f"| {split}, bare captions | " + " | ".join(f"{share:.2f}" for share in found["shares"]), end="")
         print(f" | {found['caption']:.3f} |", flush=True)
-        named = []
+        shares, captions = [], []
         for index, style in enumerate(STYLES):
-            images = studio.draw(pipeline, [f"{text}, {STYLE_NAMES[style]}" for text in studio.prompts[split]], 0)
-            named.append((studio.judge.style_probabilities(images).argmax(1) == index).float().mean().item())
-        print(f"| {split}, captions that name this style | " + " | ".join(f"{share:.2f}" for share in named) + " | |")
+            texts = studio.prompts[split]
+            images = studio.draw(pipeline, [f"{text}, {STYLE_NAMES[style]}" for text in texts], 0)
+            shares.append((studio.judge.style_probabilities(images).argmax(1) == index).float().mean().item())
+            captions.append((studio.judge.caption_ranks(images, texts) < 5).float().mean().item())
+        print(f"| {split}, captions that name this style | " + " | ".join(f"{share:.2f}" for share in shares) + " | |")
+        cells = " | ".join(f"{share:.3f}" for share in captions)
+        print(f"| {split}, captions of these drawings | {cells} | {np.mean(captions):.3f} |", flush=True)
 
 
 def taste(studio: Studio, args: argparse.Namespace) -> None:

@@ -228,7 +228,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, 
 
 
 @torch.no_grad()
-def sample_sheet(folder: Path, path: Path, guidance_scale: float = 7.5) -> None:
+def sample_sheet(folder: Path, path: Path, guidance_scale: float = 3.0) -> None:
     """Rows: captions; columns: the bare caption four times, then one of each style by name."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
