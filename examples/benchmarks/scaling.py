@@ -1,0 +1,54 @@
+"""Pairs a second in one process and in two, each with one thread: how much of a second core training makes use of.
+
+    python examples/benchmarks/scaling.py
+
+Runs the two example scripts under `accelerate launch` on the emoji models, 16 pairs a step in each process. With two
+processes a step sees twice as many pairs; twice as many a second would be perfect.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
+from taste import preference_pairs
+
+EXAMPLES = Path(__file__).parents[1]
+EVERY_LAYER = ["--cache_features", "false", "--lora_target_modules", "q_proj", "v_proj"]
+RUNS = {
+    "train_preference_lora.py": ["--model", str(DIFFUSION_FOLDER), "--learning_rate", "1e-6", "--beta", "2000"],
+    "train_reward.py": ["--model", str(CLIP_FOLDER), "--cross_validate", "0", *EVERY_LAYER],
+}
+
+
+def rate(script: str, options: list[str], processes: int, folder: Path, steps: int) -> float:
+    """Pairs a second, as the Trainer counts them."""
+    launch = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *(launch if processes > 1 else ["--cpu"])]
+    command += [str(EXAMPLES / script), *options, "--dataset", str(folder / "pairs.parquet")]
+    command += ["--output_dir", str(folder / f"out-{processes}-{script}"), "--max_steps", str(steps)]
+    command += ["--per_device_train_batch_size", "16", "--save_strategy", "no", "--eval_strategy", "no"]
+    command += ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    found = re.search(r"train_samples_per_second'?: '?([0-9.e+]+)", done.stdout)
+    if f"Processes: {processes} on cpu" not in done.stdout or found is None:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    return float(found.group(1))
+
+
+def main() -> None:
+    print("| | 1 process, pairs a second | 2 processes | times |\n|---|---:|---:|---:|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        preference_pairs("fluent", 128).to_parquet(Path(folder) / "pairs.parquet")
+        for script, options in RUNS.items():
+            one, two = (rate(script, options, count, Path(folder), 24) for count in (1, 2))
+            print(f"| {script} | {one:.1f} | {two:.1f} | {two / one:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
