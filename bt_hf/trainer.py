@@ -205,10 +205,11 @@ class PreferenceTrainer(Trainer):
                 self.save_beside_adapter(Path(scratch))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(scratch)
-            # Only the card's generated parts are renewed, and it shows the pictures that it finds beside it.
-            for found in (folder / CARD, *folder.glob("*.png")):
-                if found.is_file() and not (Path(scratch) / found.name).exists():
-                    shutil.copy(found, scratch)
+            if (folder / CARD).is_file():  # of which only the generated parts are renewed; PEFT has drafted another
+                shutil.copy(folder / CARD, scratch)
+            for picture in folder.glob("*.png"):  # the card shows what it finds beside it
+                if not (Path(scratch) / picture.name).exists():
+                    shutil.copy(picture, scratch)
             self.write_card(Path(scratch))
             move_files(Path(scratch), folder)
 
