@@ -16,7 +16,8 @@ from datasets import Dataset
 from PIL import Image
 
 from bt_hf import PreferenceScorer, generate_preference_pairs, load_preference_pairs
-from bt_hf.diffusion.sampling import best_of_n, image_seed
+from bt_hf.diffusion.candidates import image_seed
+from bt_hf.diffusion.sampling import best_of_n
 
 PROMPTS = ["a red apple", "the old house", "a photo of a boat"]
 FAST: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
@@ -104,12 +105,31 @@ def test_schema_is_the_row_contract(pipeline: Any) -> None:
         "chosen": "PIL.Image.Image",
         "rejected": "PIL.Image.Image",
         "preference": "float64",
+        "chosen_prompt": "string",
+        "rejected_prompt": "string",
         "chosen_seed": "int64",
         "rejected_seed": "int64",
         "chosen_reward": "float32",
         "rejected_reward": "float32",
     }
     assert len(load_preference_pairs(pairs)) == 1
+
+
+def test_templates_vary_what_is_drawn_but_not_what_is_asked(pipeline: Any) -> None:
+    """Candidates take turns, and each image comes back from its own text and seed."""
+    templates, scorer = ["{prompt}", "a photo of {prompt}, {red}"], Redness()
+    pairs = generate(pipeline, PROMPTS[:2], scorer, candidates=4, pairs_per_prompt=2, prompt_templates=templates)
+    assert scorer.seen == [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4
+    assert pairs["prompt"] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    for row in pairs:
+        drawn = [row["prompt"], f"a photo of {row['prompt']}, {{red}}"]
+        place = PROMPTS.index(row["prompt"])
+        for side in ("chosen", "rejected"):
+            text, seed = row[f"{side}_prompt"], row[f"{side}_seed"]
+            assert text == drawn[[image_seed(0, place, index) for index in range(4)].index(seed) % 2]
+            image = pipeline(text, generator=torch.Generator().manual_seed(seed), **FAST).images[0]
+            assert abs(np.asarray(row[side], dtype=int) - np.asarray(image, dtype=int)).max() <= 1
+    assert len({*pairs["chosen_prompt"], *pairs["rejected_prompt"]}) == 4
 
 
 def test_batch_size_changes_nothing_but_rounding(pipeline: Any) -> None:
@@ -306,6 +326,7 @@ def test_other_settings_are_named(pipeline: Any, tmp_path: Path) -> None:
     for options, name in (
         ({"prompts": PROMPTS[::-1]}, "prompts"),
         ({"num_inference_steps": 3}, "options"),
+        ({"prompt_templates": ["a photo of {prompt}"]}, "prompt_templates"),
         ({"scorer": Indifferent()}, "scorer"),
         ({"pipeline": tiny_pipelines.build("sd", seed=1)}, "pipeline_weights"),
     ):
@@ -362,6 +383,9 @@ def test_other_folders_are_left_alone(pipeline: Any, tmp_path: Path) -> None:
         ({"prompts": ["a red apple", " "]}, ValueError, "number 1 is ' '"),
         ({"candidates": 1}, ValueError, "`candidates` should be a whole number of at least 2, but got 1"),
         ({"candidates": 3, "pairs_per_prompt": 2}, ValueError, "twice `pairs_per_prompt` = 2"),
+        ({"prompt_templates": []}, ValueError, "where the prompt goes.*but it is empty"),
+        ({"prompt_templates": "{prompt}, flat"}, ValueError, "put it into a list"),
+        ({"prompt_templates": ["{prompt}", "oil painting"]}, ValueError, "but one is 'oil painting'"),
         ({"pairs_per_prompt": 0}, ValueError, "at least 1, but got 0"),
         ({"batch_size": 0}, ValueError, "`batch_size`"),
         ({"on_bad_images": "ignore"}, ValueError, "'skip' or 'raise', but got 'ignore'"),

@@ -15,6 +15,7 @@ command judges with it, and `bt-hf lora` trains the pipeline on the pairs."""
 _EPILOG = """examples:
   bt-hf pairs stable-diffusion-v1-5/stable-diffusion-v1-5 --scorer my-taste --prompts prompts.txt --output_dir my-pairs
   bt-hf pairs my-model/ --scorer my-taste --dataset my-clicks/ --column prompt --candidates 8 --pairs_per_prompt 2
+  bt-hf pairs my-model/ --scorer my-taste --prompts prompts.txt --prompt_templates "{prompt}" "{prompt}, oil painting"
   bt-hf pairs my-model/ --lora my-lora/ --scorer my-taste --prompts prompts.txt --steps 30 --guidance_scale 5
 
 prompts.txt has one prompt a line. The same command again goes on where one was stopped. my-pairs/ then has the images
@@ -43,6 +44,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--output_dir", "--output-dir", default="preference-pairs", metavar="FOLDER", help="default: preference-pairs")
     add("--candidates", type=_positive, default=4, metavar="N", help="images for each prompt; default: 4")
     add("--pairs_per_prompt", "--pairs-per-prompt", type=_positive, default=1, metavar="N", help="default: 1")
+    add(
+        "--prompt_templates",
+        "--prompt-templates",
+        nargs="+",
+        default=["{prompt}"],
+        metavar="TEXT",
+        help='vary what is drawn, such as "{prompt}" "{prompt}, oil painting": candidates take turns',
+    )
     add("--soft_labels", "--soft-labels", action="store_true", help="preferences as sure as the reward, not 1")
     add("--seed", type=int, default=0, help="other seeds draw other images; default: 0")
     add("--batch_size", "--batch-size", type=_positive, default=8, metavar="N", help="images at a time; default: 8")
@@ -85,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
         scorer,
         candidates=options.candidates,
         pairs_per_prompt=options.pairs_per_prompt,
+        prompt_templates=options.prompt_templates,
         seed=options.seed,
         batch_size=options.batch_size,
         output_dir=options.output_dir,

@@ -19,6 +19,8 @@ FEATURES = Features(
         "chosen": Image(),
         "rejected": Image(),
         "preference": Value("float64"),
+        "chosen_prompt": Value("string"),
+        "rejected_prompt": Value("string"),
         "chosen_seed": Value("int64"),
         "rejected_seed": Value("int64"),
         "chosen_reward": Value("float32"),

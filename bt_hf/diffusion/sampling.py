@@ -1,49 +1,26 @@
 """Draw images with a pipeline and let a reward judge them: preference pairs, or simply the best of several."""
 
 import inspect
-import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from bt_hf.diffusion.candidates import Scorer, draw, image_seed, judge, pair_up, problems, ranked
 from bt_hf.diffusion.fingerprint import describe, digest, digest_weights
 from bt_hf.diffusion.pair_folder import ADVICE, PairFolder, counted
-
-logger = logging.getLogger(__name__)
 
 # Set here for each image, so nobody else may set them.
 _TAKEN = (
     *("generator", "latents", "num_images_per_prompt", "output_type", "prompt", "prompt_embeds"),
     *("pooled_prompt_embeds", "return_dict"),
 )
-_Skip: TypeAlias = Literal["skip", "raise"]
-
-
-class Scorer(Protocol):
-    """What judges images: `PreferenceScorer`, or anything of your own with this method."""
-
-    def score(self, prompts: Any, images: Any) -> torch.Tensor:
-        """(N,) rewards of N images, each for its prompt; the larger the better."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An image that a pipeline drew, or what was wrong with it; its reward is set once it has one."""
-
-    seed: int
-    image: PILImage.Image | None
-    problem: str | None = None
-    reward: float = float("nan")
 
 
 def generate_preference_pairs(
@@ -52,6 +29,7 @@ def generate_preference_pairs(
     scorer: Scorer,
     candidates: int = 4,
     pairs_per_prompt: int = 1,
+    prompt_templates: Sequence[str] = ("{prompt}",),
     seed: int = 0,
     batch_size: int = 8,
     output_dir: str | os.PathLike | None = None,
@@ -67,6 +45,11 @@ def generate_preference_pairs(
     Images that are not finite or of one colour (a safety checker returns black ones) are left out, and a prompt with
     fewer than two others is dropped; one warning at the end counts all of these.
 
+    A reward can only choose among what is drawn. If the pipeline rarely draws what is wanted, let `prompt_templates`
+    vary the texts: with `["{prompt}", "{prompt}, oil painting", "{prompt}, flat icon"]` the candidates of a prompt are
+    drawn from these in turn, but judged by, and paired under, the prompt itself. A LoRA that is trained on the pairs
+    then learns to draw what the best of them had in common when it is asked for the bare prompt.
+
     Args:
         pipeline: A text-to-image `DiffusionPipeline`, where it is, or its Hub id or folder: a GPU is used then if
             there is one.
@@ -74,6 +57,8 @@ def generate_preference_pairs(
         scorer: `PreferenceScorer`, or anything with `score(prompts, images) -> (N,)` rewards.
         candidates: Images for each prompt, at least 2 `pairs_per_prompt`.
         pairs_per_prompt: Pairs for each prompt.
+        prompt_templates: Texts with "{prompt}" in them, from which a prompt's candidates are drawn in turn. Default:
+            from the prompt as it is.
         seed: Other seeds give other images.
         batch_size: Images that are drawn at a time.
         output_dir: Folder for the pairs, which `load_preference_pairs` reads. Each prompt is kept as it is finished,
@@ -84,9 +69,9 @@ def generate_preference_pairs(
             `negative_prompt` counts for every image.
 
     Returns:
-        A `datasets.Dataset` in the row contract: `prompt`, `chosen`, `rejected`, `preference`, and also `chosen_seed`,
-        `rejected_seed` (int64; `torch.Generator().manual_seed` draws the image again), `chosen_reward` and
-        `rejected_reward` (float32).
+        A `datasets.Dataset` in the row contract: `prompt`, `chosen`, `rejected`, `preference`, and also
+        `chosen_prompt`, `rejected_prompt`, `chosen_seed`, `rejected_seed` (the text and the int64 seed that draw the
+        image again, by `torch.Generator().manual_seed`), `chosen_reward` and `rejected_reward` (float32).
 
     Raises:
         TypeError: `pipeline` can't be called or `scorer` has no `score`.
@@ -103,6 +88,7 @@ def generate_preference_pairs(
         ```
     """
     prompts = _checked_prompts(prompts)
+    templates = _checked_templates(prompt_templates)
     _check_number("pairs_per_prompt", pairs_per_prompt, 1)
     _check_number("candidates", candidates, 2)
     _check_number("batch_size", batch_size, 1)
@@ -123,6 +109,7 @@ def generate_preference_pairs(
             "prompts": f"{len(prompts)} ({digest(*prompts)})",
             "candidates": candidates,
             "pairs_per_prompt": pairs_per_prompt,
+            "prompt_templates": templates,
             "seed": seed,
             "soft_labels": soft_labels,
             "options": describe(pipeline_kwargs),
@@ -136,16 +123,15 @@ def generate_preference_pairs(
             places = range(start, min(start + group, len(prompts)))
             if all(place in keep.finished for place in places):
                 continue
+            every = [(place, index) for place in places for index in range(candidates)]
             drawn = draw(
                 pipeline,
-                [prompts[place] for place in places for _ in range(candidates)],
-                [image_seed(seed, place, index) for place in places for index in range(candidates)],
+                [templates[index % len(templates)].replace("{prompt}", prompts[place]) for place, index in every],
+                [image_seed(seed, place, index) for place, index in every],
                 batch_size,
                 **pipeline_kwargs,
             )
-            drawn = judge(
-                scorer, [prompts[place] for place in places for _ in range(candidates)], drawn, on_bad_images
-            )
+            drawn = judge(scorer, [prompts[place] for place, _ in every], drawn, on_bad_images)
             for number, place in enumerate(places):
                 if place not in keep.finished:
                     own = drawn[number * candidates : (number + 1) * candidates]
@@ -200,127 +186,9 @@ def best_of_n(
         drawn = draw(pipeline, [prompt] * candidates, seeds, batch_size, **pipeline_kwargs)
     ranking = ranked(judge(scorer, [prompt] * candidates, drawn, "skip"))
     if not ranking:
-        raise ValueError(f"None of {candidates} images is usable ({counted(_problems(drawn))}). {ADVICE}")
-    return ranking[0][0], ranking
-
-
-# --- Steps ---
-
-
-def image_seed(seed: int, place: int, index: int) -> int:
-    """The seed of one image, 32 bits that look random: no two images of a run share one but by chance."""
-    return int(digest(str(seed), str(place), str(index))[:8], 16)
-
-
-def draw(
-    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, **pipeline_kwargs: Any
-) -> list[Candidate]:
-    """Draws one image for each prompt and seed, which alone decides what comes out, whatever it is drawn beside.
-
-    Raises:
-        ValueError: The pipeline returns something else than one RGB image for each prompt.
-    """
-    drawn: list[Candidate] = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        # On the CPU, so that a seed draws the same noise on every device.
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        # A pipeline takes one text for each prompt, or refuses: "negative_prompt", "prompt_2", ...
-        options = {
-            name: [value] * len(chunk) if isinstance(value, str) and "prompt" in name else value
-            for name, value in pipeline_kwargs.items()
-        }
-        # As floats: images of PIL do not tell NaN from black.
-        images = np.asarray(pipeline(prompt=chunk, generator=generators, output_type="np", **options).images)
-        if images.ndim != 4 or images.shape[0] != len(chunk) or images.shape[3] != 3:
-            raise ValueError(
-                f"Expected {len(chunk)} RGB images (N, H, W, 3) from {type(pipeline).__name__}, but got an array of "
-                f"shape {images.shape}: use a text-to-image pipeline."
-            )
-        drawn += [
-            _candidate(seed, image) for seed, image in zip(seeds[start : start + batch_size], images, strict=True)
-        ]
-    return drawn
-
-
-def _candidate(seed: int, pixels: np.ndarray) -> Candidate:
-    """Pixels (H, W, 3) in [0, 1] as an image, or what is wrong with them."""
-    if not np.isfinite(pixels).all():
-        return Candidate(seed, None, "not finite")
-    rounded = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-    if (rounded == rounded[0, 0]).all():
-        return Candidate(seed, None, "of one colour")
-    return Candidate(seed, PILImage.fromarray(rounded))
-
-
-def judge(scorer: Scorer, prompts: Sequence[str], drawn: Sequence[Candidate], on_bad_images: _Skip) -> list[Candidate]:
-    """The same candidates with rewards.
-
-    Raises:
-        ValueError: An image is bad and `on_bad_images` is "raise", or the rewards are not N finite numbers.
-    """
-    bad = next(((prompt, one) for prompt, one in zip(prompts, drawn, strict=True) if one.image is None), None)
-    if bad is not None and on_bad_images == "raise":
-        raise ValueError(
-            f"The image for {bad[0]!r} with seed {bad[1].seed} is {bad[1].problem}. {ADVICE} "
-            "Or leave such images out with on_bad_images='skip'."
-        )
-    good = [place for place, one in enumerate(drawn) if one.image is not None]
-    if not good:
-        return list(drawn)
-    given = scorer.score([prompts[place] for place in good], [drawn[place].image for place in good])
-    rewards = torch.as_tensor(given).detach().to("cpu", torch.float32)
-    if rewards.shape != (len(good),) or not rewards.isfinite().all():
-        raise ValueError(
-            f"`scorer.score` should give {len(good)} finite rewards, one for each image, but gave "
-            f"{'some that are not finite' if rewards.shape == (len(good),) else f'shape {tuple(rewards.shape)}'}."
-        )
-    found = dict(zip(good, rewards.tolist(), strict=True))
-    return [replace(one, reward=found[place]) if place in found else one for place, one in enumerate(drawn)]
-
-
-def ranked(drawn: Iterable[Candidate]) -> list[tuple[PILImage.Image, float, int]]:
-    """The usable candidates as (image, reward, seed), best first; of equal ones the first drawn."""
-    usable = [(one.image, one.reward, one.seed) for one in drawn if one.image is not None]
-    return sorted(usable, key=lambda one: -one[1])
-
-
-def pair_up(drawn: Sequence[Candidate], pairs: int, soft_labels: bool) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The best with the worst of one prompt's candidates, the second best with the second worst, and so on.
-
-    Returns:
-        Rows without the prompt, and counts of what was left out.
-    """
-    skipped = _problems(drawn)
-    ranking = ranked(drawn)
-    if len(ranking) < 2:
-        skipped["prompts with fewer than 2 usable images"] += 1
-        return [], skipped
-    rows = []
-    for place in range(min(pairs, len(ranking) // 2)):
-        (chosen, more, chosen_seed), (rejected, less, rejected_seed) = ranking[place], ranking[-1 - place]
-        if more == less:
-            skipped["pairs of equal rewards"] += 1
-        elif chosen.tobytes() == rejected.tobytes() and chosen.size == rejected.size:
-            skipped["pairs of identical images"] += 1
-        else:
-            probability = torch.sigmoid(torch.tensor(more - less, dtype=torch.double)).item()
-            rows.append(
-                {
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "preference": probability if soft_labels else 1.0,
-                    "chosen_seed": chosen_seed,
-                    "rejected_seed": rejected_seed,
-                    "chosen_reward": more,
-                    "rejected_reward": less,
-                }
-            )
-    return rows, skipped
-
-
-def _problems(drawn: Iterable[Candidate]) -> Counter[str]:
-    return Counter(f"images {one.problem}" for one in drawn if one.problem)
+        raise ValueError(f"None of {candidates} images is usable ({counted(problems(drawn))}). {ADVICE}")
+    usable = [(one.image, one.reward, one.seed) for one in ranking if one.image is not None]
+    return usable[0][0], usable
 
 
 # --- Checks, and the pipeline ---
@@ -344,6 +212,20 @@ def _checked_prompts(prompts: Any) -> list[str]:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"`prompts` should hold texts that are not empty, but number {place} is {prompt!r}.")
     return prompts
+
+
+def _checked_templates(templates: Any) -> list[str]:
+    if isinstance(templates, str):
+        raise ValueError("`prompt_templates` should be a list of texts, but got a single one: put it into a list.")
+    templates = list(templates)
+    wrong = next((one for one in templates if not isinstance(one, str) or "{prompt}" not in one), None)
+    if wrong is not None or not templates:
+        found = "but it is empty" if not templates else f"but one is {wrong!r}"
+        raise ValueError(
+            f"`prompt_templates` should hold texts with {{prompt}} where the prompt goes, such as "
+            f"'{{prompt}}, oil painting', {found}."
+        )
+    return templates
 
 
 def _check_number(name: str, value: int, least: int) -> None:

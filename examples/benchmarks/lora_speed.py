@@ -1,7 +1,7 @@
 """What makes the training of a preference LoRA faster, each thing in a row of its own, side by side in one run.
 
     python examples/benchmarks/lora_speed.py                      # what each thing gives
-    python examples/benchmarks/lora_speed.py --parts batch size rank
+    python examples/benchmarks/lora_speed.py --parts arguments batch size rank
 
 The pipeline is random and of the layout of Stable Diffusion: a UNet of 71 M parameters, images of 256 px, 4 pairs a
 step, a LoRA of rank 8. The first row stands for a training script such as diffusers' own for Diffusion-DPO: the
@@ -146,7 +146,21 @@ def rank(model: Path, scratch: Path, args: argparse.Namespace) -> None:
     report(timing.compare(turns, args.rounds), PAIRS, "rank 8")
 
 
-PARTS = {"things": things, "batch": batch, "size": size, "rank": rank}
+def arguments(model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Options of TrainingArguments, each alone: most of them save memory, not time."""
+    data = preference_pairs("fluent", 4 * PAIRS)
+    alone: dict[str, dict[str, Any]] = {
+        "the trainer's defaults, fp32": {},
+        "bf16": {"bf16": True},
+        "gradient_checkpointing": {"gradient_checkpointing": True},
+        "optim adamw_torch (not fused)": {"optim": "adamw_torch"},
+        "optim adafactor": {"optim": "adafactor"},
+    }
+    turns = {name: train(model, data, scratch, **options(**chosen)) for name, chosen in alone.items()}
+    report(timing.compare(turns, args.rounds), PAIRS, "the trainer's defaults, fp32")
+
+
+PARTS = {"things": things, "arguments": arguments, "batch": batch, "size": size, "rank": rank}
 
 
 def main() -> None:

@@ -233,7 +233,7 @@ def save_sd15(folder: Path) -> None:
         print(f"{name}: {count / 1e6:.0f} M parameters", flush=True)
 
 
-def measure(model: Path, cached: bool, batch: int, size: int) -> None:
+def measure(model: Path, cached: bool, batch: int, size: int, checkpointing: bool) -> None:
     """Print what this process held, in GB."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -245,6 +245,7 @@ def measure(model: Path, cached: bool, batch: int, size: int) -> None:
             max_steps=2,
             resolution=size,
             cache_latents=cached,
+            gradient_checkpointing=checkpointing,
         )
         found = {"before": peak_memory(), "tensors": tensor_memory()}
         training = Watch()
@@ -306,11 +307,13 @@ def compare_memory(model: Path) -> None:
             (f"emoji, 64 px, {BATCH} pairs a step", model, BATCH, 64),
             ("Stable Diffusion 1.5's shape, 256 px, 1 pair a step", Path(folder), 1, 256),
         )
+        settings = (("no", False, False), ("yes", True, False), ("yes, gradient_checkpointing", True, True))
         for name, path, batch, size in cases:
-            for cached in (False, True):
-                found = json.loads(child("measure", path, int(cached), batch, size).splitlines()[-1])
+            for setting, cached, checkpointing in settings:
+                printed = child("measure", path, int(cached), batch, size, int(checkpointing))
+                found = json.loads(printed.splitlines()[-1])
                 figures = " | ".join(f"{found[key]:.2f}" for key in names)
-                print(f"| {name} | {'yes' if cached else 'no'} | {figures} |", flush=True)
+                print(f"| {name} | {setting} | {figures} |", flush=True)
 
 
 def main() -> None:
@@ -327,8 +330,8 @@ def main() -> None:
     if options.child and options.child[0] == "save_sd15":
         save_sd15(Path(options.child[1]))
     elif options.child:
-        _, model, cached, batch, size = options.child
-        measure(Path(model), cached == "1", int(batch), int(size))
+        _, model, cached, batch, size, checkpointing = options.child
+        measure(Path(model), cached == "1", int(batch), int(size), checkpointing == "1")
     elif options.memory:
         compare_memory(options.model)
     else:

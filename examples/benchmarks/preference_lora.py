@@ -58,6 +58,9 @@ METHODS = {
 }
 
 
+COLUMNS = (*STYLES, "mean", "caption", "both", "distance")
+
+
 class Studio:
     """Prompts, the judge, and what both say of a pipeline."""
 
@@ -86,16 +89,22 @@ class Studio:
         return images
 
     def measure(self, pipeline: StableDiffusionPipeline, seed: int) -> dict[str, dict[str, Any]]:
-        """For each split: `shares` (5,) of the styles, `caption` (recall@5) and `distance` (mean pairwise, 0 to 2)."""
+        """For each split: what came out.
+
+        `shares` (5,) of the styles, `caption` (recall@5), `both` (5,) shares of the styles with the right caption, and
+        `distance` (mean pairwise, 0 to 2).
+        """
         found = {}
         for split, prompts in self.prompts.items():
             images = self.draw(pipeline, prompts, seed)
-            shares = np.bincount(self.judge.style_probabilities(images).argmax(1).numpy(), minlength=len(STYLES))
+            styles = self.judge.style_probabilities(images).argmax(1).numpy()
+            right = (self.judge.caption_ranks(images, prompts) < 5).numpy()
             embeddings = self.judge.embed_images(images)
             distances = (2 - 2 * embeddings @ embeddings.T).clamp(min=0).sqrt()
             found[split] = {
-                "shares": shares / len(images),
-                "caption": (self.judge.caption_ranks(images, prompts) < 5).float().mean().item(),
+                "shares": np.bincount(styles, minlength=len(STYLES)) / len(images),
+                "caption": right.mean(),
+                "both": np.bincount(styles[right], minlength=len(STYLES)) / len(images),
                 "distance": distances[np.triu_indices(len(images), 1)].mean().item(),
             }
         return found
@@ -112,23 +121,31 @@ class Studio:
 
 
 def row(name: str, results: list[dict[str, dict[str, Any]]], tastes: Iterable[str], note: str = "") -> str:
-    """A line of a table: share of the preferred style for each taste and on average, caption recall, distance."""
+    """A line of a table: for each split the share of each preferred style, and the means of all that was measured."""
     cells = [f"| {name:32}"]
+    order = list(tastes)
     for split in results[0]:
-        by_taste: dict[str, list[float]] = {}
-        for taste, result in zip(tastes, results, strict=True):
-            by_taste.setdefault(taste, []).append(result[split]["shares"][STYLES.index(taste)])
-        means = {taste: np.mean(values) for taste, values in by_taste.items()}
-        cells += [f"{means[taste]:.2f}" if taste in means else "-" for taste in STYLES]
-        cells.append(f"**{np.mean(list(means.values())):.2f}**")
-        cells.append(f"{np.mean([result[split]['caption'] for result in results]):.3f}")
-        cells.append(f"{np.mean([result[split]['distance'] for result in results]):.2f}")
+        measured = [result[split] for result in results]
+        shares, both = (
+            {
+                taste: np.mean(
+                    [one[key][STYLES.index(taste)] for one, own in zip(measured, order, strict=True) if own == taste]
+                )
+                for taste in dict.fromkeys(order)
+            }
+            for key in ("shares", "both")
+        )
+        cells += [f"{shares[taste]:.2f}" if taste in shares else "-" for taste in STYLES]
+        cells.append(f"**{np.mean(list(shares.values())):.2f}**")
+        cells.append(f"{np.mean([one['caption'] for one in measured]):.3f}")
+        cells.append(f"{np.mean(list(both.values())):.2f}")
+        cells.append(f"{np.mean([one['distance'] for one in measured]):.2f}")
     return " | ".join(cells) + f" | {note} |"
 
 
 def header(studio: Studio, title: str) -> None:
     print(f"\n{title}\n")
-    names = [f"{split}: {column}" for split in studio.prompts for column in (*STYLES, "mean", "caption", "distance")]
+    names = [f"{split}: {column}" for split in studio.prompts for column in COLUMNS]
     print("| | " + " | ".join(names) + " | |")
     print("|---" * (len(names) + 2) + "|", flush=True)
 
@@ -236,24 +253,37 @@ def loop(studio: Studio, args: argparse.Namespace) -> None:
     """From clicks only: 64 clicks -> reward -> pairs of the pipeline's own drawings -> LoRA."""
     header(studio, "From clicks to images, the LoRA never sees a real drawing: share of the preferred style")
     before(studio, args.tastes, [0])
-    results = []
     captions = list(dict.fromkeys(load_emoji("train")["caption"]))
-    for name in args.tastes:
-        clicks = preference_pairs(name, PAIRS, split="held_out")
-        reward = BradleyTerryTrainer(CLIP_FOLDER, BradleyTerryConfig("unused", **QUIET), train_dataset=clicks)
-        reward.remove_callback(PrinterCallback)
-        reward.train()
-        # Turned up, it asks for the taste before the caption: all drawings of a prompt show the same thing.
-        scorer = PreferenceScorer(reward.model, reward.processing_class)
-        scorer.set_scale(8)
-        prompts = captions[3 :: len(captions) // PAIRS][:PAIRS]
-        with torch.autocast("cpu", torch.bfloat16):
-            pairs = generate_preference_pairs(
-                studio.pipeline(), prompts, scorer, candidates=8, pairs_per_prompt=2, batch_size=48, **DRAWING
-            )
-        pipeline, _ = studio.fit(pairs, 0)
-        results.append(studio.measure(pipeline, 0))
-    print(row("after", results, args.tastes), flush=True)
+    prompts = captions[3 :: len(captions) // PAIRS][:PAIRS]
+    scorers = {taste: reward(taste) for taste in args.tastes}
+    named = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
+    for name, templates in (("drawn from bare prompts", ["{prompt}"]), ("and from prompts that name styles", named)):
+        results = []
+        for taste in args.tastes:
+            with torch.autocast("cpu", torch.bfloat16):
+                pairs = generate_preference_pairs(
+                    studio.pipeline(),
+                    prompts,
+                    scorers[taste],
+                    candidates=12,
+                    pairs_per_prompt=2,
+                    prompt_templates=templates,
+                    batch_size=48,
+                    **DRAWING,
+                )
+            results.append(studio.measure(studio.fit(pairs, 0)[0], 0))
+        print(row(f"after, pairs {name}", results, args.tastes), flush=True)
+
+
+def reward(taste: str) -> PreferenceScorer:
+    """What 64 clicks taught."""
+    clicks = preference_pairs(taste, PAIRS, split="held_out")
+    trainer = BradleyTerryTrainer(CLIP_FOLDER, BradleyTerryConfig("unused", **QUIET), train_dataset=clicks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    scorer = PreferenceScorer(trainer.model, trainer.processing_class)
+    scorer.set_scale(8)  # so it asks for the taste before the caption: all drawings of a prompt show the same thing
+    return scorer
 
 
 if __name__ == "__main__":
