@@ -36,12 +36,16 @@ from bt_hf.plots import (
     plot_reliability,
     plot_training_curve,
 )
-from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLES, load_emoji
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
 from taste import preference_pairs
 
 # How to draw with the tiny pipeline.
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
+
+# What the pipeline draws for the reward to choose from: its words for styles vary it, and which of them the person
+# likes is for the reward to find out.
+TEMPLATES = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
 
 # Held-out captions that the tiny pipeline draws so that one can see what they are: most others are beyond it.
 SHOWN = ["face exhaling", "two o’clock", "person: beard", "man running", "prohibited", "woman wearing turban"]
@@ -147,7 +151,14 @@ def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
     scorer.set_scale(8)
     with torch.autocast("cpu", torch.bfloat16):
         pairs = generate_preference_pairs(
-            str(DIFFUSION_FOLDER), prompts, scorer, candidates=8, pairs_per_prompt=2, batch_size=48, **DRAWING
+            str(DIFFUSION_FOLDER),
+            prompts,
+            scorer,
+            candidates=12,
+            pairs_per_prompt=2,
+            prompt_templates=TEMPLATES,
+            batch_size=48,
+            **DRAWING,
         )
     print(f"\n{len(pairs)} pairs of the pipeline's own drawings, ranked by the reward")
 

@@ -36,9 +36,8 @@ from bt_hf import (
     PreferenceScorer,
     generate_preference_pairs,
 )
-from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLES, load_emoji
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
-from pretrain_clip import STYLE_NAMES
 from taste import preference_pairs
 
 PAIRS = 64

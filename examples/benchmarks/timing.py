@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -38,8 +39,12 @@ def train(trainer: Trainer) -> Turn:
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
     trainer.add_callback(clock)
+    own = dict(AcceleratorState._shared_state)
 
     def turn() -> list[float]:
+        # One state serves all trainers of a process, that of the newest: it would say whether others are compiled.
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(own)
         trainer.train()
         return [end - start for start, end in pairwise(clock.ends)]
 

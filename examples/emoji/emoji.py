@@ -10,6 +10,7 @@ from datasets import Dataset, load_dataset
 
 FOLDER = Path(__file__).parent
 STYLES = ("noto", "twemoji", "fluent", "fluent_3d", "mono")
+STYLE_NAMES = {style: style.replace("_", " ") for style in STYLES}  # as captions name them, in pretraining
 CLIP_FOLDER = FOLDER / "clip"
 DIFFUSION_FOLDER = FOLDER / "diffusion"
 

@@ -33,10 +33,9 @@ from transformers import (
     set_seed,
 )
 
-from emoji import CLIP_FOLDER, STYLES, load_emoji
+from emoji import CLIP_FOLDER, STYLE_NAMES, STYLES, load_emoji
 
 CONTEXT_LENGTH = 32
-STYLE_NAMES = {"noto": "noto", "twemoji": "twemoji", "fluent": "fluent", "fluent_3d": "fluent 3d", "mono": "mono"}
 # The first template of each list is the one that the figures below are measured with.
 STYLE_TEMPLATES = (
     "{caption}, {style}",

@@ -29,8 +29,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, get_cosine_schedule_with_warmup, set_seed
 
-from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLES, load_emoji
-from pretrain_clip import STYLE_NAMES, EmojiCorpus, augment
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
+from pretrain_clip import EmojiCorpus, augment
 
 LATENT_CHANNELS = 8
 SNR_GAMMA = 5.0  # https://arxiv.org/abs/2303.09556
