@@ -8,9 +8,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image, Value
 from diffusers import DiffusionPipeline
 from tiny_models import picture, red_pairs
 from tiny_pipelines import SIZE, build, save
@@ -218,6 +220,27 @@ def test_an_image_file_that_has_changed_is_encoded_anew(tmp_path: Path) -> None:
     after = latents()
     assert (after[0] - before[0]).abs().max() > 1e-3
     torch.testing.assert_close(after[1], before[1], rtol=0, atol=0)
+
+
+def test_images_on_the_disk_stay_there(tmp_path: Path) -> None:
+    """Looking for what is new to the cache reads images a few at a time, however many there are."""
+    noise = np.random.default_rng(0).bytes(100_000)
+    rows = {"prompt": ["a red apple"], "chosen": [{"bytes": noise}], "rejected": [{"bytes": noise}]}
+    features = Features({"prompt": Value("string"), "chosen": Image(decode=False), "rejected": Image(decode=False)})
+    pairs = Dataset.from_generator(
+        lambda: ({name: values[0] for name, values in rows.items()} for _ in range(600)),
+        features,
+        cache_dir=str(tmp_path),
+        writer_batch_size=10,
+    )  # 120 MB, half of them in each column
+    system = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(system)
+    pa.set_memory_pool(counted)
+    try:
+        cache._digests(pairs, ("chosen", "rejected"), tmp_path, "test")
+    finally:
+        pa.set_memory_pool(system)
+    assert 0 < counted.max_memory() < 40e6  # a batch of 100 rows
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_cache(tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def _digests(pairs: Dataset, columns: Sequence[str], root: Path, description: st
     for name in columns:
         raw = raw.cast_column(name, Image(decode=False))
     # Files that rows only point to may be other ones by now, which no fingerprint of the rows tells.
-    whole = all(raw.data.column(name).combine_chunks().field("bytes").null_count == 0 for name in columns)
+    whole = all(
+        chunk.field("bytes").null_count == 0 for name in columns for chunk in raw.data.column(name).iterchunks()
+    )
     keeps = whole and bool(raw.cache_files)
     with FileLock(root / f"{raw._fingerprint}.lock") if keeps else nullcontext():
         found = raw.map(

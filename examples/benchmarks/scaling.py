@@ -18,10 +18,9 @@ from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
 from taste import preference_pairs
 
 EXAMPLES = Path(__file__).parents[1]
-EVERY_LAYER = ["--cache_features", "false", "--lora_target_modules", "q_proj", "v_proj"]
 RUNS = {
     "train_preference_lora.py": ["--model", str(DIFFUSION_FOLDER), "--learning_rate", "1e-6", "--beta", "2000"],
-    "train_reward.py": ["--model", str(CLIP_FOLDER), "--cross_validate", "0", *EVERY_LAYER],
+    "train_reward.py": ["--model", str(CLIP_FOLDER), "--cross_validate", "0", "--cache_features", "false"],
 }
 
 
