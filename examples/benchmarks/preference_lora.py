@@ -244,7 +244,7 @@ def draws(studio: Studio, args: argparse.Namespace) -> None:
 def beta(studio: Studio, args: argparse.Namespace) -> None:
     """beta="auto" beside a grid."""
     header(studio, "beta: share of the preferred style")
-    for value in ("auto", 30.0, 100.0, 300.0, 1000.0, 3000.0):
+    for value in ("auto", 30.0, 100.0, 300.0, 1000.0):
         run(studio, f"beta {value}", args.tastes, [0], beta=value)
 
 
