@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def to_rgb(image: Any) -> Image.Image:
+def to_rgb(image: Any, name: str = "") -> Image.Image:
     """Returns an image upright, in mode RGB, with transparency laid over white.
 
     Greyscale, 1-bit, palette, CMYK and other modes are converted; EXIF orientation is applied; of an animation the
@@ -26,18 +26,28 @@ def to_rgb(image: Any) -> Image.Image:
         image: A `PIL.Image.Image`, encoded `bytes`, a path (`str` or `os.PathLike`, or an `fsspec` address such as
             `hf://...`), a mapping with `bytes` or `path` (an undecoded `datasets.Image`), or a `uint8` array of
             shape (H, W), (H, W, 1), (H, W, 2), (H, W, 3) or (H, W, 4).
+        name: What to call the image in errors, such as "`chosen` of row 7".
 
     Returns:
         A loaded `PIL.Image.Image` of mode RGB and the same size (width and height swap where EXIF says so).
 
     Raises:
         ValueError: There is no image, its file does not exist, it cannot be read, or it has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`. The message is one line, `reason: detail`.
+            `PIL.Image.MAX_IMAGE_PIXELS`. The message is one line, `reason: detail`, after the name if there is one.
 
     Example:
         >>> to_rgb(np.zeros((4, 6, 4), dtype=np.uint8)).getpixel((0, 0))  # fully transparent: the white shows
         (255, 255, 255)
     """
+    try:
+        return _to_rgb(image)
+    except ValueError as error:
+        if not name:
+            raise
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _to_rgb(image: Any) -> Image.Image:
     if image is None:
         raise ValueError("image missing: the value is empty")
     if isinstance(image, Image.Image):

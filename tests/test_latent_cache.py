@@ -18,7 +18,7 @@ from tiny_models import picture, red_pairs
 from tiny_pipelines import SIZE, build, save
 from tiny_trainers import logged, make
 
-from bt_hf.diffusion import cache
+from bt_hf import encoded
 from bt_hf.diffusion.cache import cache_pairs
 from bt_hf.diffusion.collator import DiffusionCollator
 from bt_hf.diffusion.encoder import PairEncoder
@@ -136,7 +136,7 @@ def start(code: str, folder: Path) -> subprocess.Popen:
         sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
         import torch
         torch.set_num_threads(1)
-        from test_latent_cache import cache, cache_pairs, encoder, red_pairs
+        from test_latent_cache import cache_pairs, encoded, encoder, red_pairs
         own = encoder()
         encode, calls = own.encode_images, []
         """
@@ -151,7 +151,7 @@ def start(code: str, folder: Path) -> subprocess.Popen:
 
 def test_a_killed_build_goes_on_and_processes_share_it(tmp_path: Path) -> None:
     kill = """
-        cache.SHARD = 16  # each in two batches, after one image that tells the shape
+        encoded.SHARD = 16  # each in two batches, after one image that tells the shape
         def kill_at_eighth(*args):
             calls.append(args)
             if len(calls) == 8:
@@ -166,7 +166,7 @@ def test_a_killed_build_goes_on_and_processes_share_it(tmp_path: Path) -> None:
     whole = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/images.arrow")}
     assert len(whole) == 2
     share = """
-        cache.SHARD = 16
+        encoded.SHARD = 16
         own.encode_images = lambda images, names: (calls.extend(names), encode(images, names))[1]
         cached = cache_pairs(red_pairs(40), own, {folder!r}, "Encoding")
         print(len(cached.images), len(calls))
@@ -182,7 +182,7 @@ def test_a_killed_build_goes_on_and_processes_share_it(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_added_leave_the_files_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "SHARD", 8)
+    monkeypatch.setattr(encoded, "SHARD", 8)
     pairs, own = red_pairs(12), encoder()
     few = cache_pairs(pairs.select(range(8)), own, str(tmp_path), "Encoding")
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/images.arrow")}
@@ -237,7 +237,7 @@ def test_images_on_the_disk_stay_there(tmp_path: Path) -> None:
     counted = pa.proxy_memory_pool(system)
     pa.set_memory_pool(counted)
     try:
-        cache._digests(pairs, ("chosen", "rejected"), tmp_path, "test")
+        encoded._digests(pairs, ("chosen", "rejected"), tmp_path, "test")
     finally:
         pa.set_memory_pool(system)
     assert 0 < counted.max_memory() < 40e6  # a batch of 100 rows
@@ -253,5 +253,5 @@ def test_a_full_disk_is_told_and_leaves_no_half_cache(tmp_path: Path) -> None:
     message = process.communicate(timeout=120)[1].splitlines()[-1]
     assert process.returncode == 1
     assert "no space left to cache 80 rows" in message
-    assert "cache_latents=False" in message
+    assert "or turn the cache off" in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

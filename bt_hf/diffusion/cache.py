@@ -1,25 +1,14 @@
-"""Encode once: latents of each distinct image and embeddings of each distinct prompt, in memory-mapped files."""
+"""Latents of each distinct image and embeddings of each distinct prompt, encoded once."""
 
-import errno
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
-from datasets import config as datasets_config
-from filelock import FileLock, Timeout
+from datasets import Dataset
 
 from bt_hf.diffusion.collator import image_columns, labels, row_numbers
 from bt_hf.diffusion.encoder import PairEncoder
-from bt_hf.diffusion.fingerprint import digest, number_of
-
-_DTYPES = {torch.float32: "float32", torch.float16: "float16"}
-SHARD = 1024  # images or prompts in a file: what a killed build loses, and what a process builds before it takes more
-Encode = Callable[[dict[str, list[Any]]], dict[str, torch.Tensor]]
+from bt_hf.encoded import encode_once, read
 
 
 class CachedPairs(torch.utils.data.Dataset):
@@ -54,10 +43,10 @@ class CachedPairs(torch.utils.data.Dataset):
     def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows to a batch: as `PairEncoder.encode` gives it, and `reference` if there is one."""
         columns = image_columns(list(rows[0]))
-        read = _read(self.images, [row[name] for name in columns for row in rows])
-        digests = read.pop("digest").view(len(columns), -1)
-        conditions = _read(self.prompts, [row["condition"] for row in rows])
-        batch: dict[str, Any] = {**read, **{f"condition_{name}": value for name, value in conditions.items()}}
+        images = read(self.images, [row[name] for name in columns for row in rows])
+        digests = images.pop("digest").view(len(columns), -1)
+        conditions = read(self.prompts, [row["condition"] for row in rows])
+        batch: dict[str, Any] = {**images, **{f"condition_{name}": value for name, value in conditions.items()}}
         batch["prompt"] = [row["prompt"] for row in rows]  # for messages
         batch["row"] = row_numbers(batch["prompt"], digests)
         if self.reference is not None:
@@ -66,16 +55,11 @@ class CachedPairs(torch.utils.data.Dataset):
 
 
 def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, description: str) -> CachedPairs:
-    """Encode the distinct images and prompts of `pairs`, or find what an earlier run has encoded.
-
-    The files are named by what they were computed from: the bytes of the images, the prompts, the weights of the
-    encoders and the options of `encoder`. Each holds `SHARD` images or prompts. It is written elsewhere and moved into
-    place, so that a build that was killed or failed leaves whole files alone, from which the next one goes on.
-    Processes that see the same disk share the work. Memory does not grow with the data but for some 50 bytes a row.
+    """Encode the distinct images and prompts of `pairs`, or find what an earlier run has encoded: see `encode_once`.
 
     Args:
         pairs: Rows of the contract, or unpaired ones.
-        encoder: Encodes them.
+        encoder: Encodes them; the files are named by its weights and options, too.
         cache_dir: Folder of the files; default: `bt_hf` in the cache of `datasets`.
         description: What the progress bars say.
 
@@ -84,171 +68,7 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
         ValueError: An image is unreadable or smaller than what one latent pixel covers.
     """
     columns = image_columns(pairs.column_names)
-    root = Path(cache_dir) if cache_dir else Path(datasets_config.HF_DATASETS_CACHE) / "bt_hf"
-    root.mkdir(parents=True, exist_ok=True)
-    with _room_on_disk(root, len(pairs)):
-        digests = _digests(pairs, columns, root, description)
-    first_image, image_numbers = _distinct(np.stack([digests[name] for name in columns], axis=1).ravel())
-    first_prompt, prompt_numbers = _distinct(digests["prompt"])
     model = encoder.fingerprint()
-    single = {name: pairs.select_columns([name]) for name in (*columns, "prompt")}  # one is read without the others
-
-    def encode_images(batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
-        places = [(columns[number % len(columns)], number // len(columns)) for number in batch["first"]]
-        return encoder.encode_images(
-            [single[name][row][name] for name, row in places], [f"`{name}` of row {row}" for name, row in places]
-        )
-
-    def encode_prompts(batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
-        return encoder.encode_prompts([single["prompt"][row]["prompt"] for row in batch["first"]])
-
-    contents = np.stack([digests[name] for name in columns], axis=1).ravel()[first_image]
-    images = _encoded(root, "images", model, contents, first_image, encode_images, description)
-    prompts = _encoded(
-        root, "prompts", model, digests["prompt"][first_prompt], first_prompt, encode_prompts, description
+    return CachedPairs(
+        *encode_once(pairs, columns, encoder.encode_images, encoder.encode_prompts, model, cache_dir, description)
     )
-    rows = pairs.select_columns(
-        ["prompt", *(name for name in ("preference", "weight", "label") if name in pairs.column_names)]
-    )
-    for side, name in enumerate(columns):
-        rows = rows.add_column(name, image_numbers[side :: len(columns)])
-    return CachedPairs(rows.add_column("condition", prompt_numbers), images, prompts)
-
-
-def _digests(pairs: Dataset, columns: Sequence[str], root: Path, description: str) -> dict[str, np.ndarray]:
-    """A number (N,) int64 for the content of each cell; `datasets` keeps them for data that lies on the disk."""
-    raw = pairs.select_columns([*columns, "prompt"])
-    for name in columns:
-        raw = raw.cast_column(name, Image(decode=False))
-    # Files that rows only point to may be other ones by now, which no fingerprint of the rows tells.
-    whole = all(
-        chunk.field("bytes").null_count == 0 for name in columns for chunk in raw.data.column(name).iterchunks()
-    )
-    keeps = whole and bool(raw.cache_files)
-    with FileLock(root / f"{raw._fingerprint}.lock") if keeps else nullcontext():
-        found = raw.map(
-            _digest_batch,
-            batched=True,
-            batch_size=100,
-            remove_columns=raw.column_names,
-            load_from_cache_file=None if keeps else False,
-            keep_in_memory=not keeps,
-            desc=f"{description}: digests",
-        )
-    table = found.with_format("arrow")[:]
-    return {name: table[name].to_numpy() for name in raw.column_names}
-
-
-def _digest_batch(batch: dict[str, list[Any]]) -> dict[str, list[int]]:
-    return {
-        name: [number_of(value.encode() if name == "prompt" else _content(value)) for value in values]
-        for name, values in batch.items()
-    }
-
-
-def _content(image: Mapping[str, Any] | None) -> bytes:
-    content = (image or {}).get("bytes")
-    if content is None and (path := (image or {}).get("path")) and Path(path).is_file():
-        content = Path(path).read_bytes()
-    # Without content `to_rgb` tells what is wrong, when the image is encoded.
-    return content if content is not None else repr(image).encode()
-
-
-def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each distinct value is first seen (K,), in that order, and which of them each value is (N,)."""
-    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    order = first.argsort()
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return first[order], rank[inverse]
-
-
-def _encoded(
-    root: Path, kind: str, model: str, contents: np.ndarray, first: np.ndarray, encode: Encode, description: str
-) -> Dataset:
-    """What `encode` makes of the rows `first`, whose `contents` name the files; memory-mapped, in the same order."""
-    shards = []
-    for start in range(0, len(first), SHARD):
-        part = slice(start, start + SHARD)
-        path = root / digest(model, contents[part].tobytes()) / f"{kind}.arrow"
-        count = f" {start // SHARD + 1} of {-(-len(first) // SHARD)}" if len(first) > SHARD else ""
-        shards.append((path, Dataset.from_dict({"first": first[part]}), f"{description}: {kind}{count}"))
-    for wait in (False, True):  # at first only for what no other process is at
-        for path, items, text in shards:
-            with _room_on_disk(root, len(first)):
-                _build(path, items, encode, text, wait)
-    return concatenate_datasets([Dataset.from_file(str(path)) for path, *_ in shards]).with_format("arrow")
-
-
-def _build(path: Path, items: Dataset, encode: Encode, description: str, wait: bool) -> None:
-    """Write what `encode` makes of `items` to `path`, if it is not there and no other process is at it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
-            if path.exists():
-                return
-            for left_over in path.parent.glob("tmp*"):  # of a build that was killed
-                left_over.unlink()
-            try:
-                first = _flat(encode(items[:1]))
-                items.map(
-                    lambda batch: _flat(encode(batch)),
-                    batched=True,
-                    batch_size=8,
-                    remove_columns=items.column_names,
-                    features=Features({name: _feature(value) for name, value in first.items()}),
-                    cache_file_name=str(path),
-                    new_fingerprint=path.parent.name,
-                    writer_batch_size=64,
-                    desc=description,
-                )
-            except BaseException:
-                shutil.rmtree(path.parent, ignore_errors=True)
-                raise
-    except Timeout:
-        return
-
-
-@contextmanager
-def _room_on_disk(folder: Path, rows: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                error.errno,
-                f"no space left to cache {rows} rows: free some, and the next run goes on from the files that are "
-                "complete; or name another `cache_dir`, or pass `cache_latents=False` to encode at every step",
-                str(folder),
-            ) from error
-        raise
-
-
-def _flat(values: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    # Arrow has no bfloat16; latents and embeddings of such models are kept in float32.
-    return {
-        name: (value if value.dtype in _DTYPES or not value.is_floating_point() else value.float()).cpu().numpy()
-        for name, value in values.items()
-    }
-
-
-def _feature(array: Any) -> Any:
-    """The feature of one row: nested lists of fixed lengths, from which `_read` knows the shape."""
-    feature: Any = Value(str(array.dtype))
-    for length in reversed(array.shape[1:]):
-        feature = List(feature, length=length)
-    return feature
-
-
-def _read(dataset: Dataset, indices: list[int]) -> dict[str, torch.Tensor]:
-    """Some rows as tensors, floating ones as float32: one copy out of the mapped file."""
-    table = dataset[indices]
-    values = {}
-    for name, feature in dataset.features.items():
-        column, shape = table[name].combine_chunks(), [len(indices)]
-        while isinstance(feature, List):
-            shape.append(feature.length)
-            column, feature = column.flatten(), feature.feature
-        value = torch.from_numpy(column.to_numpy(zero_copy_only=False).reshape(shape).copy())
-        values[name] = value.float() if value.is_floating_point() else value
-    return values

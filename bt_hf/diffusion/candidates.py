@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
-from bt_hf.diffusion.fingerprint import digest
 from bt_hf.diffusion.pair_folder import ADVICE
+from bt_hf.fingerprint import digest
 
 _Skip: TypeAlias = Literal["skip", "raise"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from bt_hf.diffusion.fingerprint import number_of
+from bt_hf.fingerprint import number_of
 from bt_hf.images import to_rgb
 
 PAIRED = ("chosen", "rejected")
@@ -63,10 +63,7 @@ class DiffusionCollator:
         """
         fitted = []
         for value, name in zip(images, names, strict=True):
-            try:
-                image = to_rgb(value)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            image = to_rgb(value, name)
             if min(image.size) < self.smallest:
                 raise ValueError(
                     f"{name}: image too small: {image.width}x{image.height} pixels, but the model's latents have one "

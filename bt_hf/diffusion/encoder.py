@@ -9,7 +9,7 @@ from torch import nn
 
 from bt_hf.diffusion.collator import DiffusionCollator, digest_pixels
 from bt_hf.diffusion.family import Family, find_tokenizers
-from bt_hf.diffusion.fingerprint import describe, digest, digest_weights
+from bt_hf.fingerprint import describe, digest, digest_weights
 
 
 class PairEncoder:

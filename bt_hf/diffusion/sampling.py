@@ -13,8 +13,8 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from bt_hf.diffusion.candidates import Scorer, draw, image_seed, judge, pair_up, problems, ranked
-from bt_hf.diffusion.fingerprint import describe, digest, digest_weights
 from bt_hf.diffusion.pair_folder import ADVICE, PairFolder, counted
+from bt_hf.fingerprint import describe, digest, digest_weights
 
 # Set here for each image, so nobody else may set them.
 _TAKEN = (

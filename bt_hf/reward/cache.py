@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from bt_hf.encoders import fills_context, tokenize
+from bt_hf.fingerprint import describe, digest, digest_weights
 from bt_hf.images import to_rgb
 from bt_hf.reward.collator import PreferenceCollator, labels
 
@@ -211,28 +212,52 @@ class FeatureCache:
                 return None
         return CachedPairs(self, rows)
 
+    def fingerprint(self) -> str:
+        """Tells what features depend on besides images and prompts: the frozen layers, and the processor."""
+        modules = [
+            self.base.get_submodule(name)
+            for prefix in (self.text_prefix, self.image_prefix)
+            if prefix is not None
+            for name in ((prefix.embeddings, *prefix.skipped) if prefix.embeddings else (prefix.tower,))
+        ]
+        processor = self.collator.processor
+        options = (self.text_prefix, self.image_prefix, type(processor.tokenizer).__name__, len(processor.tokenizer))
+        return digest(digest_weights(modules), repr(options), str(describe(processor.image_processor.to_dict())))
+
     @torch.no_grad()
+    def encode_images(self, images: list[Any]) -> dict[str, torch.Tensor]:
+        """What the vision tower reads, with hidden states in place of pixels: each (N, ...)."""
+        return self._compute(self.image_prefix, self.collator.preprocess(images))
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        """What the text tower reads, (N, L), with hidden states besides: (N, L, W), or (N, W) of a frozen tower."""
+        inputs = tokenize(self.collator.processor, prompts)
+        return {**inputs, **self._compute(self.text_prefix, inputs)}
+
     def _add_images(self, images: dict[bytes, Any]) -> None:
         if not images:
             return
-        features = self._compute(self.image_prefix, self.collator.preprocess(list(images.values())))
+        features = self.encode_images(list(images.values()))
         for index, key in enumerate(images):
             self._images[key] = {name: value[index].clone() for name, value in features.items()}
         self._count(self._images[key] for key in images)
 
-    @torch.no_grad()
+    def lengths(self, texts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """How many tokens of each prompt (N,) are no padding; `None` if the model wants it padded in full."""
+        trims = "attention_mask" in texts and not fills_context(self.collator.processor)
+        return texts["attention_mask"].sum(1) if trims else None
+
     def _add_texts(self, prompts: list[str]) -> None:
         if not prompts:
             return
-        inputs = tokenize(self.collator.processor, prompts)
-        features = {**inputs, **self._compute(self.text_prefix, inputs)}
-        trim = "attention_mask" in inputs and not fills_context(self.collator.processor)
-        lengths = inputs["attention_mask"].sum(1).tolist() if trim else None
+        features = self.encode_prompts(prompts)
+        lengths = self.lengths(features)
         for index, prompt in enumerate(prompts):
             # Without the padding of this batch; `collate` pads again, to the longest of its own.
-            end = lengths[index] if lengths else None
+            end = None if lengths is None else int(lengths[index])
             self._texts[prompt] = {
-                name: value[index, :end].clone() if name != "text_hidden" or value.ndim == 3 else value[index].clone()
+                name: value[index, :end].clone() if by_token(name, value) else value[index].clone()
                 for name, value in features.items()
             }
         self._count(self._texts[prompt] for prompt in prompts)
@@ -259,10 +284,16 @@ class FeatureCache:
         """Rows of `CachedPairs` -> a batch with hidden states in place of pixels."""
         texts = [self._texts[row["prompt"]] for row in rows]
         images = [self._images[row["images"][side]] for side in (0, 1) for row in rows]
-        pad = {"input_ids": getattr(self.collator.processor.tokenizer, "pad_token_id", 0) or 0}
-        batch = {name: _pad([text[name] for text in texts], pad.get(name, 0)) for name in texts[0]}
+        batch = {
+            name: nn.utils.rnn.pad_sequence([text[name] for text in texts], True, self.padding(name))
+            for name in texts[0]
+        }
         batch |= {name: torch.stack([image[name] for image in images]) for name in images[0]}
         return {**batch, **labels(rows)}
+
+    def padding(self, name: str) -> int:
+        """What a text input is padded with."""
+        return getattr(self.collator.processor.tokenizer, "pad_token_id", 0) or 0 if name == "input_ids" else 0
 
     @contextmanager
     def recall(self, inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -287,8 +318,9 @@ class FeatureCache:
             yield inputs
 
 
-def _pad(values: list[torch.Tensor], value: int) -> torch.Tensor:
-    return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=value)
+def by_token(name: str, value: torch.Tensor) -> bool:
+    """Whether what a text tower reads, (N, ...), has a value for each token: not so the features of a frozen one."""
+    return name != "text_hidden" or value.ndim == 3
 
 
 class CachedPairs(torch.utils.data.Dataset):

@@ -61,6 +61,13 @@ class BradleyTerryConfig(PreferenceConfig):
     cache_max_gb: float = field(
         default=4.0, metadata={"help": "No cache if it would take more than this much memory, in GB."}
     )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Keep the cache in memory-mapped files of this folder instead of memory, whatever `cache_max_gb` "
+            "says: later runs find them, and processes share the work."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

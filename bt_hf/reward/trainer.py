@@ -25,6 +25,7 @@ from bt_hf.reward.cache import CachedPairs, FeatureCache
 from bt_hf.reward.card import write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
+from bt_hf.reward.stored import store_pairs
 from bt_hf.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
 
 logger = logging.getLogger(__name__)
@@ -124,17 +125,19 @@ class BradleyTerryTrainer(PreferenceTrainer):
             self.cache = train.cache
         elif args.cache_features and isinstance(train, Dataset):
             model.to(args.device)
-            self.cache = FeatureCache(model, collator, max_bytes=args.cache_max_gb * 1e9)
-            cached = self.cache.add(train) if self.cache.useful else None
-            if cached is None:
-                self.cache = None
-            train = cached or train
-        if self.cache is None:
-            return train, evaluation
+            cache = FeatureCache(model, collator, max_bytes=args.cache_max_gb * 1e9)
+            self.cache = cache if cache.useful else None
 
         def add(pairs: Any) -> Any:
-            return (self.cache.add(pairs) or pairs) if self.cache and isinstance(pairs, Dataset) else pairs
+            if self.cache is None or not isinstance(pairs, Dataset):
+                return pairs
+            if args.cache_dir:
+                return store_pairs(self.cache, pairs, args.cache_dir, "Caching frozen features")
+            return self.cache.add(pairs) or pairs
 
+        train = add(train)
+        if not isinstance(train, CachedPairs):
+            self.cache = None
         is_dict = isinstance(evaluation, dict)
         return train, {name: add(pairs) for name, pairs in evaluation.items()} if is_dict else add(evaluation)
 

@@ -1,7 +1,7 @@
 """What the cache of latents and embeddings costs as data grow: time, disk and memory, and what a million rows take.
 
     python examples/benchmarks/latent_cache.py
-    python examples/benchmarks/latent_cache.py --rows 1000 10000
+    python examples/benchmarks/latent_cache.py --rows 100 1000 10000 100000
 
 Rows are synthetic: two images of noise of 64 px, and a prompt that no other row has, which lie in a file as a dataset
 from the Hub does. Each number of rows has a process of its own, since a peak of memory never falls. The encoders are
@@ -77,7 +77,7 @@ def memory() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs=2, default=[1000, 10_000], metavar=("FEW", "MANY"))
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000], help="at least two, the largest last")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -94,11 +94,12 @@ def main() -> None:
             command = [sys.executable, __file__, "--child", str(count), folder]
             found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
         print(line(f"{count:,}", found[-1]), flush=True)
-    few, many = found
-    rate = (MILLION - args.rows[1]) / (args.rows[1] - args.rows[0])
+    few, many = found[-2:]
+    further = args.rows[-1] - args.rows[-2]
+    rate = (MILLION - args.rows[-1]) / further
     straight = {name: many[name] + rate * (many[name] - few[name]) for name in few}
-    print(line(f"{MILLION:,}, by a straight line through both", {**straight, "read": float("nan")}))
-    each = {name: (many[name] - few[name]) / (args.rows[1] - args.rows[0]) for name in few}
+    print(line(f"{MILLION:,}, by a straight line through the last two", {**straight, "read": float("nan")}))
+    each = {name: (many[name] - few[name]) / further for name in few}
     print(
         f"\nEach further row: {1000 * each['build']:.2f} ms to build and {1000 * each['find']:.3f} ms to find again, "
         f"{each['bytes']:,.0f} bytes on disk, {each['memory']:,.0f} bytes of memory"
