@@ -326,6 +326,8 @@ def by_token(name: str, value: torch.Tensor) -> bool:
 class CachedPairs(torch.utils.data.Dataset):
     """Pairs whose frozen features a `FeatureCache` holds; a row has keys instead of images."""
 
+    rows: Any  # a list of dicts, or a `datasets.Dataset`
+
     def __init__(self, cache: FeatureCache, rows: list[dict[str, Any]]) -> None:
         self.cache = cache
         self.rows = rows
