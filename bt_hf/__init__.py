@@ -19,8 +19,8 @@ _MODULES = {
     "cross_validate": "bt_hf.reward.validation",
     "generate_preference_pairs": "bt_hf.diffusion.sampling",
     "load_preference_pairs": "bt_hf.pairs",
-    "pull_adapter": "bt_hf.hub",
-    "push_adapter": "bt_hf.hub",
+    "pull_adapter": "bt_hf.hub_pull",
+    "push_adapter": "bt_hf.hub_push",
 }
 
 __all__ = [
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from bt_hf.diffusion.config import PreferenceLoRAConfig
     from bt_hf.diffusion.sampling import generate_preference_pairs
     from bt_hf.diffusion.trainer import PreferenceLoRATrainer
-    from bt_hf.hub import pull_adapter, push_adapter
+    from bt_hf.hub_pull import pull_adapter
+    from bt_hf.hub_push import push_adapter
     from bt_hf.losses import bradley_terry_loss
     from bt_hf.pairs import load_preference_pairs
     from bt_hf.reward.config import BradleyTerryConfig

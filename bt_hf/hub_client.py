@@ -1,5 +1,6 @@
 """Ask the Hub: again while it is busy or out of reach, and in the end with one line that says what is wrong."""
 
+import hashlib
 import json
 import logging
 import sys
@@ -11,12 +12,14 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -157,3 +160,23 @@ def _cause(error: Exception) -> str:
 
 def one_line(text: object) -> str:
     return " ".join(str(text).split())
+
+
+def expected_digest(sibling: Any) -> str | None:
+    """The hash that the Hub announces of a file: SHA-256 of a large one, git's SHA-1 of a small one."""
+    return sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id
+
+
+def digest(data: bytes, like: str | None) -> str:
+    """The hash of a file's content, of the kind that `like` is."""
+    if like is not None and len(like) == 64:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a `ValueError` unless it is "name" or "owner/name"."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` should be 'name' or 'owner/name', but got {repo_id!r}.") from error

@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from bt_hf import hub
+from bt_hf import hub_push
 from bt_hf.card_parts import add_metadata
 from bt_hf.divided import divide_by_layers, whole
 from bt_hf.hub_checks import ADAPTER_CONFIG, CARD, contract_files
@@ -239,7 +239,7 @@ class PreferenceTrainer(Trainer):
         """Find out who publishes, so that a wrong token shows before the training; the first commit makes the repo."""
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
-            self.hub_model_id = hub.full_name(name, token or self.args.hub_token)
+            self.hub_model_id = hub_push.full_name(name, token or self.args.hub_token)
             self.push_in_progress = None
 
     def push_to_hub(
@@ -278,7 +278,7 @@ class PreferenceTrainer(Trainer):
         self.create_model_card(**{name: kwargs.pop(name) for name in _CARD_ARGUMENTS & set(kwargs)})
         self._finish_current_push()
         job = self._pusher.submit(
-            hub.push_adapter,
+            hub_push.push_adapter,
             self.args.output_dir,
             self.hub_model_id,
             self.args.hub_private_repo if private is None else private,
@@ -308,7 +308,7 @@ class PreferenceTrainer(Trainer):
 
     def _publish_checkpoint(self, source: str, step: int, files: Mapping[str, bytes], also_in: str | None) -> None:
         try:
-            hub.publish(
+            hub_push.publish(
                 files,
                 source,
                 self.hub_model_id,

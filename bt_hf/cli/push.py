@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Publish, and print where it is."""
-    from bt_hf.hub import push_adapter  # seconds: only once the arguments are known to be right
+    from bt_hf.hub_push import push_adapter  # seconds: only once the arguments are known to be right
     from bt_hf.pairs import load_preference_pairs
 
     commit = push_adapter(

@@ -1,8 +1,6 @@
-"""Publish an adapter on the Hugging Face Hub, and fetch one: all of it or nothing, checked on both sides."""
+"""Publish an adapter on the Hugging Face Hub: all of it or nothing, checked before anything leaves the machine."""
 
-import hashlib
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -19,22 +17,17 @@ from huggingface_hub import (
     constants,
     get_token,
     hf_hub_download,
-    snapshot_download,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
-from torch import nn
 
 from bt_hf import hub_checks
 from bt_hf.card_parts import address_card, has_parts, keep_owner_text, owner_text
 from bt_hf.hub_checks import CARD, KINDS, PAIRS, Content, hub_id, in_contract
-from bt_hf.hub_client import asking, explain, one_line
+from bt_hf.hub_client import asking, check_repo_id, digest, expected_digest, explain, one_line
 from bt_hf.pairs import check_columns
 
 logger = logging.getLogger(__name__)
@@ -120,7 +113,7 @@ def publish(
     """
     if create_pr and (revision or tag):
         raise ValueError("A pull request goes to `main` and is no commit yet: leave out `revision` and `tag`.")
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     api = HfApi(token=token)
     kind = hub_checks.find_kind(files, f"'{source}'")
     files, base, shapes = _checked(files, kind, f"'{source}'", base_model, token)
@@ -192,7 +185,7 @@ def _commit(
 ) -> CommitInfo:
     """Bring a branch to the state of `files`, in one commit on top of what it is now. Asked again, it does no more."""
     info = api.model_info(repo_id, revision=branch, files_metadata=True)
-    remote = {sibling.rfilename: _expected_digest(sibling) for sibling in info.siblings or ()}
+    remote = {sibling.rfilename: expected_digest(sibling) for sibling in info.siblings or ()}
     files = dict(files)
     if CARD in remote:
         files[CARD] = _with_text_of_hub(files[CARD], repo_id, str(info.sha), api.token)
@@ -200,7 +193,8 @@ def _commit(
     gone = [name for name in remote if in_contract(name) and name not in files]
     if tag is not None:
         same = not gone and all(
-            name in remote and _digest(read, remote[name]) == remote[name] for name, read in files.items()
+            name in remote and digest(hub_checks.read(content), remote[name]) == remote[name]
+            for name, content in files.items()
         )
         taken = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
         if tag in taken and not (same and taken[tag] == info.sha):
@@ -262,7 +256,7 @@ def full_name(repo_id: str, token: str | None = None) -> str:
     Raises:
         PermissionError: The token is missing or wrong.
     """
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     return asking(lambda: _full_name(HfApi(token=token), repo_id), f"publish as {repo_id!r}")
 
 
@@ -304,184 +298,3 @@ def _parquet(pairs: Dataset) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         embedded.with_format(None).to_parquet(Path(folder) / PAIRS)
         return (Path(folder) / PAIRS).read_bytes()
-
-
-# --- Fetching ---
-
-
-def pull_adapter(
-    repo_id: str,
-    revision: str | None = None,
-    token: str | None = None,
-    *,
-    base_model: str | Path | nn.Module | None = None,
-    kind: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """Fetch a published adapter into the cache of `huggingface_hub`, and check it; no code of the repo is run.
-
-    Only safetensors, known text files and the card's pictures are fetched, and each is compared with the hash that the
-    Hub announced. A branch or tag stands for the new files only once all of them are there and right.
-
-    Args:
-        repo_id: "owner/name".
-        revision: Branch, tag or commit; default "main".
-        token: Access token for the Hub; default: the one that is logged in.
-        base_model: Base that the adapter will be put on: a loaded model or a folder, whose shapes are compared, or a
-            Hub id, which must be the one that the adapter names.
-        kind: What it must be, "reward" or "lora"; default: either.
-        cache_dir: Default: that of `huggingface_hub`.
-        local_files_only: Use what is in the cache, as with `HF_HUB_OFFLINE=1`.
-
-    Returns:
-        The folder, which every loader takes in place of the id.
-
-    Raises:
-        ConnectionError: The Hub can't be reached and the cache does not have it.
-        FileNotFoundError: There is no such repo or revision.
-        OSError: What arrives is not what was announced.
-        PermissionError: The token is wrong or may not read it.
-        ValueError: It is no adapter, or pickled, or not of this kind, or it does not fit the base.
-    """
-    if kind not in (None, "reward", "lora"):
-        raise ValueError(f"`kind` should be 'reward', 'lora' or None, but got {kind!r}.")
-    _check_repo_id(repo_id)
-    if revision is not None and ".." in revision:  # it becomes a path in the cache
-        raise ValueError(f"`revision` should be a branch, a tag or a commit, but got {revision!r}.")
-    doing, revision = f"fetch {repo_id!r}", revision or constants.DEFAULT_REVISION
-    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    if local_files_only or constants.HF_HUB_OFFLINE:
-        folder = _from_cache(repo_id, revision, cache)
-        check_incoming(folder, repr(repo_id), base_model, kind)
-        return folder
-    api = HfApi(token=token)
-    try:
-        info = asking(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), doing)
-    except ConnectionError as error:
-        try:
-            folder = _from_cache(repo_id, revision, cache)
-        except OSError:
-            raise error from None
-        logger.warning("%s This is the copy in the cache, commit %s.", error, folder.name[:8])
-        check_incoming(folder, repr(repo_id), base_model, kind)
-        return folder
-    expected = {sibling.rfilename: _expected_digest(sibling) for sibling in info.siblings or ()}
-    found = hub_checks.find_kind(expected, repr(repo_id))
-    _check_kind(found, kind, repr(repo_id))
-    wanted = {name: digest for name, digest in expected.items() if in_contract(name)}
-    commit = str(info.sha)
-    folder = _download(repo_id, commit, wanted, token, cache, doing)
-    check_incoming(folder, repr(repo_id), base_model, kind)
-    if revision != commit:
-        _remember(folder.parents[1] / "refs" / revision, commit)
-    return folder
-
-
-def check_incoming(folder: Path, source: str, base_model: str | Path | nn.Module | None, kind: str | None) -> None:
-    """Raise a `ValueError` unless `folder` holds an adapter of this kind that fits the base. See `pull_adapter`."""
-    files = hub_checks.contract_files(folder)
-    found = hub_checks.find_kind((file.name for file in folder.iterdir()), source)
-    _check_kind(found, kind, source)
-    shapes = hub_checks.check_weights(files, found, source)
-    if found == "model":
-        return
-    named = hub_checks.read_config(files[hub_checks.ADAPTER_CONFIG], source).get("base_model_name_or_path")
-    if base_model is None:
-        return
-    if isinstance(base_model, nn.Module):
-        base: Mapping[str, tuple[int, ...]] = {key: tuple(value.shape) for key, value in base_model.named_parameters()}
-        hub_checks.check_fit(shapes, base, source, type(base_model).__name__)
-    elif Path(base_model).is_dir():
-        weights = [
-            file for part in (".", "unet", "transformer") for file in Path(base_model, part).glob("*.safetensors")
-        ]
-        hub_checks.check_fit(shapes, hub_checks.file_shapes(weights), source, f"'{base_model}'")
-    elif str(base_model) != named:
-        raise ValueError(
-            f"{source} was trained on {named!r}, not on '{base_model}': leave `base_model` out, or pass a folder or a "
-            "loaded model to try another base of the same shapes."
-        )
-
-
-def _check_kind(found: str, wanted: str | None, source: str) -> None:
-    if found == "model" or wanted not in (None, found):
-        use = {
-            "reward": "`PreferenceScorer.from_pretrained` loads it",
-            "lora": "`load_lora_weights` of a diffusers pipeline loads it",
-            "model": "`AutoModel.from_pretrained` loads it",
-        }
-        expected = KINDS[wanted] if wanted else "an adapter"
-        raise ValueError(f"{source} is {KINDS[found]}, not {expected}: {use[found]}.")
-
-
-def _from_cache(repo_id: str, revision: str, cache: Path) -> Path:
-    try:
-        names = sorted(hub_checks.CONTRACT) + ["model*.safetensors"]
-        return Path(
-            snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=names, local_files_only=True)
-        )
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo_id!r} at {revision!r} is not in the cache, and the Hub may not be asked: fetch it once online."
-        ) from error
-
-
-def _download(
-    repo_id: str, commit: str, wanted: Mapping[str, str | None], token: str | None, cache: Path, doing: str
-) -> Path:
-    """Fetch files of one commit, and compare each with its hash; what is wrong is thrown away and fetched again."""
-    damaged: list[str] = []
-    for _ in range(2):
-        folder = Path(
-            asking(
-                # By commit: a name of it would point to half a state while files arrive.
-                lambda: snapshot_download(
-                    repo_id, revision=commit, token=token, cache_dir=cache, allow_patterns=list(wanted)
-                ),
-                doing,
-                when_cut=False,
-            )
-        )
-        damaged = [name for name, digest in wanted.items() if digest and _digest(folder / name, digest) != digest]
-        for name in damaged:
-            file = folder / name
-            file.resolve().unlink()
-            file.unlink(missing_ok=True)
-        if not damaged:
-            return folder
-    raise OSError(
-        f"Could not {doing}: {', '.join(damaged)} arrived twice with contents that do not have their hash. Nothing of "
-        "it was kept; try again, or over another connection."
-    )
-
-
-def _remember(path: Path, commit: str) -> None:
-    """Let a branch or tag of the cache stand for a commit, in one step.
-
-    The layout is that of https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}.{os.getpid()}")
-    written.write_text(commit)
-    os.replace(written, path)
-
-
-def _expected_digest(sibling: Any) -> str | None:
-    """SHA-256 of a large file, git's SHA-1 of a small one."""
-    return sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id
-
-
-def _digest(content: Content, like: str | None) -> str:
-    """The hash of a file, of the kind that `like` is."""
-    data = hub_checks.read(content)
-    if like is not None and len(like) == 64:
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def _check_repo_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"`repo_id` should be 'name' or 'owner/name', but got {repo_id!r}.") from error
