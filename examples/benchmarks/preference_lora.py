@@ -256,7 +256,7 @@ def loop(studio: Studio, args: argparse.Namespace) -> None:
     prompts = captions[3 :: len(captions) // PAIRS][:PAIRS]
     scorers = {taste: reward(taste) for taste in args.tastes}
     named = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
-    for name, templates in (("drawn from bare prompts", ["{prompt}"]), ("and from prompts that name styles", named)):
+    for name, templates in (("bare prompts", ["{prompt}"]), ("and prompts naming styles", named)):
         results = []
         for taste in args.tastes:
             with torch.autocast("cpu", torch.bfloat16):
@@ -271,7 +271,7 @@ def loop(studio: Studio, args: argparse.Namespace) -> None:
                     **DRAWING,
                 )
             results.append(studio.measure(studio.fit(pairs, 0)[0], 0))
-        print(row(f"after, pairs {name}", results, args.tastes), flush=True)
+        print(row(f"after: {name}", results, args.tastes), flush=True)
 
 
 def reward(taste: str) -> PreferenceScorer:
