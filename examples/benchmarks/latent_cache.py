@@ -5,12 +5,12 @@
 
 Rows are synthetic: two images of noise of 64 px, and a prompt that no other row has, which lie in a file as a dataset
 from the Hub does. Each number of rows has a process of its own, since a peak of memory never falls. The encoders are
-those of the emoji pipeline; for another one, seconds and bytes are other ones, but grow in the same way.
+those of the emoji pipeline; for another one, seconds and bytes are other ones, but grow in the same way. Memory is
+what the process holds of its own: pages of mapped files, which the system takes back when it needs them, don't count.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +27,8 @@ from PIL import Image as PILImage
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+from lora_step import Watch
+
 from bt_hf.diffusion.cache import cache_pairs
 from bt_hf.diffusion.collator import DiffusionCollator
 from bt_hf.diffusion.encoder import PairEncoder
@@ -53,11 +55,13 @@ def measure(count: int, folder: Path) -> None:
     encoder = PairEncoder(find_family(pipeline), pipeline, collator, False, torch.device("cpu"))
     cache = folder / "cache"
     encoder.encode(collator([pairs[index] for index in range(8)]))  # what a first batch allocates
-    held = memory()
+    before = Watch(mapped=False)
+    held = before.stop()
+    building_memory = Watch(mapped=False)
     began = time.perf_counter()
     cached = cache_pairs(pairs, encoder, str(cache), "Encoding")
     building = time.perf_counter() - began
-    grown = memory() - held
+    grown = (building_memory.stop() - held) * 1e9
     began = time.perf_counter()
     cache_pairs(pairs, encoder, str(cache), "Encoding")
     finding = time.perf_counter() - began
@@ -68,11 +72,6 @@ def measure(count: int, folder: Path) -> None:
     reading = (time.perf_counter() - began) / len(order)
     size = sum(path.stat().st_size for path in cache.rglob("*.arrow"))
     print(json.dumps({"build": building, "find": finding, "read": reading, "bytes": size, "memory": grown}))
-
-
-def memory() -> float:
-    """Peak of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:

@@ -267,18 +267,27 @@ def tensor_memory() -> float:
 
 
 class Watch(threading.Thread):
-    """The largest memory of this process from now on: `peak_memory` never falls, so it would tell of the loading."""
+    """The largest memory of this process from now on: `peak_memory` never falls, so it would tell of the loading.
 
-    def __init__(self) -> None:
+    Args:
+        mapped: Whether pages of memory-mapped files count, which the system takes back when it needs them.
+    """
+
+    def __init__(self, mapped: bool = True) -> None:
         super().__init__(daemon=True)
+        self.mapped = mapped
         self.peak = 0.0
         self._stopped = threading.Event()
         self.start()
 
     def run(self) -> None:
         process = psutil.Process()
-        while not self._stopped.wait(0.02):
-            self.peak = max(self.peak, process.memory_info().rss / 1e9)
+        while True:
+            held = process.memory_info()
+            files = 0 if self.mapped else getattr(held, "shared", 0)  # told on Linux
+            self.peak = max(self.peak, (held.rss - files) / 1e9)
+            if self._stopped.wait(0.02):
+                return
 
     def stop(self) -> float:
         self._stopped.set()
