@@ -55,8 +55,6 @@ METHODS = {
     "dpo": {"loss_type": "dpo"},
     "dpo with safeguard": {"loss_type": "dpo", "safeguard": True},
 }
-
-
 COLUMNS = (*STYLES, "mean", "caption", "both", "distance")
 
 
