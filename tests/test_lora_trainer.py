@@ -254,6 +254,20 @@ def test_winner_guard_speaks_when_the_error_rises(caplog: pytest.LogCaptureFixtu
     assert "10.0% above" in caplog.text
 
 
+def test_winner_guard_looks_at_training_where_nothing_is_held_out(tmp_path: Path) -> None:
+    """A rate so high that the denoiser breaks: the base is better at every image then."""
+    trainer = make(tmp_path / "alone", learning_rate=1.0)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "winner_error_change" in entry]
+    worst = max(entry["winner_error_change"] / entry["winner_error_base"] for entry in logs)
+    assert worst > 0.02
+    assert "preferred training images is" in trainer.guards[0].said[0]
+    trainer = make(tmp_path / "held-out", evaluation=red_pairs(4), learning_rate=1.0, eval_strategy="steps")
+    trainer.train()
+    assert trainer.guards[0].said
+    assert all("preferred held-out images" in sentence for sentence in trainer.guards[0].said)
+
+
 def test_overfitting_guard_stops_and_goes_back_to_the_best(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     guard = OverfittingGuard()

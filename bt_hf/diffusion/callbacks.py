@@ -29,6 +29,7 @@ class WinnerErrorGuard(Guard):
     """Say when the preferred images' denoising error rises against the base's.
 
     A preference loss rewards the difference of two errors. It may grow although both rise, and then images get worse.
+    Looks at the held-out pairs, and where training evaluates none at those it trains on.
 
     Args:
         tolerance: Rise, as a share of the base's error, up to which nothing is said. Default 0.02.
@@ -41,12 +42,20 @@ class WinnerErrorGuard(Guard):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        found = _first(kwargs.get("metrics"), "winner_error_change")
-        base = _first(kwargs.get("metrics"), "winner_error_base")
+        metrics = kwargs.get("metrics")
+        change, base = (_first(metrics, f"winner_error_{name}") for name in ("change", "base"))
+        self._look(state, change, base, "held-out")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.eval_strategy == "no":
+            logs = kwargs.get("logs") or {}
+            self._look(state, logs.get("winner_error_change"), logs.get("winner_error_base"), "training")
+
+    def _look(self, state: TrainerState, found: float | None, base: float | None, where: str) -> None:
         if found is None or not base or found / base <= self.tolerance:
             return
         self.say(
-            f"Step {state.global_step}: the denoising error of held-out preferred images is {found / base:.1%} above "
+            f"Step {state.global_step}: the denoising error of preferred {where} images is {found / base:.1%} above "
             "the base's, so images may get worse although preferences are predicted better. Stop earlier, lower "
             "`learning_rate`, or use `safeguard=True`."
         )

@@ -381,11 +381,10 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def _record(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Mapping[str, Any]) -> None:
         """What the log says of a training batch."""
-        change = None if reference is None else errors - reference
         if "label" in batch:
-            if change is not None:
+            if reference is not None:
                 liked = batch["label"] > 0.5
-                self.record(winner_error_change=change[liked], loser_error_change=change[~liked])
+                self._record_errors(errors[liked], errors[~liked], reference[liked], reference[~liked])
             return
         preference = batch["preference"]
         margin = losses.denoising_margin(self._pair_errors(errors, reference), self.beta or 1.0)
@@ -394,10 +393,19 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         # A LoRA that does nothing yet, as at the first step, guesses.
         hits = torch.where(margin == 0, torch.full_like(hits, 0.5), hits)
         self.record(accuracy=hits[decided], margin=margin)
-        if change is not None:
-            first, second = change.chunk(2)
-            winner, loser = _by_preference(first, second, preference)
-            self.record(winner_error_change=winner[decided], loser_error_change=loser[decided])
+        if reference is not None:
+            (first, second), (base_first, base_second) = errors.chunk(2), reference.chunk(2)
+            found = _by_preference(first, second, preference) + _by_preference(base_first, base_second, preference)
+            self._record_errors(*(values[decided] for values in found))
+
+    def _record_errors(
+        self, winner: torch.Tensor, loser: torch.Tensor, base_winner: torch.Tensor, base_loser: torch.Tensor
+    ) -> None:
+        self.record(
+            winner_error_base=base_winner,
+            winner_error_change=winner - base_winner,
+            loser_error_change=loser - base_loser,
+        )
 
     @torch.no_grad()
     def _evaluate_batch(
