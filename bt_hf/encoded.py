@@ -35,7 +35,7 @@ def encode_once(
     The files are named by what they were computed from: the bytes of the images, the prompts, and `model`. Each holds
     `SHARD` images or prompts. It is written elsewhere and moved into place, so that a build that was killed or failed
     leaves whole files alone, from which the next one goes on. Processes that see the same disk share the work. Memory
-    does not grow with the data but for some 50 bytes a row.
+    does not grow with the data but for some 200 bytes a row.
 
     Args:
         pairs: Rows with `prompt` and images.

@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000], help="at least two, the largest last")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if len(args.rows) < 2:
+        parser.error("--rows needs at least two numbers, for the line through the last two")
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     disable_progress_bars()
