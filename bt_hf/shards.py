@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import itertools
 import logging
 import os
@@ -41,10 +39,6 @@ def open_shards(
     Raises:
         PreferenceDataError: No file can be read, or the first one can't with "raise": it tells the columns.
     """
-    # A Parquet reader that was left midway, as `max_steps` leaves it, may abort the process if it is still there when
-    # Python ends (https://github.com/apache/arrow/issues/45214; `datasets` mends it for pyarrow up to 24 only).
-    atexit.unregister(gc.collect)
-    atexit.register(gc.collect)
     files = builder.config.data_files or {}
     dropped = 0
     while True:

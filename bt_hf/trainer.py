@@ -25,6 +25,7 @@ from bt_hf.card_parts import add_metadata
 from bt_hf.divided import divide_by_layers, whole
 from bt_hf.hub_checks import ADAPTER_CONFIG, CARD, contract_files
 from bt_hf.pairs import PreferenceDataError, check_columns, overlapping_rows
+from bt_hf.processes import part_at_exit
 from bt_hf.streams import Filler, Position, share_out
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class PreferenceTrainer(Trainer):
         self._counts = True
         super().__init__(*args, **kwargs)
         self.add_callback(Position())
+        if self.args.world_size > 1:
+            part_at_exit(self)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

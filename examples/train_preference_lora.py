@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> None:
     # 6. Save: one small folder, for diffusers (`load_lora_weights`) and for PEFT, with a card.
     trainer.save_model(config.output_dir)
     PartialState().print(f'Saved. Next: pipeline.load_lora_weights("{config.output_dir}")')
-    trainer.accelerator.end_training()  # processes part in good order, else one that is done may break the others
 
 
 if __name__ == "__main__":

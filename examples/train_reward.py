@@ -48,7 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     PartialState().print(
         f"Saved to {config.output_dir}. Next: python examples/score_images.py {config.output_dir} ..."
     )
-    trainer.accelerator.end_training()  # processes part in good order, else one that is done may break the others
 
 
 if __name__ == "__main__":

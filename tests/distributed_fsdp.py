@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,4 +43,6 @@ if __name__ == "__main__":
             facts = train(output / name, batch=2)
             rank = torch.distributed.get_rank()
             (output / f"{name}-{rank}.json").write_text(json.dumps(facts))
-    torch.distributed.destroy_process_group()
+    # torch keeps the group of a divided model to the end: its threads may drop the last tensors in this second, not
+    # while Python ends, which would abort the process.
+    time.sleep(1)

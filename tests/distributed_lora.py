@@ -74,5 +74,3 @@ if __name__ == "__main__":
         facts = train(output / name, batch=int(sys.argv[2]), case=name)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         (output / f"{name}-{rank}.json").write_text(json.dumps(facts))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

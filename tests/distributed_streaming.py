@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from launching import write_threads_at_exit
 from tiny_models import build as build_clip
 from tiny_pipelines import SIZE
 from tiny_pipelines import build as build_pipeline
@@ -63,6 +64,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     output, data = Path(sys.argv[1]), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
+    write_threads_at_exit(output)
     for case in json.loads(sys.argv[3]):
         name = case["name"]
         trainer = make(case["kind"], output / name, data / case["data"], **case["options"])
@@ -72,4 +74,3 @@ if __name__ == "__main__":
         trainer.save_model()
         facts = {"world_size": trainer.accelerator.num_processes, "seen": seen, "steps": trainer.state.global_step}
         (output / f"{name}-{rank}.json").write_text(json.dumps(facts))
-    torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from launching import write_threads_at_exit
 from tiny_models import build, red_pairs
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer
@@ -51,10 +52,9 @@ def train(folder: Path, batch: int, cache: bool) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     output = Path(sys.argv[1])
+    write_threads_at_exit(output)
     for cached in (True, False):
         name = "cached" if cached else "uncached"
         facts = train(output / name, batch=int(sys.argv[2]), cache=cached)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         (output / f"{name}-{rank}.json").write_text(json.dumps(facts))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

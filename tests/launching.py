@@ -1,5 +1,6 @@
 """Start a script in two processes on CPUs, by `accelerate launch` and a config of `examples/accelerate/`."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -24,3 +25,22 @@ def launch(script: str | Path, *arguments: object, config: Path = CONFIGS / "two
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-10_000:]
     return run.stdout
+
+
+def write_threads_at_exit(folder: Path) -> None:
+    """In a launched script, before it makes a trainer: write down which threads live on when Python ends.
+
+    On Linux, the only one that names the threads of libraries.
+    """
+
+    def write() -> None:
+        names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").glob("*")]
+        (folder / f"threads-{os.environ['RANK']}.txt").write_text("".join(names))
+
+    atexit.register(write)
+
+
+def threads_at_exit(folder: Path) -> list[str]:
+    """Names of the threads that both processes wrote down."""
+    names = [(folder / f"threads-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    return [*names[0], *names[1]]

@@ -36,6 +36,7 @@ FLOORS = {
     "evaluate_modules": 1,
     "config": 1,
     "divided": 1,
+    "processes": 1,
     "streams": 1,
     "trainer": 2,
     "verdict": 2,

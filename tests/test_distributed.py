@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from distributed_training import train
-from launching import launch
+from launching import launch, threads_at_exit
 from safetensors.torch import load_file
 
 
@@ -17,6 +17,12 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two-processes")
     launch("distributed_training.py", folder, 4)
     return folder
+
+
+# A thread of the process group that lives on when Python ends may abort the process.
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="thread names are those of Linux")
+def test_no_thread_of_the_group_outlives_its_process(two_processes: Path) -> None:
+    assert not [name for name in threads_at_exit(two_processes) if "gloo" in name]
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])

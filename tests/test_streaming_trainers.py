@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_streaming import follow, make
-from launching import launch
+from launching import launch, threads_at_exit
 from safetensors.torch import load_file
 from tiny_models import red_pairs
 
@@ -65,6 +65,11 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two-processes")
     launch("distributed_streaming.py", folder, write(folder / "data"), json.dumps(CASES))
     return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="thread names are those of Linux")
+def test_no_thread_of_the_group_outlives_a_script_whose_trainer_is_global(two_processes: Path) -> None:
+    assert not [name for name in threads_at_exit(two_processes) if "gloo" in name]
 
 
 @pytest.mark.parametrize("case", PASSES)

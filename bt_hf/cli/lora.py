@@ -159,7 +159,6 @@ def run(options: Options) -> None:
     for path in drawn:
         say(f"Drawn to {path}")
     say(f'Next: pipeline.load_lora_weights("{config.output_dir}")')
-    trainer.accelerator.end_training()
 
 
 def unpair(pairs: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -152,7 +152,6 @@ def run(options: Options) -> None:
     for path in drawn:
         say(f"Drawn to {path}")
     say(f'Next: bt-hf score {config.output_dir} --prompt "..." IMAGES')
-    trainer.accelerator.end_training()
 
 
 def draw(trainer: BradleyTerryTrainer, validation: CrossValidation | None) -> list[Path]:
