@@ -1,12 +1,13 @@
-"""What the cache of latents and embeddings costs as data grow: time, disk and memory, and what a million rows take.
+"""What the caches in files cost as data grow: time, disk and memory, and what a million rows take.
 
-    python examples/benchmarks/latent_cache.py
+    python examples/benchmarks/latent_cache.py                    # latents and embeddings of a pipeline
+    python examples/benchmarks/latent_cache.py --of reward        # frozen features of a CLIP
     python examples/benchmarks/latent_cache.py --rows 100 1000 10000 100000
 
 Rows are synthetic: two images of noise of 64 px, and a prompt that no other row has, which lie in a file as a dataset
 from the Hub does. Each number of rows has a process of its own, since a peak of memory never falls. The encoders are
-those of the emoji pipeline; for another one, seconds and bytes are other ones, but grow in the same way. Memory is
-what the process holds of its own: pages of mapped files, which the system takes back when it needs them, don't count.
+those of the emoji domain; for others, seconds and bytes are other ones, but grow in the same way. Memory is what the
+process holds of its own: pages of mapped files, which the system takes back when it needs them, don't count.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Image, Value, disable_progress_bars
 from PIL import Image as PILImage
+from transformers import CLIPModel, CLIPProcessor
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
@@ -34,7 +36,10 @@ from bt_hf.diffusion.collator import DiffusionCollator
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.family import find_family
 from bt_hf.diffusion.loading import from_pretrained
-from emoji import DIFFUSION_FOLDER
+from bt_hf.reward.cache import FeatureCache
+from bt_hf.reward.collator import PreferenceCollator
+from bt_hf.reward.stored import store_pairs
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
 
 SIZE, BATCH, MILLION = 64, 16, 1_000_000
 
@@ -46,24 +51,38 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": f"drawing number {index}", "chosen": chosen, "rejected": rejected}
 
 
-def measure(count: int, folder: Path) -> None:
-    """Print what `count` rows took, as JSON."""
-    features = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
-    pairs = Dataset.from_generator(rows, features, cache_dir=str(folder), gen_kwargs={"count": count})
+def latents() -> Callable[[Dataset, Path], Any]:
     pipeline = from_pretrained(str(DIFFUSION_FOLDER))
-    collator = DiffusionCollator((SIZE, SIZE))
-    encoder = PairEncoder(find_family(pipeline), pipeline, collator, False, torch.device("cpu"))
+    encoder = PairEncoder(find_family(pipeline), pipeline, DiffusionCollator((SIZE, SIZE)), False, torch.device("cpu"))
+    return lambda pairs, folder: cache_pairs(pairs, encoder, str(folder), "Encoding")
+
+
+def features() -> Callable[[Dataset, Path], Any]:
+    # Both towers are frozen, as they are below the default LoRA, on the projections.
+    model = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32).requires_grad_(False)
+    collator = PreferenceCollator(CLIPProcessor.from_pretrained(CLIP_FOLDER))
+    return lambda pairs, folder: store_pairs(FeatureCache(model, collator), pairs, str(folder), "Encoding")
+
+
+CACHES = {"lora": latents, "reward": features}
+
+
+def measure(of: str, count: int, folder: Path) -> None:
+    """Print what `count` rows took, as JSON."""
+    columns = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
+    pairs = Dataset.from_generator(rows, columns, cache_dir=str(folder), gen_kwargs={"count": count})
+    store = CACHES[of]()
     cache = folder / "cache"
-    encoder.encode(collator([pairs[index] for index in range(8)]))  # what a first batch allocates
+    store(pairs.select(range(8)), folder / "first")  # what a first batch allocates
     before = Watch(mapped=False)
     held = before.stop()
     building_memory = Watch(mapped=False)
     began = time.perf_counter()
-    cached = cache_pairs(pairs, encoder, str(cache), "Encoding")
+    cached = store(pairs, cache)
     building = time.perf_counter() - began
     grown = (building_memory.stop() - held) * 1e9
     began = time.perf_counter()
-    cache_pairs(pairs, encoder, str(cache), "Encoding")
+    store(pairs, cache)
     finding = time.perf_counter() - began
     order = np.random.default_rng(0).integers(count, size=(50, BATCH)).tolist()
     began = time.perf_counter()
@@ -77,6 +96,9 @@ def measure(count: int, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000], help="at least two, the largest last")
+    parser.add_argument(
+        "--of", choices=CACHES, default="lora", help="whose cache: that of a LoRA's or a reward's trainer"
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if len(args.rows) < 2:
@@ -85,14 +107,14 @@ def main() -> None:
     logging.set_verbosity_error()
     disable_progress_bars()
     if args.child:
-        measure(int(args.child[0]), Path(args.child[1]))
+        measure(args.of, int(args.child[0]), Path(args.child[1]))
         return
     print("| rows | building, s | finding again, s | files, MB | memory grown by, MB | a batch of 16, ms |")
     print("|---:" * 6 + "|", flush=True)
     found = []
     for count in args.rows:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--child", str(count), folder]
+            command = [sys.executable, __file__, "--of", args.of, "--child", str(count), folder]
             found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
         print(line(f"{count:,}", found[-1]), flush=True)
     few, many = found[-2:]
