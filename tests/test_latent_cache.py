@@ -109,7 +109,7 @@ def test_fixed_draws_use_cached_errors_and_change_nothing_else(tmp_path: Path) -
     options = {"max_steps": 6, "per_device_train_batch_size": 4}
     cached = make(tmp_path / "cached", noise_draws=2, **options)
     cached.train()
-    assert cached.train_dataset.reference.shape == (8, 2, 2)
+    assert cached.get_train_dataloader().dataset.reference.shape == (8, 2, 2)
     computed = make(tmp_path / "computed", noise_draws=2, cache_latents=False, **options)
     computed.train()
     assert logged(cached, "loss") == pytest.approx(logged(computed, "loss"), rel=1e-2)

@@ -16,6 +16,7 @@ from tiny_trainers import adapter, logged, make
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import unpair_preference_dataset
 
+from bt_hf import PreferenceLoRATrainer
 from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErrorGuard
 from bt_hf.diffusion.draws import draw_noise
 
@@ -289,6 +290,49 @@ def test_overfitting_guard_stops_and_goes_back_to_the_best(tmp_path: Path) -> No
     guard.on_train_end(None, None, None, model=trainer.model)
     assert all((weight == 2.0).all() for weight in weights)
     assert "back to the adapter of step 2" in guard.said[0]
+
+
+def scripted(trainer: PreferenceLoRATrainer, accuracies: list[float]) -> PreferenceLoRATrainer:
+    """The trainer, whose guard against overfitting is told of these held-out accuracies, at steps 1, 2, ..."""
+    guard = next(guard for guard in trainer.guards if isinstance(guard, OverfittingGuard))
+    look = guard.on_evaluate
+
+    def on_evaluate(args, state, control, **kwargs):
+        guard.on_log(args, state, control, logs={"accuracy": 1.0})
+        look(args, state, control, **{**kwargs, "metrics": {"eval_accuracy": accuracies[state.global_step - 1]}})
+
+    guard.on_evaluate = on_evaluate
+    return trainer
+
+
+def test_a_stopped_run_is_resumed_and_drawn_as_it_was_saved(tmp_path: Path) -> None:
+    options = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options |= {"validation_prompts": ["a red apple"], "validation_images": 1, "validation_inference_steps": 2}
+    options |= {"evaluation": red_pairs(4, seed=1), "learning_rate": 0.1}
+    accuracies = [0.9, 0.5, 0.5, 0.5, 0.5]
+    whole = scripted(make(tmp_path / "whole", **options), accuracies)
+    whole.train()
+    whole.save_model()
+    assert whole.state.global_step == 3
+    saved = adapter(tmp_path / "whole" / "out")
+    best = adapter(tmp_path / "whole" / "out" / "checkpoint-1")
+    assert all(torch.equal(saved[name], value) for name, value in best.items())
+
+    resumed = scripted(make(tmp_path / "resumed", **options), accuracies)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "out" / "checkpoint-2"))
+    resumed.save_model()
+    assert resumed.state.global_step == 3
+    assert resumed.warnings_seen[-1] == whole.warnings_seen[-1]
+    assert all(torch.equal(saved[name], value) for name, value in adapter(tmp_path / "resumed" / "out").items())
+
+    # The picture beside the adapter is what it draws.
+    pipeline = build("sd")
+    pipeline.load_lora_weights(tmp_path / "whole" / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(42)
+    own = pipeline("a red apple", num_inference_steps=2, height=SIZE[0], width=SIZE[1], generator=generator).images[0]
+    drawn = whole.validation.after[0][0]
+    assert np.abs(np.asarray(own, dtype=int) - np.asarray(drawn, dtype=int)).max() <= 1
 
 
 def test_collapse_guard_compares_with_before() -> None:

@@ -18,17 +18,20 @@ class CachedPairs(torch.utils.data.Dataset):
         rows: Rows of the contract with numbers instead of images, and `condition`, the number of the prompt.
         images: What the numbers of the images mean.
         prompts: What `condition` means.
-
-    Attributes:
-        reference: (N, draws, 2 or 1) float32 errors of the base at fixed draws, once they are computed: see
-            `PreferenceLoRATrainer`.
+        reference: (N, draws, 2 or 1) float32 errors of the base at fixed draws, if they are known.
     """
 
-    def __init__(self, rows: Dataset, images: Dataset, prompts: Dataset) -> None:
+    def __init__(
+        self, rows: Dataset, images: Dataset, prompts: Dataset, reference: torch.Tensor | None = None
+    ) -> None:
         self.rows = rows
         self.images = images
         self.prompts = prompts
-        self.reference: torch.Tensor | None = None
+        self.reference = reference
+
+    def with_reference(self, reference: torch.Tensor | None) -> "CachedPairs":
+        """The same rows, with these errors of the base."""
+        return CachedPairs(self.rows, self.images, self.prompts, reference)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,13 +1,19 @@
 """Guards against what goes wrong with few pairs: each says what it saw."""
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+_BEST = "best_adapter.safetensors"  # of a checkpoint
 
 
 class Guard(TrainerCallback):
@@ -15,14 +21,19 @@ class Guard(TrainerCallback):
 
     Attributes:
         said: The warnings so far, for the card.
+        stopped: Whether it has stopped the training.
     """
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.stopped = False
 
     def say(self, sentence: str) -> None:
         self.said.append(sentence)
         logger.warning(sentence)
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Go on from what was known at a checkpoint, if anything was."""
 
 
 class WinnerErrorGuard(Guard):
@@ -65,6 +76,8 @@ class WinnerErrorGuard(Guard):
 class OverfittingGuard(Guard):
     """Stop when training accuracy is near 1 and held-out accuracy falls, and go back to the best adapter.
 
+    What it knows is saved with each checkpoint, so that a resumed run stops where it would have.
+
     Args:
         near: Training accuracy that counts as near 1. Default 0.98.
         fall: Fall of held-out accuracy below its best that counts. Default 0.02.
@@ -78,7 +91,6 @@ class OverfittingGuard(Guard):
         self._best, self._best_step = -1.0, 0
         self._best_state: dict[str, torch.Tensor] | None = None
         self._falls = 0
-        self._stopped = False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
@@ -88,17 +100,20 @@ class OverfittingGuard(Guard):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         accuracy = _first(kwargs.get("metrics"), "accuracy")
-        if accuracy is None or self._stopped:
+        if accuracy is None or self.stopped:
             return
         if accuracy >= self._best:
             self._best, self._best_step, self._falls = accuracy, state.global_step, 0
             weights = get_peft_model_state_dict(_peft(kwargs["model"]), save_embedding_layers=False)
-            self._best_state = {name: value.detach().cpu().clone() for name, value in weights.items()}
+            self._best_state = {
+                name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, value in weights.items()
+            }
             return
         falls = self._training_accuracy >= self.near and accuracy <= self._best - self.fall
         self._falls = self._falls + 1 if falls else 0
         if self._falls >= self.patience:
-            self._stopped = True
+            self.stopped = True
             control.should_training_stop = True
             self.say(
                 f"Step {state.global_step}: training accuracy is {self._training_accuracy:.2f}, but held-out accuracy "
@@ -106,10 +121,27 @@ class OverfittingGuard(Guard):
                 f"{self._best_step}."
             )
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        best = self._best_state or {}
+        # Of divided weights no process has the whole.
+        if not args.should_save or not best or any(type(value) is not torch.Tensor for value in best.values()):
+            return
+        known = [self._training_accuracy, self._best, self._best_step, self._falls, self.said]
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        save_file(best, checkpoint / _BEST, {"known": json.dumps(known)})
+
+    def load(self, checkpoint: str | Path) -> None:
+        path = Path(checkpoint) / _BEST
+        if path.is_file():
+            self._best_state = load_file(path)
+            with safe_open(path, "pt") as file:
+                known = json.loads(file.metadata()["known"])
+            self._training_accuracy, self._best, self._best_step, self._falls, self.said = known
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._stopped and self._best_state is not None:
+        if self.stopped and self._best_state is not None:
             set_peft_model_state_dict(_peft(kwargs["model"]), self._best_state)
 
 

@@ -75,9 +75,16 @@ class DiffusionCollator:
 
 
 def labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """`preference` (or `label` of unpaired rows) and `weight` of each row as float32 (B,); 1 where a row has none."""
-    first = "label" if "label" in rows[0] else "preference"
-    return {name: torch.tensor([float(row.get(name, 1.0)) for row in rows]) for name in (first, "weight")}
+    """`preference` (or `label` of unpaired rows) and `weight` of each row as float32 (B,); 1 where a row has none.
+
+    TRL labels each chosen image as liked. Where a row still has the `preference` of its pair, that tells how much.
+    """
+    weight = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
+    preference = torch.tensor([float(row.get("preference", 1.0)) for row in rows])
+    if "label" not in rows[0]:
+        return {"preference": preference, "weight": weight}
+    label = torch.tensor([float(row["label"]) for row in rows])
+    return {"label": label * preference + (1 - label) * (1 - preference), "weight": weight}
 
 
 def digest_pixels(pixels: torch.Tensor) -> torch.Tensor:

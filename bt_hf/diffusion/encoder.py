@@ -21,6 +21,9 @@ class PairEncoder:
         collator: Fits images to the size.
         sample_latents: Keep the posterior's standard deviation too, to draw latents from.
         device: Where the encoders run.
+
+    Attributes:
+        released: Whether the text encoders have left memory, so that nothing more can be encoded.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class PairEncoder:
         self._homes = {name: next(module.parameters()).device for name, module in self.modules().items()}
         for module in self.modules().values():
             module.to(device)
+        self.released = False
 
     def modules(self) -> dict[str, nn.Module]:
         """The VAE and the text encoders, by their names in the pipeline."""
@@ -56,6 +60,7 @@ class PairEncoder:
 
         One that the caller holds, in a pipeline of its own, goes back to the device that it was on.
         """
+        self.released = True
         for name, module in self.modules().items():
             if name == "vae" and keep_vae:
                 continue

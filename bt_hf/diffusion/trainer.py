@@ -1,12 +1,12 @@
 """Train a preference LoRA for a diffusers pipeline."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from transformers import EvalPrediction, TrainerCallback, set_seed
 
 from bt_hf.diffusion import losses
 from bt_hf.diffusion.cache import CachedPairs, cache_pairs
-from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErrorGuard
+from bt_hf.diffusion.callbacks import CollapseGuard, Guard, OverfittingGuard, WinnerErrorGuard
 from bt_hf.diffusion.card import write_lora_card
 from bt_hf.diffusion.collator import UNPAIRED, DiffusionCollator
 from bt_hf.diffusion.config import PreferenceLoRAConfig
@@ -112,6 +112,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self.validation = Validation(self.pipeline, self.encoder, args)
         if all(data is None or isinstance(data, CachedPairs) for data in _each(train_dataset, eval_dataset)):
             self.encoder.release(keep_vae=self.validation.wanted)
+        # (N, draws, sides) at the fixed draws of a stream, of each dataset.
+        self._errors_of_base: WeakKeyDictionary[CachedPairs, dict[int, torch.Tensor]] = WeakKeyDictionary()
         self.beta: float | None = None if args.beta == "auto" else float(args.beta)  # type: ignore[arg-type]
         self._user_metrics = compute_metrics
         super().__init__(
@@ -130,7 +132,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
                 "draw with the saved folder."
             )
         self.add_callback(_Begin(self))
-        self.guards = [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()] if args.guards else []
+        self.guards: list[Guard] = [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()] if args.guards else []
         for guard in self.guards:
             self.add_callback(guard)
 
@@ -166,19 +168,27 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         if self.beta is None or self.args.noise_draws:
             self.place_whole()
         self._resolve_beta()
-        if self.args.noise_draws and self._needs_reference and isinstance(self.train_dataset, CachedPairs):
-            epochs = self.args.num_train_epochs
-            if self.args.max_steps > 0:
-                rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-                epochs = self.args.max_steps * rows / len(self.train_dataset)
-            # An epoch takes one draw of each pair, so draws beyond the last epoch are never seen.
-            draws = min(self.args.noise_draws, math.ceil(epochs) + 1)
-            self._cache_reference(self.train_dataset, draws, TRAIN, "Errors of the base")
-        with self.base_model(), self.compute_loss_context_manager():
-            self.log_validation(self.validation.draw_before())
+        if self._needs_reference and isinstance(self.train_dataset, CachedPairs) and self._draws_come_again():
+            self._known_errors(self.train_dataset, TRAIN, "Errors of the base")
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.log_validation(self._draw_after())
+        restored = self.args.load_best_model_at_end or any(guard.stopped for guard in self.guards)
+        self.log_validation(self._draw_after(again=restored))
         return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for guard in self.guards:
+            guard.load(resume_from_checkpoint)
+
+    def _draws_come_again(self) -> bool:
+        """Whether a pair meets one of its fixed draws a second time, so that it pays to keep the base's errors."""
+        if not self.args.noise_draws:
+            return False
+        batches, accumulated = len(self.get_train_dataloader()), self.args.gradient_accumulation_steps
+        passes = self.args.num_train_epochs
+        if self.args.max_steps > 0:
+            passes = self.args.max_steps / max(-(-batches // accumulated), 1)
+        return self.args.noise_draws < passes
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -191,20 +201,22 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             against it; a positive change is worse), and those of `metrics.preference_metrics`.
         """
         self._resolve_beta()
-        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(pairs, CachedPairs) and pairs.reference is None:
-            self._cache_reference(pairs, self.args.eval_draws, EVAL, "Errors of the base on held-out pairs")
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.state.global_step and not isinstance(pairs, dict) and self.is_in_train:
+        if self.state.global_step and self.is_in_train:
             self.log_validation(self._draw_after())
         return metrics
 
-    def _draw_after(self) -> dict[str, float]:
+    def draw_before(self) -> None:
+        """Draw the validation prompts with the untouched base, unless that has been done."""
+        with self.base_model():
+            self.log_validation(self.validation.draw_before())
+
+    def _draw_after(self, again: bool = False) -> dict[str, float]:
+        """Draw the validation prompts; if this step has been drawn, only `again`."""
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
-        with self.compute_loss_context_manager():
-            model.eval()
-            drawn = self.validation.draw_after(self.state.global_step)
+        model.eval()
+        drawn = self.validation.draw_after(self.state.global_step, again)
         model.train(training)
         return drawn
 
@@ -252,9 +264,26 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             seen += len(chunk)
             yield self._encoded(self._prepare_inputs(collate(chunk)))
 
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(dataset, CachedPairs):
+            if description != "Training":
+                self._known_errors(dataset, EVAL, "Errors of the base on held-out pairs")
+            stream = TRAIN if description == "Training" else EVAL
+            dataset = dataset.with_reference(self._errors_of_base.get(dataset, {}).get(stream))
+        elif self.encoder.released:
+            raise ValueError(
+                "these pairs aren't encoded, and the text encoders have left memory: pass the pairs to the "
+                "constructor, as `eval_dataset` (one of several, if you like), or set `cache_latents=False`."
+            )
+        return super()._get_dataloader(dataset, description, *args, **kwargs)
+
     @torch.no_grad()
-    def _cache_reference(self, pairs: CachedPairs, draws: int, stream: int, description: str) -> None:
-        """Compute the base's errors for every row and draw, shared out over the processes."""
+    def _known_errors(self, pairs: CachedPairs, stream: int, description: str) -> None:
+        """Compute the base's errors for every row and draw, shared out over the processes, unless they are known."""
+        known = self._errors_of_base.setdefault(pairs, {})
+        if stream in known:
+            return
+        draws = self.args.eval_draws if stream == EVAL else self.args.noise_draws
         found = []
         total = -(-len(pairs) // self.args.per_device_eval_batch_size)
         silent = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -268,7 +297,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
                     values = self._reference_errors(self.denoising.ask(batch, draw, stream))
                     errors[:, draw] = values.view(-1, count).T
             found.append((errors if self.divided else self.accelerator.reduce(errors, "sum")).cpu())
-        pairs.reference = torch.cat(found)
+        known[stream] = torch.cat(found)
 
     # --- One step ---
 
@@ -305,8 +334,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         return dict(batch) if "latents" in batch else self.encoder.encode(batch)
 
     def _errors(self, model: nn.Module, asked: Question) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Denoising.errors`, in the precision of the training."""
-        with self.compute_loss_context_manager():
+        """As `Denoising.errors`, in the precision of the training, also before accelerate has wrapped the model."""
+        with self.accelerator.autocast():
             return self.denoising.errors(model, asked)
 
     def _reference_errors(self, asked: Question) -> torch.Tensor:
@@ -451,14 +480,16 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         )
         preference, weight = (np.asarray(values, dtype=float) for values in prediction.label_ids)
         metrics = preference_metrics(margins, preference, weight)
-        metrics |= {
-            name: float(np.average(values, weights=weight))
-            for name, values in (
-                ("winner_error_base", base_winner),
-                ("winner_error_change", winner - base_winner),
-                ("loser_error_change", loser - base_loser),
-            )
-        }
+        weight = np.where(preference == 0.5, 0, weight)  # a tie has no winner
+        if weight.any():
+            metrics |= {
+                name: float(np.average(values, weights=weight))
+                for name, values in (
+                    ("winner_error_base", base_winner),
+                    ("winner_error_change", winner - base_winner),
+                    ("loser_error_change", loser - base_loser),
+                )
+            }
         self.last_evaluation = {"margins": margins, "preference": preference}
         return metrics | (self._user_metrics(prediction) if self._user_metrics else {})
 
@@ -481,13 +512,14 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
 
 class _Begin(TrainerCallback):
-    """Logs beta."""
+    """Logs beta and draws the first images, once the trackers are there and the model has its precision."""
 
     def __init__(self, trainer: PreferenceLoRATrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.log({"beta": self.trainer.beta or 0.0})
+        self.trainer.draw_before()
 
 
 def _by_preference(

@@ -50,9 +50,9 @@ class Validation:
         self.before = self._draw()
         return {"validation_distance_base": mean_pairwise_distance(self.before)}
 
-    def draw_after(self, step: int) -> dict[str, float]:
-        """Draw with the LoRA of this step. Returns what to log, empty if it was drawn already."""
-        if not self.wanted or step == self._drawn_at:
+    def draw_after(self, step: int, again: bool = False) -> dict[str, float]:
+        """Draw with the LoRA of this step. Returns what to log, empty if it was drawn already and not `again`."""
+        if not self.wanted or (step == self._drawn_at and not again):
             return {}
         self.after, self._drawn_at = self._draw(), step
         return {
