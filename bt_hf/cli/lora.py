@@ -45,7 +45,6 @@ is. Several GPUs: accelerate launch -m bt_hf.cli lora ... All options of transfo
 --help_all.
 """
 _UNPAIRED = {"prompt", "completion", "label"}
-_LIKING = {"label": Value("float64")}
 
 
 @dataclass
@@ -162,19 +161,10 @@ def run(options: Options) -> None:
 
 
 def unpair(pairs: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """One row for each image of the pairs: prompt, completion, label, and the other columns.
-
-    The label is how much the image is liked: `preference` for the chosen one, and 1 - `preference` for the other.
-    """
+    """One row for each image of the pairs: prompt, completion, label, and the other columns."""
     features = {name: feature for name, feature in pairs.features.items() if name not in ("chosen", "rejected")}
     for name in ("chosen", "rejected"):  # encoded images pass as they are
         pairs = pairs.cast_column(name, Image(decode=False))
     features |= {"completion": Image(decode=False), "label": Value("bool")}
     rows = unpair_preference_dataset(pairs, batch_size=16, features=Features(features))
-    # TRL likes every chosen image, but a soft label may have it the other way round.
-    rows = rows.map(_liking, input_columns=["label", "preference"], features=Features({**features, **_LIKING}))
-    return rows.remove_columns("preference").cast_column("completion", Image())
-
-
-def _liking(label: bool, preference: float) -> dict[str, float]:
-    return {"label": preference if label else 1 - preference}
+    return rows.cast_column("completion", Image())
