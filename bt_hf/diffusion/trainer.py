@@ -29,6 +29,7 @@ from bt_hf.diffusion.denoising import BETA, EVAL, TRAIN, Denoising, Question
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.family import save_lora
 from bt_hf.diffusion.loading import add_adapter, count_truncated, load_pipeline, training_size
+from bt_hf.diffusion.objective import Objective, by_preference
 from bt_hf.diffusion.validation import Validation
 from bt_hf.metrics import preference_metrics
 from bt_hf.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
@@ -115,6 +116,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         # (N, draws, sides) at the fixed draws of a stream, of each dataset.
         self._errors_of_base: WeakKeyDictionary[CachedPairs, dict[int, torch.Tensor]] = WeakKeyDictionary()
         self.beta: float | None = None if args.beta == "auto" else float(args.beta)  # type: ignore[arg-type]
+        self.objective = Objective(args, lambda values: self.accelerator.gather(values), self.record)
         self._user_metrics = compute_metrics
         super().__init__(
             model=denoiser,
@@ -168,7 +170,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         if self.beta is None or self.args.noise_draws:
             self.place_whole()
         self._resolve_beta()
-        if self._needs_reference and isinstance(self.train_dataset, CachedPairs) and self._draws_come_again():
+        if self.objective.needs_reference and isinstance(self.train_dataset, CachedPairs) and self._draws_come_again():
             self._known_errors(self.train_dataset, TRAIN, "Errors of the base")
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         restored = self.args.load_best_model_at_end or any(guard.stopped for guard in self.guards)
@@ -226,10 +228,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             self.log(drawn)
             self.validation.show(self.callback_handler.callbacks, self.state.global_step)
 
-    @property
-    def _needs_reference(self) -> bool:
-        return self.args.loss_type not in losses.REFERENCE_FREE
-
     @torch.no_grad()
     def _resolve_beta(self) -> None:
         """Set beta from up to 64 training pairs, if it is "auto"."""
@@ -250,6 +248,11 @@ class PreferenceLoRATrainer(PreferenceTrainer):
                 rejected.append(second.cpu())
         self.beta = losses.auto_beta(torch.cat(chosen), torch.cat(rejected))
         logger.info("beta = %.4g, from the spread of the base's error differences.", self.beta)
+
+    @property
+    def _beta(self) -> float:
+        assert self.beta is not None  # `train` and `evaluate` begin with `_resolve_beta`
+        return self.beta
 
     def _batches(self, pairs: Any, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Batches of rows in their own order, on the device and encoded; the same on every process."""
@@ -359,82 +362,15 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         asked = self.denoising.ask(batch, draw, TRAIN)
         errors, predicted = self._errors(model, asked)
         reference = None
-        if self._needs_reference:
+        if self.objective.needs_reference:
             known = batch.get("reference")  # (B, draws, sides)
             reference = self._reference_errors(asked) if known is None else known[:, draw].T.flatten()
-        values = self._losses(errors, reference, batch, predicted, asked.target)
+        values = self.objective.losses(errors, reference, batch, self._beta, predicted, asked.target)
         if not torch.isfinite(values).all():
             self._stop_at(values, inputs)
-        self._record(errors, reference, batch)
+        self.objective.log(errors, reference, batch, self._beta)
         loss = self.reduce(values, batch["weight"], num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
-
-    def _losses(
-        self,
-        errors: torch.Tensor,
-        reference: torch.Tensor | None,
-        batch: Mapping[str, Any],
-        predicted: torch.Tensor | None = None,
-        target: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Loss of each row (B,)."""
-        assert self.beta is not None
-        if self.args.loss_type == "kto":
-            assert reference is not None
-            # Of all processes' images at once: the mean of clamped means would be another number.
-            everywhere = self.accelerator.gather(torch.stack([errors.detach(), reference], dim=1))  # (N, 2)
-            baseline = losses.kto_baseline(everywhere[:, 0], everywhere[:, 1], self.beta)
-            if "label" in batch:
-                return losses.kto(errors, reference, batch["label"], baseline, self.beta)
-            # Held-out pairs: each image by itself, liked as much as the preference says.
-            liked = torch.cat([batch["preference"], 1 - batch["preference"]])
-            return losses.kto(errors, reference, liked, baseline, self.beta).view(2, -1).mean(0)
-        preference = batch["preference"]
-        pair = self._pair_errors(errors, reference)
-        if self.args.safeguard and predicted is not None and target is not None:
-            (chosen, rejected), (chosen_target, rejected_target) = predicted.chunk(2), target.chunk(2)
-            scale = losses.safeguard_scale(
-                chosen, rejected, chosen_target, rejected_target, self.args.safeguard_margin, preference
-            )
-            self.record(safeguard_scale=scale)
-            pair = losses.with_safeguard(pair, scale, preference)
-        return losses.LOSSES[self.args.loss_type](pair, preference, self.beta, self.args.label_smoothing)
-
-    @staticmethod
-    def _pair_errors(errors: torch.Tensor, reference: torch.Tensor | None) -> losses.Errors:
-        chosen, rejected = errors.chunk(2)
-        if reference is None:
-            return losses.Errors(chosen, rejected)
-        base_chosen, base_rejected = reference.chunk(2)
-        return losses.Errors(chosen, rejected, base_chosen, base_rejected)
-
-    def _record(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Mapping[str, Any]) -> None:
-        """What the log says of a training batch."""
-        if "label" in batch:
-            if reference is not None:
-                liked = batch["label"] > 0.5
-                self._record_errors(errors[liked], errors[~liked], reference[liked], reference[~liked])
-            return
-        preference = batch["preference"]
-        margin = losses.denoising_margin(self._pair_errors(errors, reference), self.beta or 1.0)
-        decided = preference != 0.5
-        hits = ((margin > 0) == (preference > 0.5)).float()
-        # A LoRA that does nothing yet, as at the first step, guesses.
-        hits = torch.where(margin == 0, torch.full_like(hits, 0.5), hits)
-        self.record(accuracy=hits[decided], margin=margin)
-        if reference is not None:
-            (first, second), (base_first, base_second) = errors.chunk(2), reference.chunk(2)
-            found = _by_preference(first, second, preference) + _by_preference(base_first, base_second, preference)
-            self._record_errors(*(values[decided] for values in found))
-
-    def _record_errors(
-        self, winner: torch.Tensor, loser: torch.Tensor, base_winner: torch.Tensor, base_loser: torch.Tensor
-    ) -> None:
-        self.record(
-            winner_error_base=base_winner,
-            winner_error_change=winner - base_winner,
-            loser_error_change=loser - base_loser,
-        )
 
     @torch.no_grad()
     def _evaluate_batch(
@@ -442,23 +378,21 @@ class PreferenceLoRATrainer(PreferenceTrainer):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Mean over `eval_draws` draws, which depend on the rows alone: the figures don't jump."""
         known = batch.get("reference")
-        rows = len(batch["row"])
         loss, margins, found, base = [], [], [], []
         for draw in range(self.args.eval_draws):
             asked = self.denoising.ask(batch, draw, EVAL)
             errors, _ = self._errors(model, asked)
             reference = self._reference_errors(asked) if known is None else known[:, draw].T.flatten()
-            loss.append(self._losses(errors, reference, batch))
-            found.append(errors.view(-1, rows))  # (sides, B)
-            base.append(reference.view(-1, rows))
+            loss.append(self.objective.losses(errors, reference, batch, self._beta))
+            found.append(errors)
+            base.append(reference)
             if "preference" in batch:
-                margins.append(losses.denoising_margin(self._pair_errors(errors, reference), self.beta or 1.0))
+                margins.append(self.objective.margins(errors, reference, self._beta))
         mean = self.reduce(torch.stack(loss).mean(0), batch["weight"], None)
         if not margins:
             return mean, {"loss": mean}
-        errors, reference = torch.stack(found).mean(0), torch.stack(base).mean(0)
-        winner, loser = _by_preference(errors[0], errors[1], batch["preference"])
-        base_winner, base_loser = _by_preference(reference[0], reference[1], batch["preference"])
+        winner, loser = by_preference(torch.stack(found).mean(0), batch["preference"])
+        base_winner, base_loser = by_preference(torch.stack(base).mean(0), batch["preference"])
         values = {"winner": winner, "loser": loser, "base_winner": base_winner, "base_loser": base_loser}
         return mean, {"loss": mean, "margins": torch.stack(margins).mean(0), **values}
 
@@ -520,14 +454,6 @@ class _Begin(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.log({"beta": self.trainer.beta or 0.0})
         self.trainer.draw_before()
-
-
-def _by_preference(
-    chosen: torch.Tensor, rejected: torch.Tensor, preference: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of the winners and of the losers; with a soft label below one half the rejected image won."""
-    won = preference >= 0.5
-    return torch.where(won, chosen, rejected), torch.where(won, rejected, chosen)
 
 
 def _age(path: Path) -> int:
