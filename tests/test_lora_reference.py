@@ -84,6 +84,15 @@ def test_each_of_several_evaluation_sets_is_computed_once(tmp_path: Path) -> Non
         assert trainer.get_eval_dataloader(name).dataset.reference.shape == (rows, 3, 2)
 
 
+def test_predictions_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    trainer = make(tmp_path, evaluation=red_pairs(4, seed=1))
+    predicted = trainer.predict(trainer.eval_dataset)  # before anything else
+    assert (predicted.predictions[0] == 0).all()
+    trainer.train()
+    margins = trainer.predict(trainer.eval_dataset).predictions[0]
+    assert margins.mean() == pytest.approx(trainer.evaluate()["eval_margin"], rel=1e-5)
+
+
 def test_pairs_that_are_not_encoded_are_refused_once_the_encoders_are_gone(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     for use in (trainer.evaluate, trainer.predict):

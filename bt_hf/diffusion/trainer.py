@@ -202,7 +202,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             `winner_error_base`, `winner_error_change` and `loser_error_change` (mean denoising error of the base, and
             against it; a positive change is worse), and those of `metrics.preference_metrics`.
         """
-        self._resolve_beta()
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.state.global_step and self.is_in_train:
             self.log_validation(self._draw_after())
@@ -229,15 +228,14 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             self.validation.show(self.callback_handler.callbacks, self.state.global_step)
 
     @torch.no_grad()
-    def _resolve_beta(self) -> None:
-        """Set beta from up to 64 training pairs, if it is "auto"."""
+    def _resolve_beta(self, without: Any = None) -> None:
+        """Set beta from up to 64 training pairs, if it is "auto"; `without` any, from these pairs."""
         if self.beta is not None:
             return
         if self.args.loss_type == "mapo":
             self.beta = MAPO_BETA
             return
-        pairs = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        pairs = next(iter(pairs.values())) if isinstance(pairs, dict) else pairs
+        pairs = self.train_dataset if self.train_dataset is not None else without
         chosen, rejected = [], []
         for batch in self._batches(pairs, limit=64):
             for draw in range(4):
@@ -251,7 +249,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     @property
     def _beta(self) -> float:
-        assert self.beta is not None  # `train` and `evaluate` begin with `_resolve_beta`
+        assert self.beta is not None  # `train` and whatever evaluates begin with `_resolve_beta`
         return self.beta
 
     def _batches(self, pairs: Any, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -268,16 +266,19 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             yield self._encoded(self._prepare_inputs(collate(chunk)))
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(dataset, CachedPairs):
-            if description != "Training":
-                self._known_errors(dataset, EVAL, "Errors of the base on held-out pairs")
-            stream = TRAIN if description == "Training" else EVAL
-            dataset = dataset.with_reference(self._errors_of_base.get(dataset, {}).get(stream))
-        elif self.encoder.released:
+        stream = TRAIN if description == "Training" else EVAL
+        encoded = isinstance(dataset, CachedPairs)
+        if self.encoder.released and not encoded:
             raise ValueError(
                 "these pairs aren't encoded, and the text encoders have left memory: pass the pairs to the "
                 "constructor, as `eval_dataset` (one of several, if you like), or set `cache_latents=False`."
             )
+        if stream == EVAL:
+            self._resolve_beta(dataset)
+        if encoded:
+            if stream == EVAL:
+                self._known_errors(dataset, EVAL, "Errors of the base on held-out pairs")
+            dataset = dataset.with_reference(self._errors_of_base.get(dataset, {}).get(stream))
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     @torch.no_grad()
