@@ -38,7 +38,10 @@ class Family:
             denoiser may be wrapped by PEFT or DDP; the conditions are those of `encode_prompts`.
         multiple: (pipeline) -> height and width must be multiples of this many pixels.
         default_size: (pipeline) -> the size that the model was made for.
-        call_options: Further arguments of the pipeline's call, so that it draws at exactly the size it is asked for.
+        encode_negative: As `encode_prompts`, for what the pipeline guides away from: given "", it returns what the
+            pipeline takes where it is given no negative prompt. Default: `encode_prompts`.
+        call_options: Further arguments of the pipeline's call with embedded prompts, so that it draws at exactly the
+            size it is asked for.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Family:
     predict: Callable[[nn.Module, torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor], Size], torch.Tensor]
     multiple: Callable[[Any], int]
     default_size: Callable[[Any], Size]
+    encode_negative: Callable[[Any, list[str]], dict[str, torch.Tensor]] | None = None
     call_options: Mapping[str, Any] = field(default_factory=dict)
 
 
