@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig, PeftModel
 from PIL import Image
-from tiny_models import red_pairs
-from tiny_pipelines import PIPELINES, SIZE, build, draw, save
+from tiny_models import clip_images, red_pairs
+from tiny_pipelines import PIPELINES, SIZE, build, draw, make_sd, save
 from tiny_trainers import adapter, logged, make
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import CLIPConfig, TrainerCallback, TrainerControl, TrainerState
 from trl import unpair_preference_dataset
 
 from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErrorGuard
@@ -235,6 +237,31 @@ def test_validation_images_are_the_pipelines_own(name: str, tmp_path: Path) -> N
     )
     assert (tmp_path / "out" / "before_after.png").is_file()
     assert "validation_distance" in {key for entry in trainer.state.log_history for key in entry}
+
+
+def with_safety_checker(**kwargs) -> DiffusionPipeline:
+    """A real one, that finds something in every image and so turns it black."""
+    pipeline = make_sd(**kwargs)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8))
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    pipeline.register_modules(safety_checker=checker, feature_extractor=clip_images())
+    return pipeline
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_safety_checker_does_not_look_at_validation_images(loaded: bool, tmp_path: Path) -> None:
+    options = {"validation_prompts": ["a red apple"], "validation_images": 1, "validation_inference_steps": 2}
+    pipeline = build(with_safety_checker)
+    pipeline.save_pretrained(tmp_path / "base")
+    trainer = make(tmp_path, pipeline if loaded else str(tmp_path / "base"), max_steps=1, **options)
+    trainer.train()
+    assert np.asarray(trainer.validation.before[0][0]).any()
+    assert trainer.pipeline.safety_checker is None  # nothing holds it in memory
+    if loaded:  # the caller's own is as it was
+        assert pipeline.safety_checker is not None
+        assert pipeline.config.safety_checker[1] == "StableDiffusionSafetyChecker"
+        assert not draw(pipeline).any()
 
 
 def feed(guard, step: int, model=None, **metrics: float) -> bool:

@@ -25,8 +25,9 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
             `DiffusionPipeline`, of any dtype.
 
     Returns:
-        The pipeline, whose denoiser is a `PeftModel` if `model` is a preference LoRA; its family; and the name or path
-        that the base was loaded from, if it is known.
+        The pipeline, without a safety checker, whose denoiser is a `PeftModel` if `model` is a preference LoRA; its
+        family; and the name or path that the base was loaded from, if it is known. Of a loaded pipeline it is a copy
+        with the same components.
 
     Raises:
         OSError: The pipeline can't be found.
@@ -36,7 +37,7 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
     if isinstance(model, str | Path):
         config = find_adapter_config(str(model))
         if config is None:
-            pipeline = from_pretrained(str(model))
+            pipeline = _unchecked(from_pretrained(str(model)))
             return pipeline, find_family(pipeline), str(model)
         base = config.base_model_name_or_path
         if not base:
@@ -44,7 +45,7 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
                 f"The adapter {str(model)!r} does not say what its base is: load the base's pipeline, put the adapter "
                 "on its denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and pass the pipeline."
             )
-        pipeline = from_pretrained(base)
+        pipeline = _unchecked(from_pretrained(base))
         family = find_family(pipeline)
         denoiser = getattr(pipeline, family.denoiser)
         setattr(pipeline, family.denoiser, PeftModel.from_pretrained(denoiser, str(model), is_trainable=True))
@@ -55,7 +56,15 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
             "pass the whole pipeline, which also encodes images and prompts."
         )
     # A copy of the shell: what we take out of it, the caller's keeps.
-    return copy.copy(model), find_family(model), model.config.get("_name_or_path") or None
+    return _unchecked(copy.copy(model)), find_family(model), model.config.get("_name_or_path") or None
+
+
+def _unchecked(pipeline: Any) -> Any:
+    """The same pipeline without a safety checker: it would take memory through all of the training, to turn validation
+    images black."""
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.register_modules(safety_checker=None)
+    return pipeline
 
 
 def from_pretrained(name_or_path: str) -> Any:
