@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig, PeftModel
@@ -350,11 +349,12 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pairs = red_pairs(4)
-    rows = [{**row, "prompt": row["prompt"] + " and a dog" * 200 * (i == 1)} for i, row in enumerate(pairs)]
+    """Of the pairs to train on, of those held out and of what is drawn."""
+    pairs, long = red_pairs(4), "a red apple" + " and a dog" * 100
+    pairs = pairs.map(lambda row, index: {"prompt": long} if index == 1 else row, with_indices=True)
     with caplog.at_level(logging.WARNING):
-        make(tmp_path, pairs=Dataset.from_list(rows, features=pairs.features))
-    assert "1 of 4 prompts are longer" in caplog.text
+        make(tmp_path, "sd3", pairs, {"one": pairs, "two": red_pairs(3)}, validation_prompts=["a boat", long])
+    assert "3 of 13 prompts are longer than the 256 tokens that the pipeline reads" in caplog.text
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ class Family:
             (N, C, h, w) float32, shifted and scaled as the denoiser expects.
         encode_prompts: (pipeline, prompts) -> tensors (N, ...) of the same shape for every prompt. The keys are
             arguments of the pipeline's call, so that `pipeline(**values)` draws from them.
+        longest_prompt: (pipeline) -> the tokenizer that reads prompts furthest, and how long one may be in its tokens,
+            with those that it adds itself, so that nothing of it is cut off.
         predict: (denoiser, noisy (N, C, h, w), times (N,), conditions, size) -> prediction (N, C, h, w) float32. The
             denoiser may be wrapped by PEFT or DDP; the conditions are those of `encode_prompts`.
         multiple: (pipeline) -> height and width must be multiples of this many pixels.
@@ -51,6 +53,7 @@ class Family:
     schedule: Callable[[Any, Size], NoiseSchedule]
     encode_images: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     encode_prompts: Callable[[Any, list[str]], dict[str, torch.Tensor]]
+    longest_prompt: Callable[[Any], tuple[Any, int]]
     predict: Callable[[nn.Module, torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor], Size], torch.Tensor]
     multiple: Callable[[Any], int]
     default_size: Callable[[Any], Size]

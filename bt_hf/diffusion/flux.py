@@ -24,6 +24,10 @@ def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}  # (N, L, D), (N, D')
 
 
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    return pipeline.tokenizer_2, 512  # T5's, for which it is the pipeline's default
+
+
 def predict(
     denoiser: nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Mapping[str, torch.Tensor], size: Size
 ) -> torch.Tensor:
@@ -60,6 +64,7 @@ FAMILY = replace(
     name="flux",
     schedule=schedule,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
     predict=predict,
     multiple=multiple,
 )

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import nn
 
 from bt_hf.diffusion import flux
-from bt_hf.diffusion.family import Size, cast, encode_latents, unwrap
+from bt_hf.diffusion.family import Size, cast, encode_latents, find_tokenizers, unwrap
 
 # Attention and feed-forward layers of both streams, image and text, which the single blocks keep in two layers. A
 # pattern, since PEFT takes the names of a list as endings: the layer "to_out" of the single blocks would stand for the
@@ -33,6 +34,19 @@ def encode_images(pipeline: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, to
 def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
     embeds, _ = pipeline.encode_prompt(prompts, device=pipeline._execution_device)
     return {"prompt_embeds": embeds}  # (N, L, D)
+
+
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    # The pipeline reads 512 tokens by default, of which the chat around a prompt takes some.
+    chat = pipeline.tokenizer.apply_chat_template
+    if hasattr(pipeline, "system_message"):  # FLUX.2-dev
+        around = chat(format_input([""], pipeline.system_message)[0], tokenize=False)
+    else:
+        messages = [{"role": "user", "content": ""}]
+        around = chat(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    tokenizer = find_tokenizers(pipeline)["tokenizer"]
+    taken = len(tokenizer(around, add_special_tokens=False)["input_ids"])
+    return tokenizer, 512 - taken + len(tokenizer("")["input_ids"])
 
 
 def predict(
@@ -64,5 +78,6 @@ FAMILY = replace(
     target_modules=TRANSFORMER_LAYERS,
     encode_images=encode_images,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
     predict=predict,
 )

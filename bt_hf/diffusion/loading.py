@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.family import Family, check_adapter, find_family, find_tokenizers
+from bt_hf.diffusion.family import Family, check_adapter, find_family
 from bt_hf.encoders import find_adapter_config
 
 logger = logging.getLogger(__name__)
@@ -134,19 +134,16 @@ def training_size(pipeline: Any, family: Family, resolution: int | None) -> tupl
     return height, width
 
 
-def count_truncated(pipeline: Any, prompts: list[str]) -> int:
-    """How many prompts are longer than every text encoder's context; said once, as a warning."""
-    tokenizers = find_tokenizers(pipeline).values()
-    if not prompts or not tokenizers:
+def count_truncated(pipeline: Any, family: Family, prompts: list[str]) -> int:
+    """How many prompts are longer than what the pipeline reads of them; said once, as a warning."""
+    if not prompts:
         return 0
-    # Of several encoders the longest context counts: T5 reads on where CLIP has to stop.
-    tokenizer = max(tokenizers, key=lambda tokenizer: min(tokenizer.model_max_length, 512))
-    limit = min(tokenizer.model_max_length, 512)
+    tokenizer, limit = family.longest_prompt(pipeline)
     lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False)["input_ids"]]
     count = sum(length > limit for length in lengths)
     if count:
         logger.warning(
-            "%d of %d prompts are longer than the text encoder's context of %d tokens and are truncated (the longest: "
+            "%d of %d prompts are longer than the %d tokens that the pipeline reads and are truncated (the longest: "
             "%d).",
             count,
             len(prompts),

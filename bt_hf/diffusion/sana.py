@@ -41,6 +41,12 @@ def _encode(pipeline: Any, prompts: list[str], instruction: list[str] | None) ->
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}  # (N, L, D), (N, L)
 
 
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    # The first of 300 tokens is that of the whole text. The instruction takes none of the others: the space that it
+    # ends with becomes one token with the prompt's first word.
+    return pipeline.tokenizer, 299 + len(pipeline.tokenizer("")["input_ids"])
+
+
 def predict(
     denoiser: nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Mapping[str, torch.Tensor], size: Size
 ) -> torch.Tensor:
@@ -73,6 +79,7 @@ FAMILY = Family(
     schedule=schedule,
     encode_images=sd.encode_images,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
     encode_negative=encode_negative,
     predict=predict,
     multiple=multiple,

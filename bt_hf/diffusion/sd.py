@@ -35,6 +35,10 @@ def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]
     return {"prompt_embeds": embeds}  # (N, L, D)
 
 
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    return pipeline.tokenizer, pipeline.tokenizer.model_max_length
+
+
 def predict(
     denoiser: nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Mapping[str, torch.Tensor], size: Size
 ) -> torch.Tensor:
@@ -62,6 +66,7 @@ FAMILY = Family(
     schedule=schedule,
     encode_images=encode_images,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
     predict=predict,
     multiple=multiple,
     default_size=default_size,

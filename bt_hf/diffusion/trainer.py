@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -106,8 +107,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         collator = DiffusionCollator(self.size, smallest=self.pipeline.vae_scale_factor)
         self.encoder = PairEncoder(self.family, self.pipeline, collator, args.sample_latents, args.device)
         denoiser = add_adapter(self.pipeline, self.family, peft_config, args, self.base_name)
-        prompts = list(train_dataset["prompt"]) if isinstance(train_dataset, Dataset) else []
-        count_truncated(self.pipeline, prompts)
+        known = [data["prompt"] for data in _each(train_dataset, eval_dataset) if isinstance(data, Dataset)]
+        count_truncated(self.pipeline, self.family, [*chain(*known), *(args.validation_prompts or [])])
         train_dataset, eval_dataset = self._cache(args, train_dataset, eval_dataset)
         self.validation = Validation(self.pipeline, self.encoder, args)
         if all(data is None or isinstance(data, CachedPairs) for data in _each(train_dataset, eval_dataset)):
