@@ -128,6 +128,21 @@ def test_auto_beta_follows_the_scale_of_errors(tmp_path: Path) -> None:
     assert weighted.beta > trainer.beta
 
 
+@pytest.mark.parametrize(("name", "beta"), [("sd", 2000), ("sdxl", 5000), ("sd3", 100), ("flux2", 100)])
+def test_beta_as_published_for_the_family(name: str, beta: float, tmp_path: Path) -> None:
+    """Of the Diffusion-DPO paper and of Flow-GRPO's code, whose formulas have the same 1/2."""
+    trainer = make(tmp_path, name, beta="family", max_steps=1)
+    trainer.train()
+    assert logged(trainer, "beta") == [beta]
+
+
+def test_beta_of_mapo_is_its_own(tmp_path: Path) -> None:
+    for beta in ("auto", "family"):
+        trainer = make(tmp_path / beta, beta=beta, loss_type="mapo", max_steps=1)
+        trainer.train()
+        assert trainer.beta == 0.1
+
+
 # --- The folder ---
 
 

@@ -48,8 +48,9 @@ class PreferenceLoRAConfig(PreferenceConfig):
         default="auto",
         metadata={
             "help": "How much a difference of errors counts. auto: by the spread of the base's error differences, so "
-            "that it means the same for every model. What a number means differs by model: 2000 to "
-            "5000 is usual for Stable Diffusion, 100 for flow models."
+            "that it means the same for every model. family: as published for the kind of model, 2000 for Stable "
+            "Diffusion, 5000 for SDXL, 100 for flow models (SD3, FLUX, Sana). Or a number, with the 1/2 of the "
+            "formula: scripts without it, such as those of diffusers, mean twice as much by theirs."
         },
     )
     safeguard: bool = field(
@@ -114,8 +115,8 @@ class PreferenceLoRAConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta != "auto":
-            self.beta = _positive("beta", self.beta, " or 'auto'")
+        if self.beta not in ("auto", "family"):
+            self.beta = _positive("beta", self.beta, ", 'auto' or 'family'")
         for name in ("snr_gamma", "noise_draws", "eval_draws", "lora_rank", "validation_images", "resolution"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))

@@ -27,7 +27,8 @@ class Family:
     Attributes:
         name: Goes into logs, cards and cache keys.
         denoiser: The pipeline's attribute that is trained: "unet" or "transformer".
-        beta: Default beta of the Diffusion-DPO loss.
+        beta: Published beta of the Diffusion-DPO loss, with the 1/2 of `losses.denoising_margin`: what the option
+            `beta="family"` takes.
         target_modules: Default layers of the LoRA, as PEFT takes them.
         schedule: (pipeline, size) -> the noise of training.
         encode_images: (pipeline, pixels (N, 3, H, W) in [-1, 1]) -> mean and standard deviation of the latents, both

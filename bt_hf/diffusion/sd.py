@@ -60,7 +60,8 @@ def default_size(pipeline: Any) -> Size:
 FAMILY = Family(
     name="stable-diffusion",
     denoiser="unet",
-    # Diffusion-DPO's for SD 1.5 (https://arxiv.org/abs/2311.12908, section 5.1), in the formula with its 1/2.
+    # Diffusion-DPO's for SD 1.5 (https://arxiv.org/abs/2311.12908, section 5.1); the launcher of its code, which has
+    # the 1/2 too, says 5000 (https://github.com/SalesforceAIResearch/DiffusionDPO).
     beta=2000.0,
     target_modules=UNET_LAYERS,
     schedule=schedule,

@@ -56,7 +56,7 @@ def predict(
 FAMILY = replace(
     sd.FAMILY,
     name="stable-diffusion-xl",
-    # Diffusion-DPO's for SDXL (https://arxiv.org/abs/2311.12908, section 5.1), in the formula with its 1/2.
+    # Diffusion-DPO's for SDXL (https://arxiv.org/abs/2311.12908, section 5.1), and what the launcher of its code says.
     beta=5000.0,
     encode_images=encode_images,
     encode_prompts=encode_prompts,

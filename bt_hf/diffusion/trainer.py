@@ -113,7 +113,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self.validation = Validation(self.pipeline, self.encoder, args)
         if all(data is None or isinstance(data, CachedPairs) for data in _each(train_dataset, eval_dataset)):
             self.encoder.release(keep_vae=self.validation.wanted)
-        self.beta: float | None = None if args.beta == "auto" else float(args.beta)  # type: ignore[arg-type]
+        published = None if args.loss_type == "mapo" else self.family.beta  # MaPO has a beta of its own
+        self.beta: float | None = {"auto": None, "family": published}.get(args.beta, args.beta)  # type: ignore
         self._user_metrics = compute_metrics
         super().__init__(
             model=denoiser,
