@@ -98,6 +98,15 @@ def test_kto_trains_on_unpaired_rows(tmp_path: Path) -> None:
         make(tmp_path, pairs=unpaired)
 
 
+def test_kto_weighs_likes_and_dislikes(tmp_path: Path) -> None:
+    """A fresh LoRA has no reward yet, so each image loses half its weight; as many are liked as disliked."""
+    weights = {"desirable_weight": 3.0, "undesirable_weight": 0.5}
+    options = {"loss_type": "kto", "beta": 100, "max_steps": 1, "per_device_train_batch_size": 16}
+    trainer = make(tmp_path, pairs=unpair_preference_dataset(red_pairs(8)), **options, **weights)
+    trainer.train()
+    assert logged(trainer, "loss") == [pytest.approx((3.0 + 0.5) / 4)]
+
+
 def test_a_tie_moves_nothing_at_first(tmp_path: Path) -> None:
     trainer = make(tmp_path, pairs=red_pairs(8, preference=[0.5] * 8), max_steps=1, weight_decay=0.0)
     trainer.train()
@@ -354,6 +363,7 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         ({"beta": "strong"}, "beta"),
         ({"label_smoothing": 0.7}, "label_smoothing"),
         ({"noise_draws": 0}, "noise_draws"),
+        ({"undesirable_weight": -1}, "undesirable_weight"),
         ({"safeguard_margin": 2.0}, "safeguard_margin"),
     ):
         with pytest.raises(ValueError, match=f"`{word}`"):

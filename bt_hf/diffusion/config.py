@@ -53,6 +53,12 @@ class PreferenceLoRAConfig(PreferenceConfig):
             "formula: scripts without it, such as those of diffusers, mean twice as much by theirs."
         },
     )
+    desirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of liked images in the kto loss, to make up for unequal numbers."}
+    )
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of disliked images in the kto loss, to make up for unequal numbers."}
+    )
     safeguard: bool = field(
         default=False,
         metadata={
@@ -117,7 +123,8 @@ class PreferenceLoRAConfig(PreferenceConfig):
         super().__post_init__()
         if self.beta not in ("auto", "family"):
             self.beta = _positive("beta", self.beta, ", 'auto' or 'family'")
-        for name in ("snr_gamma", "noise_draws", "eval_draws", "lora_rank", "validation_images", "resolution"):
+        counts = ("noise_draws", "eval_draws", "lora_rank", "validation_images", "resolution")
+        for name in (*counts, "snr_gamma", "desirable_weight", "undesirable_weight"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         if not 0.0 <= self.safeguard_margin <= 1.0:

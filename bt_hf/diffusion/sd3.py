@@ -14,9 +14,9 @@ TRANSFORMER_LAYERS = [
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 ]
-# Of config/dpo.py in https://github.com/yifan123/flow_grpo, which trains SD 3.5 with the same formula of velocities. Not
-# thousands, since the error of a velocity is that of the noise divided by (1 - sigma)^2, and the shift draws most times
-# where that is large (sigma 0.8: 25 times). For the other flow models it is a starting point from this scale.
+# Of config/dpo.py in https://github.com/yifan123/flow_grpo, which trains SD 3.5 with the same formula of velocities.
+# Not thousands, since the error of a velocity is that of the noise divided by (1 - sigma)^2, and the shift draws most
+# times where that is large (sigma 0.8: 25 times). For the other flow models it is a starting point from this scale.
 FLOW_BETA = 100.0
 
 

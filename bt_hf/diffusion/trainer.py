@@ -357,11 +357,12 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             # Of all processes' images at once: the mean of clamped means would be another number.
             everywhere = self.accelerator.gather(torch.stack([errors.detach(), reference], dim=1))  # (N, 2)
             baseline = losses.kto_baseline(everywhere[:, 0], everywhere[:, 1], self.beta)
+            weights = self.args.desirable_weight, self.args.undesirable_weight
             if "label" in batch:
-                return losses.kto(errors, reference, batch["label"], baseline, self.beta)
+                return losses.kto(errors, reference, batch["label"], baseline, self.beta, *weights)
             # Held-out pairs: each image by itself, liked as much as the preference says.
             liked = torch.cat([batch["preference"], 1 - batch["preference"]])
-            return losses.kto(errors, reference, liked, baseline, self.beta).view(2, -1).mean(0)
+            return losses.kto(errors, reference, liked, baseline, self.beta, *weights).view(2, -1).mean(0)
         preference = batch["preference"]
         pair = self._pair_errors(errors, reference)
         if self.args.safeguard and predicted is not None and target is not None:
