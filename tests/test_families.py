@@ -304,7 +304,7 @@ def test_sd3_without_t5() -> None:
 
 
 def test_flux_without_guidance_embedding() -> None:
-    """FLUX.1-schnell takes no guidance."""
+    """Models that were trained out of FLUX.1-schnell's distillation take no guidance."""
     pipeline = build(lambda: make_flux(guidance_embeds=False))
     family = find_family(pipeline)
     noisy, times, conditions = inputs_of(family, pipeline)

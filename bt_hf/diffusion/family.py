@@ -43,6 +43,8 @@ class Family:
         default_size: (pipeline) -> the size that the model was made for.
         encode_negative: As `encode_prompts`, for what the pipeline guides away from: given "", it returns what the
             pipeline takes where it is given no negative prompt. Default: `encode_prompts`.
+        advice_if_distilled: (pipeline) -> sentences that say what to do instead, if the config tells that the model
+            was distilled to draw in few steps; else `None`.
         call_options: Further arguments of the pipeline's call with embedded prompts, so that it draws at exactly the
             size it is asked for.
     """
@@ -59,6 +61,7 @@ class Family:
     multiple: Callable[[Any], int]
     default_size: Callable[[Any], Size]
     encode_negative: Callable[[Any, list[str]], dict[str, torch.Tensor]] | None = None
+    advice_if_distilled: Callable[[Any], str | None] = lambda pipeline: None
     call_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -109,12 +112,11 @@ def _check_denoiser(family: Family, pipeline: Any) -> None:
             "guidance scale as one more input (LCM), and does not denoise as it was trained to. Train on the model "
             "that it was distilled from: the LoRA loads into both."
         )
-    # What Black Forest Labs advise too: https://github.com/black-forest-labs/flux2
-    if pipeline.config.get("is_distilled"):
+    advice = family.advice_if_distilled(pipeline)
+    if advice:
         raise ValueError(
-            f"This {type(pipeline).__name__} was distilled to draw in few steps (`is_distilled`), which training on "
-            "the error of denoising would undo. Train on the model that it was distilled from, as "
-            "FLUX.2-klein-base-4B for FLUX.2-klein-4B: the LoRA loads into both."
+            f"This {type(pipeline).__name__} was distilled to draw in few steps, which training on the error of "
+            f"denoising would undo. {advice}"
         )
 
 

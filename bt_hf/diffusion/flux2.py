@@ -69,6 +69,16 @@ def predict(
     return prediction.transpose(1, 2).reshape(noisy.shape).float()
 
 
+def advice_if_distilled(pipeline: Any) -> str | None:
+    # What Black Forest Labs advise too: https://github.com/black-forest-labs/flux2
+    if pipeline.config.get("is_distilled"):
+        return (
+            "Train on the model that it was distilled from, as FLUX.2-klein-base-4B for FLUX.2-klein-4B: the LoRA "
+            "loads into both."
+        )
+    return None
+
+
 # The schedule is FLUX.1's, from the scheduler's config. The pipeline draws with another shift, `compute_empirical_mu`,
 # which is larger the fewer the steps; at its 200 steps it is the config's, 0.5 at 256 tokens and 1.15 at 4,096, which
 # is also how FLUX.2 was trained, as reported in https://github.com/Nerogar/OneTrainer/pull/1516.
@@ -80,4 +90,5 @@ FAMILY = replace(
     encode_prompts=encode_prompts,
     longest_prompt=longest_prompt,
     predict=predict,
+    advice_if_distilled=advice_if_distilled,
 )
