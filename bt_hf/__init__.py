@@ -15,6 +15,7 @@ _MODULES = {
     "PreferenceLoRAConfig": "bt_hf.diffusion.config",
     "PreferenceLoRATrainer": "bt_hf.diffusion.trainer",
     "PreferenceScorer": "bt_hf.reward.scorer",
+    "best_of_n": "bt_hf.diffusion.sampling",
     "bradley_terry_loss": "bt_hf.losses",
     "cross_validate": "bt_hf.reward.validation",
     "generate_preference_pairs": "bt_hf.diffusion.sampling",
@@ -29,6 +30,7 @@ __all__ = [
     "PreferenceLoRAConfig",
     "PreferenceLoRATrainer",
     "PreferenceScorer",
+    "best_of_n",
     "bradley_terry_loss",
     "cross_validate",
     "generate_preference_pairs",
@@ -39,7 +41,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from bt_hf.diffusion.config import PreferenceLoRAConfig
-    from bt_hf.diffusion.sampling import generate_preference_pairs
+    from bt_hf.diffusion.sampling import best_of_n, generate_preference_pairs
     from bt_hf.diffusion.trainer import PreferenceLoRATrainer
     from bt_hf.hub_pull import pull_adapter
     from bt_hf.hub_push import push_adapter

@@ -160,6 +160,7 @@ def test_help_teaches(capsys) -> None:
     _, extra, config = parse(["--model", "m", "--dataset", "d"])
     assert (config.output_dir, config.beta) == ("preference-lora", "auto")
     assert extra.peft_config("m", 4) is None
+    assert parse(["--model", "m", "--dataset", "d", "--beta", "family"])[2].beta == "family"
 
 
 def test_example(workplace: Workplace, tmp_path: Path, capsys) -> None:

@@ -88,6 +88,26 @@ def test_prompts_of_any_length_have_one_shape(name: str) -> None:
 
 
 @all_pipelines
+def test_longest_prompt_is_read_to_its_end(name: str) -> None:
+    pipeline = build(name)
+    family = find_family(pipeline)
+    tokenizer, limit = family.longest_prompt(pipeline)
+    added = len(tokenizer("")["input_ids"])
+
+    def matters(words: int) -> bool:
+        """Whether the last of so many words does."""
+        one, other = (" ".join(["a"] * (words - 1) + [last]) for last in ("boat", "bird"))
+        assert len(tokenizer(one)["input_ids"]) == words + added
+        values = family.encode_prompts(pipeline, [one, other])
+        return any(not torch.equal(*value) for value in values.values())
+
+    words = limit - added
+    assert matters(words)
+    # The chat of FLUX.2 goes on after the prompt: it is cut off first.
+    assert not matters(words + (30 if name.startswith("flux2") else 1))
+
+
+@all_pipelines
 def test_encoded_images_are_what_the_pipeline_decodes(name: str) -> None:
     """The pipeline draws from given latents of no steps: it unscales and decodes them as the VAE would."""
     pipeline = build(name)
@@ -284,7 +304,7 @@ def test_sd3_without_t5() -> None:
 
 
 def test_flux_without_guidance_embedding() -> None:
-    """FLUX.1-schnell takes no guidance."""
+    """Models that were trained out of FLUX.1-schnell's distillation take no guidance."""
     pipeline = build(lambda: make_flux(guidance_embeds=False))
     family = find_family(pipeline)
     noisy, times, conditions = inputs_of(family, pipeline)

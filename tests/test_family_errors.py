@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny_pipelines import SIZE, build, make_flux2, unet
+from tiny_pipelines import SIZE, build, make_flux, make_flux2, unet
 
 from bt_hf.diffusion.family import check_adapter, find_family, save_lora
 
@@ -45,8 +45,12 @@ def test_models_distilled_with_their_guidance_are_refused() -> None:
 
 def test_models_distilled_to_few_steps_are_refused() -> None:
     pipeline = build(lambda: make_flux2(is_distilled=True))
-    with pytest.raises(ValueError, match=r"few steps .* Train on .* FLUX\.2-klein-base-4B"):
+    with pytest.raises(ValueError, match=r"few steps.* Train on .* FLUX\.2-klein-base-4B"):
         find_family(pipeline)
+    schnell = build(lambda: make_flux(guidance_embeds=False))
+    schnell.scheduler.register_to_config(use_dynamic_shifting=False, shift=1.0)
+    with pytest.raises(ValueError, match=r"few steps.* Train on FLUX\.1-dev"):
+        find_family(schnell)
 
 
 def test_unknown_prediction_type_is_named() -> None:

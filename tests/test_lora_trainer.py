@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from peft import LoraConfig, PeftModel
 from PIL import Image
-from tiny_models import red_pairs
-from tiny_pipelines import PIPELINES, SIZE, build, draw, save
+from tiny_models import clip_images, red_pairs
+from tiny_pipelines import PIPELINES, SIZE, build, draw, make_sd, save
 from tiny_trainers import adapter, logged, make
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import CLIPConfig, TrainerCallback, TrainerControl, TrainerState
 from trl import unpair_preference_dataset
 
 from bt_hf import PreferenceLoRATrainer
@@ -98,6 +99,15 @@ def test_kto_trains_on_unpaired_rows(tmp_path: Path) -> None:
         make(tmp_path, pairs=unpaired)
 
 
+def test_kto_weighs_likes_and_dislikes(tmp_path: Path) -> None:
+    """A fresh LoRA has no reward yet, so each image loses half its weight; as many are liked as disliked."""
+    weights = {"desirable_weight": 3.0, "undesirable_weight": 0.5}
+    options = {"loss_type": "kto", "beta": 100, "max_steps": 1, "per_device_train_batch_size": 16}
+    trainer = make(tmp_path, pairs=unpair_preference_dataset(red_pairs(8)), **options, **weights)
+    trainer.train()
+    assert logged(trainer, "loss") == [pytest.approx((3.0 + 0.5) / 4)]
+
+
 def test_a_tie_moves_nothing_at_first(tmp_path: Path) -> None:
     trainer = make(tmp_path, pairs=red_pairs(8, preference=[0.5] * 8), max_steps=1, weight_decay=0.0)
     trainer.train()
@@ -126,6 +136,21 @@ def test_auto_beta_follows_the_scale_of_errors(tmp_path: Path) -> None:
     weighted = make(tmp_path, max_steps=1, snr_gamma=0.1, overwrite_output_dir=True)
     weighted.train()
     assert weighted.beta > trainer.beta
+
+
+@pytest.mark.parametrize(("name", "beta"), [("sd", 2000), ("sdxl", 5000), ("sd3", 100), ("flux2", 100)])
+def test_beta_as_published_for_the_family(name: str, beta: float, tmp_path: Path) -> None:
+    """Of the Diffusion-DPO paper and of Flow-GRPO's code, whose formulas have the same 1/2."""
+    trainer = make(tmp_path, name, beta="family", max_steps=1)
+    trainer.train()
+    assert logged(trainer, "beta") == [beta]
+
+
+def test_beta_of_mapo_is_its_own(tmp_path: Path) -> None:
+    for beta in ("auto", "family"):
+        trainer = make(tmp_path / beta, beta=beta, loss_type="mapo", max_steps=1)
+        trainer.train()
+        assert trainer.beta == 0.1
 
 
 # --- The folder ---
@@ -214,18 +239,21 @@ def test_evaluation_does_not_jump(tmp_path: Path) -> None:
     assert metrics[0]["eval_accuracy_low"] <= metrics[0]["eval_accuracy"] <= metrics[0]["eval_accuracy_high"]
 
 
-def test_validation_images_are_the_pipelines_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PIPELINES)
+def test_validation_images_are_the_pipelines_own(name: str, tmp_path: Path) -> None:
+    """Also what it guides away from, which an unmodified pipeline encodes itself of a plain prompt."""
     prompts = ["a red apple", "dog"]
     options = {"validation_prompts": prompts, "validation_images": 2, "validation_inference_steps": 2}
-    trainer = make(tmp_path, **options, learning_rate=0.1)
+    trainer = make(tmp_path, name, **options, learning_rate=0.1)
     trainer.train()
     trainer.save_model()
+    own = {"num_inference_steps": 2, "height": SIZE[0], "width": SIZE[1]}
+    if name == "sana":
+        own["use_resolution_binning"] = False  # else it draws at another size
     for index, prompt in enumerate(prompts):
         seeds = [torch.Generator().manual_seed(42 + 2 * index + image) for image in range(2)]
-        pipeline = build("sd")
-        pipeline.set_progress_bar_config(disable=True)
-        own = pipeline([prompt] * 2, num_inference_steps=2, height=SIZE[0], width=SIZE[1], generator=seeds).images
-        for image, drawn in zip(own, trainer.validation.before[index], strict=True):
+        expected = build(name)(prompt=[prompt] * 2, generator=seeds, **own).images
+        for image, drawn in zip(expected, trainer.validation.before[index], strict=True):
             assert np.abs(np.asarray(image, dtype=int) - np.asarray(drawn, dtype=int)).max() <= 1
     assert any(
         np.asarray(a).tobytes() != np.asarray(b).tobytes()
@@ -233,6 +261,31 @@ def test_validation_images_are_the_pipelines_own(tmp_path: Path) -> None:
     )
     assert (tmp_path / "out" / "before_after.png").is_file()
     assert "validation_distance" in {key for entry in trainer.state.log_history for key in entry}
+
+
+def with_safety_checker(**kwargs) -> DiffusionPipeline:
+    """A real one, that finds something in every image and so turns it black."""
+    pipeline = make_sd(**kwargs)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8))
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    pipeline.register_modules(safety_checker=checker, feature_extractor=clip_images())
+    return pipeline
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_safety_checker_does_not_look_at_validation_images(loaded: bool, tmp_path: Path) -> None:
+    options = {"validation_prompts": ["a red apple"], "validation_images": 1, "validation_inference_steps": 2}
+    pipeline = build(with_safety_checker)
+    pipeline.save_pretrained(tmp_path / "base")
+    trainer = make(tmp_path, pipeline if loaded else str(tmp_path / "base"), max_steps=1, **options)
+    trainer.train()
+    assert np.asarray(trainer.validation.before[0][0]).any()
+    assert trainer.pipeline.safety_checker is None  # nothing holds it in memory
+    if loaded:  # the caller's own is as it was
+        assert pipeline.safety_checker is not None
+        assert pipeline.config.safety_checker[1] == "StableDiffusionSafetyChecker"
+        assert not draw(pipeline).any()
 
 
 def feed(guard, step: int, model=None, **metrics: float) -> bool:
@@ -354,6 +407,7 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         ({"beta": "strong"}, "beta"),
         ({"label_smoothing": 0.7}, "label_smoothing"),
         ({"noise_draws": 0}, "noise_draws"),
+        ({"undesirable_weight": -1}, "undesirable_weight"),
         ({"safeguard_margin": 2.0}, "safeguard_margin"),
     ):
         with pytest.raises(ValueError, match=f"`{word}`"):
@@ -364,11 +418,12 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pairs = red_pairs(4)
-    rows = [{**row, "prompt": row["prompt"] + " and a dog" * 200 * (i == 1)} for i, row in enumerate(pairs)]
+    """Of the pairs to train on, of those held out and of what is drawn."""
+    pairs, long = red_pairs(4), "a red apple" + " and a dog" * 100
+    pairs = pairs.map(lambda row, index: {"prompt": long} if index == 1 else row, with_indices=True)
     with caplog.at_level(logging.WARNING):
-        make(tmp_path, pairs=Dataset.from_list(rows, features=pairs.features))
-    assert "1 of 4 prompts are longer" in caplog.text
+        make(tmp_path, "sd3", pairs, {"one": pairs, "two": red_pairs(3)}, validation_prompts=["a boat", long])
+    assert "3 of 13 prompts are longer than the 256 tokens that the pipeline reads" in caplog.text
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path) -> None:

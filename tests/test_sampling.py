@@ -15,9 +15,8 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from bt_hf import PreferenceScorer, generate_preference_pairs, load_preference_pairs
+from bt_hf import PreferenceScorer, best_of_n, generate_preference_pairs, load_preference_pairs
 from bt_hf.diffusion.candidates import image_seed
-from bt_hf.diffusion.sampling import best_of_n
 
 PROMPTS = ["a red apple", "the old house", "a photo of a boat"]
 FAST: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}

@@ -48,9 +48,16 @@ class PreferenceLoRAConfig(PreferenceConfig):
         default="auto",
         metadata={
             "help": "How much a difference of errors counts. auto: by the spread of the base's error differences, so "
-            "that it means the same for every model. What a number means differs by model: 2000 to "
-            "5000 is usual for Stable Diffusion, 100 for flow models."
+            "that it means the same for every model. family: as published for the kind of model, 2000 for Stable "
+            "Diffusion, 5000 for SDXL, 100 for flow models (SD3, FLUX, Sana). Or a number, with the 1/2 of the "
+            "formula: scripts without it, such as those of diffusers, mean twice as much by theirs."
         },
+    )
+    desirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of liked images in the kto loss, to make up for unequal numbers."}
+    )
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of disliked images in the kto loss, to make up for unequal numbers."}
     )
     safeguard: bool = field(
         default=False,
@@ -114,9 +121,10 @@ class PreferenceLoRAConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta != "auto":
-            self.beta = _positive("beta", self.beta, " or 'auto'")
-        for name in ("snr_gamma", "noise_draws", "eval_draws", "lora_rank", "validation_images", "resolution"):
+        if self.beta not in ("auto", "family"):
+            self.beta = _positive("beta", self.beta, ", 'auto' or 'family'")
+        counts = ("noise_draws", "eval_draws", "lora_rank", "validation_images", "resolution")
+        for name in (*counts, "snr_gamma", "desirable_weight", "undesirable_weight"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         if not 0.0 <= self.safeguard_margin <= 1.0:

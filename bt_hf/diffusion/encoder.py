@@ -91,6 +91,11 @@ class PairEncoder:
         finally:
             diffusers_logging.set_verbosity(verbosity)
 
+    def encode_negative(self) -> dict[str, torch.Tensor]:
+        """What the pipeline guides away from where it is given no negative prompt: as `encode_prompts`, one row."""
+        encode = self.family.encode_negative or self.family.encode_prompts
+        return encode(self.pipeline, [""])
+
     def encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of `DiffusionCollator` with latents in place of pixels, and with `condition_*`."""
         rest = {name: value for name, value in batch.items() if name != "pixels"}

@@ -27,18 +27,26 @@ class Family:
     Attributes:
         name: Goes into logs, cards and cache keys.
         denoiser: The pipeline's attribute that is trained: "unet" or "transformer".
-        beta: Default beta of the Diffusion-DPO loss.
+        beta: Published beta of the Diffusion-DPO loss, with the 1/2 of `losses.denoising_margin`: what the option
+            `beta="family"` takes.
         target_modules: Default layers of the LoRA, as PEFT takes them.
         schedule: (pipeline, size) -> the noise of training.
         encode_images: (pipeline, pixels (N, 3, H, W) in [-1, 1]) -> mean and standard deviation of the latents, both
             (N, C, h, w) float32, shifted and scaled as the denoiser expects.
         encode_prompts: (pipeline, prompts) -> tensors (N, ...) of the same shape for every prompt. The keys are
             arguments of the pipeline's call, so that `pipeline(**values)` draws from them.
+        longest_prompt: (pipeline) -> the tokenizer that reads prompts furthest, and how long one may be in its tokens,
+            with those that it adds itself, so that nothing of it is cut off.
         predict: (denoiser, noisy (N, C, h, w), times (N,), conditions, size) -> prediction (N, C, h, w) float32. The
             denoiser may be wrapped by PEFT or DDP; the conditions are those of `encode_prompts`.
         multiple: (pipeline) -> height and width must be multiples of this many pixels.
         default_size: (pipeline) -> the size that the model was made for.
-        call_options: Further arguments of the pipeline's call, so that it draws at exactly the size it is asked for.
+        encode_negative: As `encode_prompts`, for what the pipeline guides away from: given "", it returns what the
+            pipeline takes where it is given no negative prompt. Default: `encode_prompts`.
+        advice_if_distilled: (pipeline) -> sentences that say what to do instead, if the config tells that the model
+            was distilled to draw in few steps; else `None`.
+        call_options: Further arguments of the pipeline's call with embedded prompts, so that it draws at exactly the
+            size it is asked for.
     """
 
     name: str
@@ -48,9 +56,12 @@ class Family:
     schedule: Callable[[Any, Size], NoiseSchedule]
     encode_images: Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     encode_prompts: Callable[[Any, list[str]], dict[str, torch.Tensor]]
+    longest_prompt: Callable[[Any], tuple[Any, int]]
     predict: Callable[[nn.Module, torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor], Size], torch.Tensor]
     multiple: Callable[[Any], int]
     default_size: Callable[[Any], Size]
+    encode_negative: Callable[[Any, list[str]], dict[str, torch.Tensor]] | None = None
+    advice_if_distilled: Callable[[Any], str | None] = lambda pipeline: None
     call_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -101,12 +112,11 @@ def _check_denoiser(family: Family, pipeline: Any) -> None:
             "guidance scale as one more input (LCM), and does not denoise as it was trained to. Train on the model "
             "that it was distilled from: the LoRA loads into both."
         )
-    # What Black Forest Labs advise too: https://github.com/black-forest-labs/flux2
-    if pipeline.config.get("is_distilled"):
+    advice = family.advice_if_distilled(pipeline)
+    if advice:
         raise ValueError(
-            f"This {type(pipeline).__name__} was distilled to draw in few steps (`is_distilled`), which training on "
-            "the error of denoising would undo. Train on the model that it was distilled from, as "
-            "FLUX.2-klein-base-4B for FLUX.2-klein-4B: the LoRA loads into both."
+            f"This {type(pipeline).__name__} was distilled to draw in few steps, which training on the error of "
+            f"denoising would undo. {advice}"
         )
 
 

@@ -1,4 +1,4 @@
-"""FLUX.1 (dev, schnell, Krea) and models of the same build."""
+"""FLUX.1 (dev, Krea) and models of the same build; not schnell, which was distilled to draw in few steps."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +22,10 @@ GUIDANCE = 1.0
 def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
     embeds, pooled, _ = pipeline.encode_prompt(prompts, device=pipeline._execution_device)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}  # (N, L, D), (N, D')
+
+
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    return pipeline.tokenizer_2, 512  # T5's, for which it is the pipeline's default
 
 
 def predict(
@@ -55,11 +59,24 @@ def schedule(pipeline: Any, size: Size) -> NoiseSchedule:
     return find_schedule(pipeline.scheduler, height * width)
 
 
+def advice_if_distilled(pipeline: Any) -> str | None:
+    # FLUX.1-schnell has no input for guidance, which models whose distillation was trained out may lack too, and no
+    # shift of the times for larger images.
+    if not pipeline.transformer.config.guidance_embeds and not pipeline.scheduler.config.get("use_dynamic_shifting"):
+        return (
+            "Train on FLUX.1-dev: the LoRA loads into both. If this is FLUX.1-schnell with its distillation trained "
+            "out, give its scheduler `use_dynamic_shifting=True`."
+        )
+    return None
+
+
 FAMILY = replace(
     sd3.FAMILY,
     name="flux",
     schedule=schedule,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
     predict=predict,
+    advice_if_distilled=advice_if_distilled,
     multiple=multiple,
 )

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import nn
 
 from bt_hf.diffusion import flux
-from bt_hf.diffusion.family import Size, cast, encode_latents, unwrap
+from bt_hf.diffusion.family import Size, cast, encode_latents, find_tokenizers, unwrap
 
 # Attention and feed-forward layers of both streams, image and text, which the single blocks keep in two layers. A
 # pattern, since PEFT takes the names of a list as endings: the layer "to_out" of the single blocks would stand for the
@@ -35,6 +36,19 @@ def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]
     return {"prompt_embeds": embeds}  # (N, L, D)
 
 
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    # The pipeline reads 512 tokens by default, of which the chat around a prompt takes some.
+    chat = pipeline.tokenizer.apply_chat_template
+    if hasattr(pipeline, "system_message"):  # FLUX.2-dev
+        around = chat(format_input([""], pipeline.system_message)[0], tokenize=False)
+    else:
+        messages = [{"role": "user", "content": ""}]
+        around = chat(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    tokenizer = find_tokenizers(pipeline)["tokenizer"]
+    taken = len(tokenizer(around, add_special_tokens=False)["input_ids"])
+    return tokenizer, 512 - taken + len(tokenizer("")["input_ids"])
+
+
 def predict(
     denoiser: nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Mapping[str, torch.Tensor], size: Size
 ) -> torch.Tensor:
@@ -55,6 +69,16 @@ def predict(
     return prediction.transpose(1, 2).reshape(noisy.shape).float()
 
 
+def advice_if_distilled(pipeline: Any) -> str | None:
+    # What Black Forest Labs advise too: https://github.com/black-forest-labs/flux2
+    if pipeline.config.get("is_distilled"):
+        return (
+            "Train on the model that it was distilled from, as FLUX.2-klein-base-4B for FLUX.2-klein-4B: the LoRA "
+            "loads into both."
+        )
+    return None
+
+
 # The schedule is FLUX.1's, from the scheduler's config. The pipeline draws with another shift, `compute_empirical_mu`,
 # which is larger the fewer the steps; at its 200 steps it is the config's, 0.5 at 256 tokens and 1.15 at 4,096, which
 # is also how FLUX.2 was trained, as reported in https://github.com/Nerogar/OneTrainer/pull/1516.
@@ -64,5 +88,7 @@ FAMILY = replace(
     target_modules=TRANSFORMER_LAYERS,
     encode_images=encode_images,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
     predict=predict,
+    advice_if_distilled=advice_if_distilled,
 )

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.family import Family, check_adapter, find_family, find_tokenizers
+from bt_hf.diffusion.family import Family, check_adapter, find_family
 from bt_hf.encoders import find_adapter_config
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,9 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
             `DiffusionPipeline`, of any dtype.
 
     Returns:
-        The pipeline, whose denoiser is a `PeftModel` if `model` is a preference LoRA; its family; and the name or path
-        that the base was loaded from, if it is known.
+        The pipeline, without a safety checker, whose denoiser is a `PeftModel` if `model` is a preference LoRA; its
+        family; and the name or path that the base was loaded from, if it is known. Of a loaded pipeline it is a copy
+        with the same components.
 
     Raises:
         OSError: The pipeline can't be found.
@@ -36,7 +37,7 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
     if isinstance(model, str | Path):
         config = find_adapter_config(str(model))
         if config is None:
-            pipeline = from_pretrained(str(model))
+            pipeline = _unchecked(from_pretrained(str(model)))
             return pipeline, find_family(pipeline), str(model)
         base = config.base_model_name_or_path
         if not base:
@@ -44,7 +45,7 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
                 f"The adapter {str(model)!r} does not say what its base is: load the base's pipeline, put the adapter "
                 "on its denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and pass the pipeline."
             )
-        pipeline = from_pretrained(base)
+        pipeline = _unchecked(from_pretrained(base))
         family = find_family(pipeline)
         denoiser = getattr(pipeline, family.denoiser)
         setattr(pipeline, family.denoiser, PeftModel.from_pretrained(denoiser, str(model), is_trainable=True))
@@ -55,7 +56,15 @@ def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
             "pass the whole pipeline, which also encodes images and prompts."
         )
     # A copy of the shell: what we take out of it, the caller's keeps.
-    return copy.copy(model), find_family(model), model.config.get("_name_or_path") or None
+    return _unchecked(copy.copy(model)), find_family(model), model.config.get("_name_or_path") or None
+
+
+def _unchecked(pipeline: Any) -> Any:
+    """The same pipeline without a safety checker: it would take memory through all of the training, to turn validation
+    images black."""
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.register_modules(safety_checker=None)
+    return pipeline
 
 
 def from_pretrained(name_or_path: str) -> Any:
@@ -125,19 +134,16 @@ def training_size(pipeline: Any, family: Family, resolution: int | None) -> tupl
     return height, width
 
 
-def count_truncated(pipeline: Any, prompts: list[str]) -> int:
-    """How many prompts are longer than every text encoder's context; said once, as a warning."""
-    tokenizers = find_tokenizers(pipeline).values()
-    if not prompts or not tokenizers:
+def count_truncated(pipeline: Any, family: Family, prompts: list[str]) -> int:
+    """How many prompts are longer than what the pipeline reads of them; said once, as a warning."""
+    if not prompts:
         return 0
-    # Of several encoders the longest context counts: T5 reads on where CLIP has to stop.
-    tokenizer = max(tokenizers, key=lambda tokenizer: min(tokenizer.model_max_length, 512))
-    limit = min(tokenizer.model_max_length, 512)
+    tokenizer, limit = family.longest_prompt(pipeline)
     lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False)["input_ids"]]
     count = sum(length > limit for length in lengths)
     if count:
         logger.warning(
-            "%d of %d prompts are longer than the text encoder's context of %d tokens and are truncated (the longest: "
+            "%d of %d prompts are longer than the %d tokens that the pipeline reads and are truncated (the longest: "
             "%d).",
             count,
             len(prompts),

@@ -16,7 +16,7 @@ class Objective:
     those of the base, `None` if the loss needs none.
 
     Args:
-        args: Options `loss_type`, `label_smoothing`, `safeguard` and `safeguard_margin`.
+        args: Options `loss_type`, `label_smoothing`, `safeguard*` and `*desirable_weight`.
         gather: Gives the rows of all processes' tensors.
         record: Takes values of rows, by name, into the means of the log.
     """
@@ -50,11 +50,12 @@ class Objective:
             # Of all processes' images at once: the mean of clamped means would be another number.
             everywhere = self.gather(torch.stack([errors.detach(), reference], dim=1))  # (N, 2)
             baseline = losses.kto_baseline(everywhere[:, 0], everywhere[:, 1], beta)
+            weights = self.args.desirable_weight, self.args.undesirable_weight
             if "label" in batch:
-                return losses.kto(errors, reference, batch["label"], baseline, beta)
+                return losses.kto(errors, reference, batch["label"], baseline, beta, *weights)
             # Held-out pairs: each image by itself, liked as much as the preference says.
             liked = torch.cat([batch["preference"], 1 - batch["preference"]])
-            return losses.kto(errors, reference, liked, baseline, beta).view(2, -1).mean(0)
+            return losses.kto(errors, reference, liked, baseline, beta, *weights).view(2, -1).mean(0)
         preference = batch["preference"]
         pair = _pair(errors, reference)
         if self.args.safeguard and predicted is not None and target is not None:

@@ -12,23 +12,39 @@ from bt_hf.diffusion import sd, sd3
 from bt_hf.diffusion.family import Family, Size, cast, unwrap
 from bt_hf.diffusion.noise import NoiseSchedule, find_schedule
 
+INSTRUCTION = "complex_human_instruction"
+
 
 def schedule(pipeline: Any, size: Size) -> NoiseSchedule:
     stride = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
     return find_schedule(pipeline.scheduler, (size[0] // stride) * (size[1] // stride))
 
 
-@torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
     # The call puts an instruction in front of every prompt; it stands there as a default, and nowhere else.
-    instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    return _encode(pipeline, prompts, inspect.signature(type(pipeline).__call__).parameters[INSTRUCTION].default)
+
+
+def encode_negative(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+    # It stands in front of no negative prompt.
+    return _encode(pipeline, prompts, None)
+
+
+@torch.no_grad()
+def _encode(pipeline: Any, prompts: list[str], instruction: list[str] | None) -> dict[str, torch.Tensor]:
     embeds, mask, _, _ = pipeline.encode_prompt(
         prompts,
         do_classifier_free_guidance=False,
         device=pipeline._execution_device,
-        complex_human_instruction=instruction,
+        **{INSTRUCTION: instruction},
     )
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}  # (N, L, D), (N, L)
+
+
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    # The first of 300 tokens is that of the whole text. The instruction takes none of the others: the space that it
+    # ends with becomes one token with the prompt's first word.
+    return pipeline.tokenizer, 299 + len(pipeline.tokenizer("")["input_ids"])
 
 
 def predict(
@@ -63,9 +79,12 @@ FAMILY = Family(
     schedule=schedule,
     encode_images=sd.encode_images,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
+    encode_negative=encode_negative,
     predict=predict,
     multiple=multiple,
     default_size=default_size,
-    # Else the pipeline draws at the nearest size of a list, and resizes.
-    call_options={"use_resolution_binning": False},
+    # Else the pipeline draws at the nearest size of a list, and resizes; and its default, the text "", would stand
+    # beside the embeddings of a negative prompt.
+    call_options={"use_resolution_binning": False, "negative_prompt": None},
 )

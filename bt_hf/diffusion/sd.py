@@ -35,6 +35,10 @@ def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]
     return {"prompt_embeds": embeds}  # (N, L, D)
 
 
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    return pipeline.tokenizer, pipeline.tokenizer.model_max_length
+
+
 def predict(
     denoiser: nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Mapping[str, torch.Tensor], size: Size
 ) -> torch.Tensor:
@@ -56,12 +60,14 @@ def default_size(pipeline: Any) -> Size:
 FAMILY = Family(
     name="stable-diffusion",
     denoiser="unet",
-    # Diffusion-DPO's for SD 1.5 (https://arxiv.org/abs/2311.12908, section 5.1), in the formula with its 1/2.
+    # Diffusion-DPO's for SD 1.5 (https://arxiv.org/abs/2311.12908, section 5.1); the launcher of its code, which has
+    # the 1/2 too, says 5000 (https://github.com/SalesforceAIResearch/DiffusionDPO).
     beta=2000.0,
     target_modules=UNET_LAYERS,
     schedule=schedule,
     encode_images=encode_images,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
     predict=predict,
     multiple=multiple,
     default_size=default_size,

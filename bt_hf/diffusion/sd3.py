@@ -14,9 +14,9 @@ TRANSFORMER_LAYERS = [
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
 ]
-# The error of a velocity is that of the noise divided by (1 - sigma)^2, and the shift draws most times where that is
-# large (sigma 0.8: 25 times): the margin that thousands give with Stable Diffusion takes about a hundred here. A
-# starting point from this scale, not a measured optimum.
+# Of config/dpo.py in https://github.com/yifan123/flow_grpo, which trains SD 3.5 with the same formula of velocities.
+# Not thousands, since the error of a velocity is that of the noise divided by (1 - sigma)^2, and the shift draws most
+# times where that is large (sigma 0.8: 25 times). For the other flow models it is a starting point from this scale.
 FLOW_BETA = 100.0
 
 
@@ -33,12 +33,18 @@ def encode_images(pipeline: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, to
 
 @torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
-    # T5 may have been left out to save memory: the pipeline puts zeros in its place. Its length is the pipeline's
-    # default, 256 tokens.
+    # T5 may have been left out to save memory: the pipeline puts zeros in its place.
     embeds, _, pooled, _ = pipeline.encode_prompt(
         prompts, None, None, device=pipeline._execution_device, do_classifier_free_guidance=False
     )
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}  # (N, L, D), (N, D')
+
+
+def longest_prompt(pipeline: Any) -> tuple[Any, int]:
+    # T5 reads on where the CLIP encoders have to stop, for so many tokens as the pipeline gives it by default.
+    if pipeline.text_encoder_3 is not None:
+        return pipeline.tokenizer_3, 256
+    return pipeline.tokenizer, pipeline.tokenizer_max_length
 
 
 def predict(
@@ -71,6 +77,7 @@ FAMILY = Family(
     schedule=schedule,
     encode_images=encode_images,
     encode_prompts=encode_prompts,
+    longest_prompt=longest_prompt,
     predict=predict,
     multiple=multiple,
     default_size=default_size,

@@ -30,6 +30,14 @@ def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}  # (N, L, D), (N, D')
 
 
+def encode_negative(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
+    values = encode_prompts(pipeline, prompts)
+    if not pipeline.config.force_zeros_for_empty_prompt:
+        return values
+    # SDXL guides away from zeros, and not from the embeddings of an empty text.
+    return {name: torch.zeros_like(value) for name, value in values.items()}
+
+
 def predict(
     denoiser: nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Mapping[str, torch.Tensor], size: Size
 ) -> torch.Tensor:
@@ -48,9 +56,10 @@ def predict(
 FAMILY = replace(
     sd.FAMILY,
     name="stable-diffusion-xl",
-    # Diffusion-DPO's for SDXL (https://arxiv.org/abs/2311.12908, section 5.1), in the formula with its 1/2.
+    # Diffusion-DPO's for SDXL (https://arxiv.org/abs/2311.12908, section 5.1), and what the launcher of its code says.
     beta=5000.0,
     encode_images=encode_images,
     encode_prompts=encode_prompts,
+    encode_negative=encode_negative,
     predict=predict,
 )

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -107,15 +108,16 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         collator = DiffusionCollator(self.size, smallest=self.pipeline.vae_scale_factor)
         self.encoder = PairEncoder(self.family, self.pipeline, collator, args.sample_latents, args.device)
         denoiser = add_adapter(self.pipeline, self.family, peft_config, args, self.base_name)
-        prompts = list(train_dataset["prompt"]) if isinstance(train_dataset, Dataset) else []
-        count_truncated(self.pipeline, prompts)
+        known = [data["prompt"] for data in _each(train_dataset, eval_dataset) if isinstance(data, Dataset)]
+        count_truncated(self.pipeline, self.family, [*chain(*known), *(args.validation_prompts or [])])
         train_dataset, eval_dataset = self._cache(args, train_dataset, eval_dataset)
         self.validation = Validation(self.pipeline, self.encoder, args)
         if all(data is None or isinstance(data, CachedPairs) for data in _each(train_dataset, eval_dataset)):
             self.encoder.release(keep_vae=self.validation.wanted)
         # (N, draws, sides) at the fixed draws of a stream, of each dataset.
         self._errors_of_base: WeakKeyDictionary[CachedPairs, dict[int, torch.Tensor]] = WeakKeyDictionary()
-        self.beta: float | None = None if args.beta == "auto" else float(args.beta)  # type: ignore[arg-type]
+        published = None if args.loss_type == "mapo" else self.family.beta  # MaPO has a beta of its own
+        self.beta: float | None = {"auto": None, "family": published}.get(args.beta, args.beta)  # type: ignore
         self.objective = Objective(args, lambda values: self.accelerator.gather(values), self.record)
         self._user_metrics = compute_metrics
         super().__init__(

@@ -41,7 +41,10 @@ class Validation:
         self.after: list[list[Image.Image]] = []
         self._drawn_at = -1
         if self.wanted:
-            self._conditions = encoder.encode_prompts([*self.prompts, ""])
+            self._conditions = encoder.encode_prompts(self.prompts)
+            parameters = inspect.signature(pipeline.__call__).parameters
+            negative = {f"negative_{name}": value for name, value in encoder.encode_negative().items()}
+            self._negative = {name: value for name, value in negative.items() if name in parameters}
 
     def draw_before(self) -> dict[str, float]:
         """Draw with the LoRA switched off by the caller. Returns what to log, empty if there is nothing new."""
@@ -64,12 +67,7 @@ class Validation:
     def _draw(self) -> list[list[Image.Image]]:
         """Images for each prompt, each with a seed of its own that never changes."""
         pipeline, count = self.pipeline, self.args.validation_images
-        parameters = inspect.signature(pipeline.__call__).parameters
-        negative = {
-            f"negative_{name}": value[-1:].expand(count, *value.shape[1:])
-            for name, value in self._conditions.items()
-            if f"negative_{name}" in parameters
-        }
+        negative = {name: value.expand(count, *value.shape[1:]) for name, value in self._negative.items()}
         options: dict[str, Any] = {"num_inference_steps": self.args.validation_inference_steps, **self._options}
         if self.args.validation_guidance_scale is not None:
             options["guidance_scale"] = self.args.validation_guidance_scale
