@@ -1,7 +1,6 @@
 """Encode once: what a model makes of each distinct image and prompt, in memory-mapped files."""
 
 import errno
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -167,8 +166,6 @@ def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: 
         with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
             if path.exists():
                 return
-            for left_over in path.parent.glob("tmp*"):  # of a build that was killed
-                left_over.unlink()
             try:
                 first = _flat(encode(items[:1]))
                 items.map(
@@ -182,9 +179,11 @@ def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: 
                     writer_batch_size=64,
                     desc=description,
                 )
-            except BaseException:
-                shutil.rmtree(path.parent, ignore_errors=True)
-                raise
+            finally:
+                # What failed is half a file, of this build or of one that was killed. The lock stays, and so does its
+                # folder: another process may be waiting for it.
+                for left_over in path.parent.glob("tmp*"):
+                    left_over.unlink()
     except Timeout:
         return
 
