@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from bt_hf.fingerprint import digest, number_of
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16"}
+FORMAT = 2  # of the files; to be raised with every change to what they hold, so that no other version reads them
 SHARD = 1024  # images or prompts in a file: what a killed build loses, and what a process builds before it takes more
 Encoded = dict[str, torch.Tensor]
 _Encode = Callable[[dict[str, list[Any]]], Encoded]
@@ -149,7 +150,7 @@ def _encoded(
     shards = []
     for start in range(0, len(first), SHARD):
         part = slice(start, start + SHARD)
-        path = root / digest(model, contents[part].tobytes()) / f"{kind}.arrow"
+        path = root / digest(str(FORMAT), model, contents[part].tobytes()) / f"{kind}.arrow"
         count = f" {start // SHARD + 1} of {-(-len(first) // SHARD)}" if len(first) > SHARD else ""
         shards.append((path, Dataset.from_dict({"first": first[part]}), f"{description}: {kind}{count}"))
     for wait in (False, True):  # at first only for what no other process is at

@@ -18,8 +18,9 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import DiffusionPipeline
 from tiny_models import picture, red_pairs
-from tiny_pipelines import SIZE, build, save
+from tiny_pipelines import PIPELINES, SIZE, build, save
 from tiny_trainers import logged, make
+from tokenizers.normalizers import NFC
 
 from bt_hf import encoded
 from bt_hf.diffusion.cache import cache_pairs
@@ -30,8 +31,8 @@ from bt_hf.diffusion.family import find_family
 TESTS = Path(__file__).parent
 
 
-def encoder(sample: bool = False) -> PairEncoder:
-    pipeline = build("sd")
+def encoder(sample: bool = False, name: str = "sd") -> PairEncoder:
+    pipeline = build(name)
     return PairEncoder(find_family(pipeline), pipeline, DiffusionCollator(SIZE), sample, torch.device("cpu"))
 
 
@@ -88,12 +89,41 @@ def test_cache_depends_on_content_and_model(tmp_path: Path) -> None:
 
 def test_statistics_that_are_no_parameters_count() -> None:
     """FLUX.2's latents are standardised by buffers of its VAE."""
-    pipeline = build("flux2")
-    own = PairEncoder(find_family(pipeline), pipeline, DiffusionCollator(SIZE), False, torch.device("cpu"))
+    own = encoder(name="flux2")
     before = own.fingerprint()
-    assert own.fingerprint() == before
-    pipeline.vae.bn.running_var += 0.1
+    own.pipeline.vae.bn.running_var += 0.1
     assert own.fingerprint() != before
+
+
+def test_tokenizers_and_configs_count() -> None:
+    own = encoder()
+    tokenizer, prints = own.pipeline.tokenizer, [own.fingerprint()]
+    tokenizer.model_max_length = 6
+    prints.append(own.fingerprint())
+    tokenizer.padding_side = "left"
+    prints.append(own.fingerprint())
+    tokenizer.pad_token = "a"
+    prints.append(own.fingerprint())
+    own.pipeline.text_encoder.config.hidden_act = "gelu"
+    prints.append(own.fingerprint())
+    tokenizer.backend_tokenizer.normalizer = NFC()  # no longer in small letters, with the same vocabulary
+    prints.append(own.fingerprint())
+    assert len(set(prints)) == 6
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_encoder_that_was_used_finds_the_same_files(name: str) -> None:
+    own = encoder(name=name)
+    before = own.fingerprint()
+    own.encode_prompts(["a red apple", "a bird"])
+    assert own.fingerprint() == before
+
+
+def test_files_of_another_format_are_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_pairs(red_pairs(2), encoder(), str(tmp_path), "Encoding")
+    monkeypatch.setattr(encoded, "FORMAT", encoded.FORMAT + 1)
+    cache_pairs(red_pairs(2), encoder(), str(tmp_path), "Encoding")
+    assert len(list(tmp_path.glob("*/images.arrow"))) == 2
 
 
 def test_a_failed_build_leaves_no_half_file(tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ def schedule(pipeline: Any, size: Size) -> NoiseSchedule:
 def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
     # The call puts an instruction in front of every prompt; it stands there as a default, and nowhere else.
     instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    side = pipeline.tokenizer.padding_side
     embeds, mask, _, _ = pipeline.encode_prompt(
         prompts,
         do_classifier_free_guidance=False,
         device=pipeline._execution_device,
         complex_human_instruction=instruction,
     )
+    pipeline.tokenizer.padding_side = side  # which it changes; the names of cached files tell of it
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}  # (N, L, D), (N, L)
 
 
