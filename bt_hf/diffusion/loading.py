@@ -1,7 +1,6 @@
 """From a name or a loaded pipeline to what the trainer trains."""
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ from torch import nn
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.family import Family, check_adapter, find_family, find_tokenizers
-from bt_hf.encoders import find_adapter_config
-
-logger = logging.getLogger(__name__)
+from bt_hf.encoders import find_adapter_config, warn_of_truncation
 
 
 def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
@@ -133,15 +130,4 @@ def count_truncated(pipeline: Any, prompts: list[str]) -> int:
     # Of several encoders the longest context counts: T5 reads on where CLIP has to stop.
     tokenizer = max(tokenizers, key=lambda tokenizer: min(tokenizer.model_max_length, 512))
     limit = min(tokenizer.model_max_length, 512)
-    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False)["input_ids"]]
-    count = sum(length > limit for length in lengths)
-    if count:
-        logger.warning(
-            "%d of %d prompts are longer than the text encoder's context of %d tokens and are truncated (the longest: "
-            "%d).",
-            count,
-            len(prompts),
-            limit,
-            max(lengths),
-        )
-    return count
+    return warn_of_truncation(tokenizer, prompts, limit, "the text encoder")
