@@ -1,7 +1,6 @@
 """Encode once: what a model makes of each distinct image and prompt, in memory-mapped files."""
 
 import errno
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 from bt_hf.fingerprint import digest, number_of
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16"}
+FORMAT = 2  # of the files; to be raised with every change to what they hold, so that no other version reads them
 SHARD = 1024  # images or prompts in a file: what a killed build loses, and what a process builds before it takes more
 Encoded = dict[str, torch.Tensor]
 _Encode = Callable[[dict[str, list[Any]]], Encoded]
@@ -150,7 +150,7 @@ def _encoded(
     shards = []
     for start in range(0, len(first), SHARD):
         part = slice(start, start + SHARD)
-        path = root / digest(model, contents[part].tobytes()) / f"{kind}.arrow"
+        path = root / digest(str(FORMAT), model, contents[part].tobytes()) / f"{kind}.arrow"
         count = f" {start // SHARD + 1} of {-(-len(first) // SHARD)}" if len(first) > SHARD else ""
         shards.append((path, Dataset.from_dict({"first": first[part]}), f"{description}: {kind}{count}"))
     for wait in (False, True):  # at first only for what no other process is at
@@ -167,8 +167,6 @@ def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: 
         with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
             if path.exists():
                 return
-            for left_over in path.parent.glob("tmp*"):  # of a build that was killed
-                left_over.unlink()
             try:
                 first = _flat(encode(items[:1]))
                 items.map(
@@ -182,9 +180,11 @@ def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: 
                     writer_batch_size=64,
                     desc=description,
                 )
-            except BaseException:
-                shutil.rmtree(path.parent, ignore_errors=True)
-                raise
+            finally:
+                # What failed is half a file, of this build or of one that was killed. The lock stays, and so does its
+                # folder: another process may be waiting for it.
+                for left_over in path.parent.glob("tmp*"):
+                    left_over.unlink()
     except Timeout:
         return
 

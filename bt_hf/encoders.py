@@ -4,7 +4,9 @@ A dual encoder is any model of transformers whose `forward` returns `text_embeds
 SigLIP 2, MetaCLIP 2, AltCLIP, Chinese-CLIP and models of the same build.
 """
 
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED = "CLIP, SigLIP, SigLIP 2, MetaCLIP 2, AltCLIP, Chinese-CLIP"
 
@@ -189,3 +193,28 @@ def context_length(processor: ProcessorMixin) -> int:
     length = getattr(tokenizer, "model_max_length", 77)
     # Tokenizers without a limit say 10**30; 64 is SigLIP's context and 77 CLIP's.
     return int(length) if length < 10**6 else 64
+
+
+def warn_of_truncation(tokenizer: Callable[..., Any], prompts: Iterable[str], limit: int, reader: str) -> int:
+    """How many prompts have more than `limit` tokens; said once, as a warning that names the `reader`.
+
+    Distinct prompts are tokenized once, 1,000 at a time: tokens of all of them would take 5 kB a prompt.
+    """
+    counts = Counter(prompts)
+    distinct = list(counts)
+    truncated = longest = 0
+    for start in range(0, len(distinct), 1000):
+        part = distinct[start : start + 1000]
+        for prompt, ids in zip(part, tokenizer(part, truncation=False, verbose=False)["input_ids"], strict=True):
+            longest = max(longest, len(ids))
+            truncated += counts[prompt] * (len(ids) > limit)
+    if truncated:
+        logger.warning(
+            "%d of %d prompts are longer than %s's context of %d tokens and are truncated (the longest: %d).",
+            truncated,
+            counts.total(),
+            reader,
+            limit,
+            longest,
+        )
+    return truncated

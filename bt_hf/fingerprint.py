@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# Of transformers' configs; of dtypes the weights tell.
+_NOTES = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+
 
 def digest(*parts: str | bytes) -> str:
     """16 hexadecimal digits that tell these parts from others."""
@@ -33,11 +36,38 @@ def describe(value: Any) -> Any:
         return [describe(one) for one in value]
     if isinstance(value, torch.Tensor):
         return f"tensor {tuple(value.shape)} {digest(value.detach().cpu().float().numpy().tobytes())}"
-    if isinstance(getattr(value, "config", None), Mapping):  # schedulers and models of diffusers
-        # Without diffusers' own notes: "_use_default_values" is in another order in each process.
-        config = {key: describe(one) for key, one in value.config.items() if not key.startswith("_")}
-        return f"{type(value).__name__} {digest(json.dumps(config, sort_keys=True))}"
+    config: Any = getattr(value, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else config  # models of transformers
+    if isinstance(config, Mapping):  # these, and schedulers and models of diffusers
+        return f"{type(value).__name__} {digest(json.dumps(_settings(config), sort_keys=True))}"
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def describe_tokenizer(tokenizer: Any) -> list[Any]:
+    """What the tokens of a text depend on: the vocabulary with all its rules, and how texts are cut and padded.
+
+    Args:
+        tokenizer: A tokenizer of transformers, or a processor that has one.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    if backend is not None:
+        # How it was last called, which every call decides anew.
+        rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+    names = ("model_max_length", "model_input_names", "padding_side", "special_tokens_map", "truncation_side")
+    options = {name: describe(getattr(tokenizer, name, None)) for name in names}
+    return [type(tokenizer).__name__, digest(json.dumps(rules, sort_keys=True)), options, describe(template)]
+
+
+def _settings(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """A config without the notes on how it was saved and loaded, of which diffusers' differ in each process."""
+    return {
+        str(key): _settings(value) if isinstance(value, Mapping) else describe(value)
+        for key, value in config.items()
+        if not str(key).startswith("_") and key not in _NOTES
+    }
 
 
 def digest_weights(values: Iterable[Any]) -> str:

@@ -1,11 +1,12 @@
 """Loading, checking and using dual encoders of every family."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from tiny_models import CONTEXT, FAMILIES, build, red_pairs, save
+from tiny_models import CONTEXT, FAMILIES, WORDS, build, clip_tokenizer, red_pairs, save
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel
 
@@ -19,6 +20,7 @@ from bt_hf.encoders import (
     load_dual_encoder,
     logit_scale,
     tokenize,
+    warn_of_truncation,
 )
 from bt_hf.lora import add_adapter
 from bt_hf.reward.collator import PreferenceCollator
@@ -167,3 +169,19 @@ def test_half_precision_scores_in_float32(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16
     assert embed_texts(model, tokenize(build()[1], ["a"])).dtype == torch.float32
     assert encoders.logit_scale(model).dtype == torch.float32
+
+
+def test_truncated_prompts_are_counted_a_few_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, seen = clip_tokenizer(), []
+
+    def watched(texts: list[str], **kwargs: object) -> object:
+        seen.append(texts)
+        return tokenizer(texts, **kwargs)
+
+    short = [" ".join(words) for words in itertools.product(WORDS, repeat=3)][:2500]
+    long = " ".join(["a"] * 18)  # 20 tokens, with the one before and the one behind
+    prompts = [*short, long, *short, long, long]
+    assert warn_of_truncation(watched, prompts, CONTEXT, "the model") == 3
+    assert [len(texts) for texts in seen] == [1000, 1000, 501]
+    assert f"3 of 5003 prompts are longer than the model's context of {CONTEXT} tokens" in caplog.text
+    assert "(the longest: 20)" in caplog.text

@@ -1,11 +1,14 @@
 """Encode once: what the files depend on, what is reused, and what a failed build leaves behind."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,9 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import DiffusionPipeline
 from tiny_models import picture, red_pairs
-from tiny_pipelines import SIZE, build, save
+from tiny_pipelines import PIPELINES, SIZE, build, save
 from tiny_trainers import logged, make
+from tokenizers.normalizers import NFC
 
 from bt_hf import encoded
 from bt_hf.diffusion.cache import cache_pairs
@@ -27,8 +31,8 @@ from bt_hf.diffusion.family import find_family
 TESTS = Path(__file__).parent
 
 
-def encoder(sample: bool = False) -> PairEncoder:
-    pipeline = build("sd")
+def encoder(sample: bool = False, name: str = "sd") -> PairEncoder:
+    pipeline = build(name)
     return PairEncoder(find_family(pipeline), pipeline, DiffusionCollator(SIZE), sample, torch.device("cpu"))
 
 
@@ -85,15 +89,44 @@ def test_cache_depends_on_content_and_model(tmp_path: Path) -> None:
 
 def test_statistics_that_are_no_parameters_count() -> None:
     """FLUX.2's latents are standardised by buffers of its VAE."""
-    pipeline = build("flux2")
-    own = PairEncoder(find_family(pipeline), pipeline, DiffusionCollator(SIZE), False, torch.device("cpu"))
+    own = encoder(name="flux2")
     before = own.fingerprint()
-    assert own.fingerprint() == before
-    pipeline.vae.bn.running_var += 0.1
+    own.pipeline.vae.bn.running_var += 0.1
     assert own.fingerprint() != before
 
 
-def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+def test_tokenizers_and_configs_count() -> None:
+    own = encoder()
+    tokenizer, prints = own.pipeline.tokenizer, [own.fingerprint()]
+    tokenizer.model_max_length = 6
+    prints.append(own.fingerprint())
+    tokenizer.padding_side = "left"
+    prints.append(own.fingerprint())
+    tokenizer.pad_token = "a"
+    prints.append(own.fingerprint())
+    own.pipeline.text_encoder.config.hidden_act = "gelu"
+    prints.append(own.fingerprint())
+    tokenizer.backend_tokenizer.normalizer = NFC()  # no longer in small letters, with the same vocabulary
+    prints.append(own.fingerprint())
+    assert len(set(prints)) == 6
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_encoder_that_was_used_finds_the_same_files(name: str) -> None:
+    own = encoder(name=name)
+    before = own.fingerprint()
+    own.encode_prompts(["a red apple", "a bird"])
+    assert own.fingerprint() == before
+
+
+def test_files_of_another_format_are_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_pairs(red_pairs(2), encoder(), str(tmp_path), "Encoding")
+    monkeypatch.setattr(encoded, "FORMAT", encoded.FORMAT + 1)
+    cache_pairs(red_pairs(2), encoder(), str(tmp_path), "Encoding")
+    assert len(list(tmp_path.glob("*/images.arrow"))) == 2
+
+
+def test_a_failed_build_leaves_no_half_file(tmp_path: Path) -> None:
     pairs = red_pairs(20)
     tiny = Dataset.from_list(
         [{"prompt": "a dog", "chosen": picture((9, 9, 9), 1, (3, 3)), "rejected": picture((1, 2, 3))}]
@@ -101,7 +134,31 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     rows = [*pairs, *tiny]
     with pytest.raises(ValueError, match=r"`chosen` of row 20: image too small: 3x3"):
         make(tmp_path, pairs=Dataset.from_list(rows, features=pairs.features), cache_dir=str(tmp_path / "cache"))
-    assert not list((tmp_path / "cache").glob("*/*"))
+    assert {path.name for path in (tmp_path / "cache").glob("*/*")} == {"images.lock"}
+
+
+def test_a_build_that_waits_for_one_that_fails_takes_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, items = tmp_path / "shard" / "images.arrow", Dataset.from_dict({"first": range(20)})
+    caplog.set_level(logging.DEBUG, logger="filelock")
+
+    def zeros(batch: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+        return {"latents": torch.zeros(len(batch["first"]), 4)}
+
+    with ThreadPoolExecutor() as pool:
+        waiting: list[Future] = []
+
+        def fail_at_tenth(batch: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+            if 10 in batch["first"]:
+                waiting.append(pool.submit(encoded._build, path, items, zeros, "test", True))
+                while "waiting" not in caplog.text:  # says the lock
+                    time.sleep(0.01)
+                raise ValueError("a bad image")
+            return zeros(batch)
+
+        with pytest.raises(ValueError, match="a bad image"):
+            encoded._build(path, items, fail_at_tenth, "test", True)
+        waiting[0].result()
+    assert len(Dataset.from_file(str(path))) == 20
 
 
 def test_fixed_draws_use_cached_errors_and_change_nothing_else(tmp_path: Path) -> None:
@@ -254,4 +311,4 @@ def test_a_full_disk_is_told_and_leaves_no_half_cache(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "no space left to cache 80 rows" in message
     assert "or turn the cache off" in message
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]

@@ -423,7 +423,7 @@ def test_a_long_prompt_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     pairs = pairs.map(lambda row, index: {"prompt": long} if index == 1 else row, with_indices=True)
     with caplog.at_level(logging.WARNING):
         make(tmp_path, "sd3", pairs, {"one": pairs, "two": red_pairs(3)}, validation_prompts=["a boat", long])
-    assert "3 of 13 prompts are longer than the 256 tokens that the pipeline reads" in caplog.text
+    assert "3 of 13 prompts are longer than the pipeline's context of 256 tokens" in caplog.text
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path: Path) -> None:

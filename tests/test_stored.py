@@ -99,9 +99,15 @@ def test_files_are_named_by_what_the_features_depend_on() -> None:
         next(iter(model.get_base_model().vision_model.embeddings.parameters())).add_(1.0)
     others.append(FeatureCache(model, collator).fingerprint())
     model, collator = adapted("clip", "top vision layer")
+    collator(list(red_pairs(2)))  # leaves its mark in the tokenizer
+    assert FeatureCache(model, collator).fingerprint() == before
     collator.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
     others.append(FeatureCache(model, collator).fingerprint())
-    assert len({before, *others}) == 4
+    collator.processor.tokenizer.model_max_length = 5
+    others.append(FeatureCache(model, collator).fingerprint())
+    model.get_base_model().vision_model.config.layer_norm_eps = 0.1
+    others.append(FeatureCache(model, collator).fingerprint())
+    assert len({before, *others}) == 6
 
 
 def test_a_half_precision_model_reads_its_own_precision(tmp_path: Path) -> None:

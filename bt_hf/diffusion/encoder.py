@@ -8,8 +8,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from bt_hf.diffusion.collator import DiffusionCollator, digest_pixels
-from bt_hf.diffusion.family import Family, find_tokenizers
-from bt_hf.fingerprint import describe, digest, digest_weights
+from bt_hf.diffusion.family import Family
+from bt_hf.fingerprint import describe, describe_tokenizer, digest, digest_weights
 
 
 class PairEncoder:
@@ -48,12 +48,16 @@ class PairEncoder:
         }
 
     def fingerprint(self) -> str:
-        tokenizers = [
-            (name, type(tokenizer).__name__, len(tokenizer))
-            for name, tokenizer in find_tokenizers(self.pipeline).items()
-        ]
-        options = (self.family.name, self.collator.size, self.sample_latents, tokenizers)
-        return digest(digest_weights(self.modules().values()), repr(options), str(describe(self.pipeline.vae)))
+        """Tells what latents and embeddings depend on besides images and prompts: encoders, tokenizers and options."""
+        tokenizers = {
+            name: describe_tokenizer(component)
+            for name, component in self.pipeline.components.items()
+            if name.startswith("tokenizer") and component is not None
+        }
+        modules = self.modules()
+        configs = {name: describe(module) for name, module in modules.items()}
+        options = (self.family.name, self.collator.size, self.sample_latents, tokenizers, configs)
+        return digest(digest_weights(modules.values()), repr(options))
 
     def release(self, keep_vae: bool) -> None:
         """Let go of the text encoders, and of the VAE unless it is kept to draw with.

@@ -1,7 +1,6 @@
 """From a name or a loaded pipeline to what the trainer trains."""
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,7 @@ from torch import nn
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.family import Family, check_adapter, find_family
-from bt_hf.encoders import find_adapter_config
-
-logger = logging.getLogger(__name__)
+from bt_hf.encoders import find_adapter_config, warn_of_truncation
 
 
 def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
@@ -139,15 +136,4 @@ def count_truncated(pipeline: Any, family: Family, prompts: list[str]) -> int:
     if not prompts:
         return 0
     tokenizer, limit = family.longest_prompt(pipeline)
-    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False)["input_ids"]]
-    count = sum(length > limit for length in lengths)
-    if count:
-        logger.warning(
-            "%d of %d prompts are longer than the %d tokens that the pipeline reads and are truncated (the longest: "
-            "%d).",
-            count,
-            len(prompts),
-            limit,
-            max(lengths),
-        )
-    return count
+    return warn_of_truncation(tokenizer, prompts, limit, "the pipeline")

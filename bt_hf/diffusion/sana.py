@@ -32,12 +32,14 @@ def encode_negative(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor
 
 @torch.no_grad()
 def _encode(pipeline: Any, prompts: list[str], instruction: list[str] | None) -> dict[str, torch.Tensor]:
+    side = pipeline.tokenizer.padding_side
     embeds, mask, _, _ = pipeline.encode_prompt(
         prompts,
         do_classifier_free_guidance=False,
         device=pipeline._execution_device,
         **{INSTRUCTION: instruction},
     )
+    pipeline.tokenizer.padding_side = side  # which it changes; the names of cached files tell of it
     return {"prompt_embeds": embeds, "prompt_attention_mask": mask}  # (N, L, D), (N, L)
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from bt_hf.encoders import fills_context, tokenize
-from bt_hf.fingerprint import describe, digest, digest_weights
+from bt_hf.fingerprint import describe, describe_tokenizer, digest, digest_weights
 from bt_hf.images import to_rgb
 from bt_hf.reward.collator import PreferenceCollator, labels
 
@@ -214,15 +214,22 @@ class FeatureCache:
 
     def fingerprint(self) -> str:
         """Tells what features depend on besides images and prompts: the frozen layers, and the processor."""
+        prefixes = [prefix for prefix in (self.text_prefix, self.image_prefix) if prefix is not None]
         modules = [
             self.base.get_submodule(name)
-            for prefix in (self.text_prefix, self.image_prefix)
-            if prefix is not None
+            for prefix in prefixes
             for name in ((prefix.embeddings, *prefix.skipped) if prefix.embeddings else (prefix.tower,))
         ]
+        configs = [describe(self.base.get_submodule(prefix.tower)) for prefix in prefixes]
         processor = self.collator.processor
-        options = (self.text_prefix, self.image_prefix, type(processor.tokenizer).__name__, len(processor.tokenizer))
-        return digest(digest_weights(modules), repr(options), str(describe(processor.image_processor.to_dict())))
+        options = (
+            self.text_prefix,
+            self.image_prefix,
+            configs,
+            describe_tokenizer(processor),
+            describe(processor.image_processor.to_dict()),
+        )
+        return digest(digest_weights(modules), repr(options))
 
     @torch.no_grad()
     def encode_images(self, images: list[Any]) -> dict[str, torch.Tensor]:

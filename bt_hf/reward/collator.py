@@ -1,16 +1,13 @@
 """Rows of preference pairs to batches for a dual encoder."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.processing_utils import ProcessorMixin
 
-from bt_hf.encoders import context_length, tokenize
+from bt_hf.encoders import context_length, tokenize, warn_of_truncation
 from bt_hf.images import to_rgb
-
-logger = logging.getLogger(__name__)
 
 
 class PreferenceCollator:
@@ -57,15 +54,4 @@ def labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 def count_truncated(processor: ProcessorMixin, prompts: list[str]) -> int:
     """How many prompts are longer than the text tower's context; said once, as a warning."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    limit = context_length(processor)
-    lengths = [len(ids) for ids in tokenizer(prompts, truncation=False, verbose=False)["input_ids"]]
-    count = sum(length > limit for length in lengths)
-    if count:
-        logger.warning(
-            "%d of %d prompts are longer than the model's context of %d tokens and are truncated (the longest: %d).",
-            count,
-            len(prompts),
-            limit,
-            max(lengths),
-        )
-    return count
+    return warn_of_truncation(tokenizer, prompts, context_length(processor), "the model")
