@@ -155,12 +155,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of part taste; the others use one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")
     parser.add_argument("--prompts_of", nargs="+", choices=["train", "held_out"], default=["train", "held_out"])
-    parser.add_argument(
-        "--guidance_scale",
-        type=float,
-        default=DRAWING["guidance_scale"],
-        help="of all drawings, judged or learned from",
-    )
+    scale = DRAWING["guidance_scale"]
+    parser.add_argument("--guidance_scale", type=float, default=scale, help=f"of all drawings, by default {scale}")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of every training, as in LORA")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -244,7 +240,9 @@ def draws(studio: Studio, args: argparse.Namespace) -> None:
     header(studio, "Fixed draws of noise and timestep for each pair: share of the preferred style")
     for count in (8, 32, 128, None):
         run(studio, f"{count or 'new'} draws", args.tastes, [0], noise_draws=count)
-    run(studio, "8 draws, bf16", args.tastes, [0], noise_draws=8, bf16=True)  # as is fastest: see lora_speed.py
+    run(
+        studio, "8 draws, bf16", args.tastes, [0], noise_draws=8, bf16=True
+    )  # what makes steps faster: see lora_speed.py
 
 
 def beta(studio: Studio, args: argparse.Namespace) -> None:

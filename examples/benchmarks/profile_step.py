@@ -82,9 +82,7 @@ def main() -> None:
         watch = Stopwatch(turn.trainer)
         total = sum(turn())
         spent = watch.spent | {"all else": total - sum(watch.spent.values())}
-        print(
-            f"Seconds a step of {lora_step.BATCH} pairs, without the profiler\n\n| | seconds | share |\n|---|---:|---:|"
-        )
+        print(f"Without the profiler, a step of {lora_step.BATCH} pairs\n\n| | seconds | share |\n|---|---:|---:|")
         for name, seconds in (spent | {"in all": total}).items():
             print(f"| {name} | {seconds / args.steps:.5f} | {seconds / total:.3f} |")
         activities = [ProfilerActivity.CPU]
@@ -94,9 +92,7 @@ def main() -> None:
         turn()
         watch.profiler.stop()
     order = f"self_{timing.DEVICE.type if len(activities) > 1 else 'cpu'}_time_total"
-    print(
-        "\n" + watch.profiler.key_averages().table(sort_by=order, row_limit=args.operators, max_name_column_width=40)
-    )
+    print("\n" + watch.profiler.key_averages().table(sort_by=order, row_limit=args.operators))
 
 
 if __name__ == "__main__":
