@@ -1,45 +1,57 @@
-"""The table of `lora_speed.py` on a GPU, with the further options that only pay there.
+"""The tables of `lora_speed.py` and of `reward_step.py` on a GPU or another accelerator, with its peak memory.
 
-    python examples/benchmarks/gpu.py
+    python examples/benchmarks/gpu.py            # --smoke: a few small steps, on a CPU too, to try the script
 
-Not run by the authors yet: no GPU was at hand. Optimizers of 8 bits need bitsandbytes.
+Not run by the authors yet on a GPU: none was at hand. Peak memory is that of the steps, model included, where the
+accelerator counts it (CUDA and XPU do, MPS does not). Optimizers of 8 bits need bitsandbytes.
 """
 
+import argparse
 import importlib.util
 import sys
 import tempfile
-import warnings
-from argparse import Namespace
 from pathlib import Path
 
+import lora_speed
 import lora_step
+import reward_step
+import timing
 import torch
-from datasets import disable_progress_bars
-from diffusers.utils import logging as diffusers_logging
-from lora_speed import ROWS, save_pipeline, things
-from transformers.utils import logging
 
-FURTHER = {
+from emoji import DIFFUSION_FOLDER
+
+FURTHER = {  # that only pay on an accelerator
     "+ gradient_checkpointing (less memory, more time)": {"gradient_checkpointing": True},
     "+ adamw_bnb_8bit": {"optim": "adamw_bnb_8bit"},
 }
 
 
 def main() -> None:
-    if not torch.accelerator.is_available():
-        sys.exit("No GPU here: `python examples/benchmarks/lora_speed.py` prints the table for this machine's CPU.")
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    disable_progress_bars()
-    lora_step.STEPS = 20
-    rows = ROWS | FURTHER
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a few steps on the small emoji models, on a CPU too")
+    parser.add_argument("--no_compile", action="store_true", help="leave out torch_compile")
+    args = parser.parse_args()
+    if not (torch.accelerator.is_available() or args.smoke):
+        sys.exit("No GPU here: `lora_speed.py` and `reward_step.py` beside this file print the tables for a CPU.")
+    timing.quiet()
+    args.rounds = 1 if args.smoke else 5
+    lora_step.STEPS = reward_step.STEPS = 2 if args.smoke else 20
+    rows = lora_speed.ROWS | FURTHER
     if importlib.util.find_spec("bitsandbytes") is None:
         del rows["+ adamw_bnb_8bit"]
-    with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as scratch:
-        save_pipeline(Path(model))
-        things(Path(model), Path(scratch), Namespace(no_compile=False, rounds=5), rows)
+    name = torch.cuda.get_device_name() if timing.DEVICE.type == "cuda" else timing.DEVICE.type
+    print(f"{name}, torch {torch.__version__}\n\nPreference LoRA\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
+        if args.smoke:
+            model, lora_speed.SIZE = DIFFUSION_FOLDER, 64
+        else:
+            model = Path(folder)
+            lora_speed.save_pipeline(model)
+        lora_speed.things(model, Path(scratch), args, rows)
+    print("\nRewards\n")
+    args.models = {"emoji CLIP": reward_step.emoji_clip} if args.smoke else reward_step.MODELS
+    args.parts = list(reward_step.PARTS)
+    reward_step.run(args)
 
 
 if __name__ == "__main__":

@@ -7,38 +7,39 @@ The pipeline is random and of the layout of Stable Diffusion: a UNet of 71 M par
 step, a LoRA of rank 8. The first row stands for a training script such as diffusers' own for Diffusion-DPO: the
 formula of the paper in float32, with images and prompts encoded at every step (`straight_loop` of `lora_step.py`).
 Every row below keeps what the rows above it have brought. They take turns of a few steps, and medians are compared.
+What is spent once, before the first step or in it, is printed by itself, with how long it takes to earn it back.
 """
 
 import argparse
 import sys
 import tempfile
-import time
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import lora_step
 import timing
 from lora_step import bare, straight_loop, train
+from timing import report
 
 from emoji import CLIP_FOLDER
 from taste import preference_pairs
 
-PAIRS, SIZE, ROUNDS = 4, 256, 3
+PAIRS, SIZE, ROUNDS, DRAWS = 4, 256, 3, 4
+STRAIGHT, ENCODED = "straight loop, fp32", "trainer: images and prompts encoded once"
+KNOWN, COMPILED = "+ errors of the base computed once (noise_draws)", "+ torch_compile"
 ROWS: dict[str, dict[str, Any]] = {  # each on top of those above it
-    "trainer: images and prompts encoded once": {"channels_last": False},
+    ENCODED: {"channels_last": False},
     "+ channels-last": {"channels_last": True},
     "+ bf16": {"bf16": True},
-    "+ errors of the base computed once (noise_draws)": {"noise_draws": 4},
-    "+ torch_compile": {"torch_compile": True},
+    KNOWN: {"noise_draws": DRAWS},
+    COMPILED: {"torch_compile": True},
 }
 
 
@@ -81,40 +82,48 @@ def save_pipeline(folder: Path) -> None:
 
 
 def options(pairs: int = PAIRS, **others: Any) -> dict[str, Any]:
-    return {
-        "per_device_train_batch_size": pairs,
-        "resolution": SIZE,
-        "use_cpu": not torch.cuda.is_available(),
-    } | others
+    return {"per_device_train_batch_size": pairs, "resolution": SIZE} | others
 
 
 def things(model: Path, scratch: Path, args: argparse.Namespace, rows: dict[str, dict[str, Any]] = ROWS) -> None:
     """What each thing gives."""
     pairs = preference_pairs("fluent", 4 * PAIRS)
-    turns = {
-        "straight loop, fp32": straight_loop(model, pairs, False, PAIRS, SIZE, channels_last=False),
-        "bare: two forwards, a backward, fp32": bare(model, False, False, PAIRS, channels_last=False),
+    builds: dict[str, timing.Build] = {
+        STRAIGHT: partial(straight_loop, model, pairs, False, PAIRS, SIZE, channels_last=False),
+        "bare: two forwards, a backward, fp32": partial(bare, model, False, False, PAIRS, channels_last=False),
     }
     chosen: dict[str, Any] = {}
-    once = {}
     for name, more in rows.items():
-        if "torch_compile" in more and args.no_compile:
-            continue
-        chosen = chosen | more
-        began = time.perf_counter()
-        turns[name] = train(model, pairs, scratch, **options(**chosen))
-        once[name] = time.perf_counter() - began
-    report(timing.compare(turns, args.rounds), PAIRS, "straight loop, fp32")
-    first = next(iter(once))
-    print(f"\nLoading the pipeline and encoding {len(pairs)} pairs, once: {once[first]:.1f} s")
+        if not ("torch_compile" in more and args.no_compile):
+            chosen = chosen | more
+            builds[name] = partial(train, model, pairs, scratch, **options(**chosen))
+    turns, building = timing.build(builds)
+    seconds = timing.compare(turns, args.rounds)
+    report(seconds, PAIRS, STRAIGHT, timing.peaks(builds))
+    once(turns, building, seconds, pairs)
 
 
-def report(seconds: dict[str, float], pairs: int | dict[str, int], reference: str) -> None:
-    count = pairs if isinstance(pairs, dict) else dict.fromkeys(seconds, pairs)
-    rates = {name: count[name] / value for name, value in seconds.items()}
-    print("| | seconds a step | pairs a second | times |\n|---|---:|---:|---:|")
-    for name, value in seconds.items():
-        print(f"| {name} | {value:.3f} | {rates[name]:.2f} | {rates[name] / rates[reference]:.2f} |", flush=True)
+def once(turns: dict[str, Any], building: dict[str, float], seconds: dict[str, float], pairs: Dataset) -> None:
+    """What is spent once, and after how many passes over the pairs faster steps have earned it back."""
+    names = list(seconds)
+    above = dict(zip(names[1:], names, strict=False))
+    # The next trainer loads the same pipeline, but finds what this one has encoded.
+    encoding = building[ENCODED] - building[names[names.index(ENCODED) + 1]]
+    # So few steps need fewer draws than a long training does.
+    draws = turns[KNOWN].trainer.train_dataset.reference.shape[1]
+    errors = (turns[KNOWN].before - turns[above[KNOWN]].before) * DRAWS / draws
+    print(f"\n| once, for {len(pairs)} pairs | seconds | earned back after so many passes |\n|---|---:|---:|")
+    for name, cost, fast, slow in (
+        ("encoding, against the straight loop", encoding, ENCODED, STRAIGHT),
+        (f"errors of the base for {DRAWS} draws, against new draws", errors, KNOWN, above[KNOWN]),
+        ("both, and channels-last and bf16, against the straight loop", encoding + errors, KNOWN, STRAIGHT),
+    ):
+        saved = (seconds[slow] - seconds[fast]) * len(pairs) / PAIRS  # in each pass
+        print(f"| {name} | {cost:.1f} | {f'{cost / saved:.1f}' if saved > 0 else 'never'} |")
+    if COMPILED in turns:
+        cost, saved = turns[COMPILED].first - seconds[COMPILED], seconds[above[COMPILED]] - seconds[COMPILED]
+        after = f"{cost / saved:.0f} steps" if saved > 0 else "never"
+        print(f"\nCompiling, whatever the number of pairs: {cost:.0f} s, earned back after: {after}")
 
 
 def batch(model: Path, scratch: Path, args: argparse.Namespace) -> None:
@@ -170,11 +179,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="in a turn, of which the first is not counted")
     parser.add_argument("--no_compile", action="store_true", help="leave out torch_compile, which takes minutes")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    disable_progress_bars()
+    timing.quiet()
     lora_step.STEPS = args.steps
     with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as scratch:
         save_pipeline(Path(model))

@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,13 +32,11 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import timing
@@ -58,7 +55,7 @@ BETA, RATE, RANK = 2000.0, 1e-6, 8
 # --- The trainer ---
 
 
-def train(model: Path, pairs: Dataset, scratch: Path, **options) -> Turn:
+def train(model: Path, pairs: Dataset, scratch: Path, **options) -> timing.Training:
     """Make a trainer; a turn is a few of its steps."""
     defaults = {
         "per_device_train_batch_size": BATCH,
@@ -73,7 +70,7 @@ def train(model: Path, pairs: Dataset, scratch: Path, **options) -> Turn:
         "use_cpu": DEVICE.type == "cpu",  # the Trainer allows bf16 on a CPU only when told so
     }
     args = PreferenceLoRAConfig(str(scratch / "lora"), **defaults | options)
-    return timing.train(PreferenceLoRATrainer(str(model), args, train_dataset=pairs))
+    return timing.Training(PreferenceLoRATrainer(str(model), args, train_dataset=pairs))
 
 
 # --- Without the trainer ---
@@ -331,11 +328,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DIFFUSION_FOLDER, help="pipeline folder, for steps of 64 px")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    disable_progress_bars()
+    timing.quiet()
     if options.child and options.child[0] == "save_sd15":
         save_sd15(Path(options.child[1]))
     elif options.child:

@@ -155,12 +155,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of part taste; the others use one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")
     parser.add_argument("--prompts_of", nargs="+", choices=["train", "held_out"], default=["train", "held_out"])
+    scale = DRAWING["guidance_scale"]
+    parser.add_argument("--guidance_scale", type=float, default=scale, help=f"of all drawings, by default {scale}")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of every training, as in LORA")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("bt_hf").setLevel(logging.ERROR)
+    DRAWING["guidance_scale"] = args.guidance_scale
     LORA.update({name: number(value) for name, value in (option.split("=") for option in args.options)})
     studio = Studio(args.prompts_of, args.prompts)
     for part in args.parts:
@@ -237,6 +240,9 @@ def draws(studio: Studio, args: argparse.Namespace) -> None:
     header(studio, "Fixed draws of noise and timestep for each pair: share of the preferred style")
     for count in (8, 32, 128, None):
         run(studio, f"{count or 'new'} draws", args.tastes, [0], noise_draws=count)
+    run(
+        studio, "8 draws, bf16", args.tastes, [0], noise_draws=8, bf16=True
+    )  # what makes steps faster: see lora_speed.py
 
 
 def beta(studio: Studio, args: argparse.Namespace) -> None:

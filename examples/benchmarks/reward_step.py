@@ -1,8 +1,9 @@
-"""What a training step of a reward costs beyond its network, and what the cache of frozen features saves.
+"""What a training step of a reward costs beyond its network, and what makes it faster.
 
-    python examples/benchmarks/reward_step.py
+    python examples/benchmarks/reward_step.py                            # seconds a step, with and without cache
+    python examples/benchmarks/reward_step.py --parts batch arguments    # pairs a step, and TrainingArguments
 
-Compared are, with batches of 16 pairs:
+Compared are:
 
 - bare: forwards without and with the LoRA, one backward, and the optimizer's step, on one batch that lies in memory;
 - uncached: `BradleyTerryTrainer.train` from the end of one step to the end of the next, images read and fitted for it;
@@ -11,19 +12,18 @@ Compared are, with batches of 16 pairs:
 They take turns of a few steps, and medians are compared.
 """
 
+import argparse
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import timing
@@ -34,7 +34,7 @@ from taste import preference_pairs
 
 BATCH, STEPS, ROUNDS = 16, 4, 3
 VISION = r"vision_model\.encoder\.layers\.{}\..*(q_proj|v_proj)"
-Build = Callable[[], tuple[CLIPModel, CLIPProcessor]]
+Load = Callable[[], tuple[CLIPModel, CLIPProcessor]]
 
 
 def vit_b_32() -> tuple[CLIPModel, CLIPProcessor]:
@@ -52,28 +52,36 @@ def emoji_clip() -> tuple[CLIPModel, CLIPProcessor]:
     )
 
 
-def make(build: Build, targets: str | None, pairs: Dataset, cached: bool, scratch: str) -> BradleyTerryTrainer:
+MODELS: dict[str, Load] = {"emoji CLIP": emoji_clip, "ViT-B/32 shape": vit_b_32}
+
+
+def make(load: Load, targets: str | None, pairs: Dataset, scratch: str, **options: Any) -> BradleyTerryTrainer:
     torch.manual_seed(0)
-    model, processor = build()
-    args = BradleyTerryConfig(
-        scratch,
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        cache_features=cached,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    model, processor = load()
+    defaults = {
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": timing.DEVICE.type == "cpu",  # the Trainer allows bf16 on a CPU only when told so
+    }
+    args = BradleyTerryConfig(scratch, **defaults | options)
     peft_config = LoraConfig(r=8, target_modules=targets) if targets else None
     return BradleyTerryTrainer(model, args, pairs, processing_class=processor, peft_config=peft_config)
 
 
-def bare(trainer: BradleyTerryTrainer, pairs: Dataset) -> timing.Turn:
+def train(*what: Any, **options: Any) -> timing.Training:
+    """A turn of a trainer; arguments as of `make`."""
+    return timing.Training(make(*what, **options))
+
+
+def bare(load: Load, targets: str | None, pairs: Dataset, scratch: str) -> timing.Turn:
     """The network of a trainer without the trainer."""
-    model = trainer.model.train()
+    trainer = make(load, targets, pairs, scratch, cache_features=False)
+    model = trainer.model.to(timing.DEVICE).train()
     inputs = trainer.data_collator([pairs[index] for index in range(BATCH)])
-    inputs = {name: value for name, value in inputs.items() if name not in ("preference", "weight")}
+    inputs = {name: value.to(timing.DEVICE) for name, value in inputs.items() if name not in ("preference", "weight")}
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)
 
     def margins() -> torch.Tensor:
@@ -91,35 +99,96 @@ def bare(trainer: BradleyTerryTrainer, pairs: Dataset) -> timing.Turn:
     return timing.repeat(step, STEPS)
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    rows: tuple[tuple[str, Build, str | None], ...] = (
-        ("emoji CLIP, LoRA on both projections", emoji_clip, None),
-        ("ViT-B/32 shape, LoRA on both projections", vit_b_32, None),
-        ("ViT-B/32 shape, LoRA on the top 2 of 12 vision layers", vit_b_32, VISION.format(r"(10|11)")),
-        ("ViT-B/32 shape, LoRA on all vision layers", vit_b_32, VISION.format(r"\d+")),
-    )
-    print(f"Seconds a step of {BATCH} pairs, {torch.get_num_threads()} threads\n")
-    print("| | bare | uncached | cached | uncached to bare | uncached to cached | filling the cache |")
-    print("|---" + "|---:" * 6 + "|", flush=True)
+def cache(args: argparse.Namespace) -> None:
+    """Seconds a step of 16 pairs, and what the cache saves."""
+    rows: dict[str, tuple[Load, str | None]] = {
+        f"{name}, LoRA on both projections": (load, None) for name, load in args.models.items()
+    }
+    if vit_b_32 in args.models.values():
+        rows["ViT-B/32 shape, LoRA on the top 2 of 12 vision layers"] = vit_b_32, VISION.format(r"(10|11)")
+        rows["ViT-B/32 shape, LoRA on all vision layers"] = vit_b_32, VISION.format(r"\d+")
+    columns = ["bare", "uncached", "cached", "uncached to bare", "uncached to cached", "filling the cache"]
+    if timing.tells_memory():
+        columns += [f"{name}: peak memory, GB" for name in columns[:3]]
+    print(f"| | {' | '.join(columns)} |\n|---{'|---:' * len(columns)}|", flush=True)
     pairs = preference_pairs("fluent", STEPS * BATCH)
-    for name, build, targets in rows:
+    for name, what in rows.items():
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = partial(make, build, targets, pairs, scratch=scratch)
-            began = time.perf_counter()
-            cached = trainer(cached=True)
-            filling = time.perf_counter() - began
-            turns = {
-                "bare": bare(trainer(cached=False), pairs),
-                "uncached": timing.train(trainer(cached=False)),
-                "cached": timing.train(cached),
+            builds = {
+                "bare": partial(bare, *what, pairs, scratch),
+                "uncached": partial(train, *what, pairs, scratch, cache_features=False),
+                "cached": partial(train, *what, pairs, scratch),
             }
-            seconds = timing.compare(turns, ROUNDS)
+            turns, building = timing.build(builds)
+            seconds = timing.compare(turns, args.rounds)
+            memory = timing.peaks(builds).values()
         cells = [f"{value:.4f}" for value in seconds.values()]
         cells += [f"{seconds['uncached'] / seconds[other]:.2f}" for other in ("bare", "cached")]
-        print(f"| {name} | {' | '.join(cells)} | {filling:.1f} |", flush=True)
+        cells += [f"{building['cached'] - building['uncached']:.1f}", *(f"{value:.2f}" for value in memory)]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def batch(args: argparse.Namespace) -> None:
+    """Pairs a step, with the default LoRA on both projections."""
+    pairs = preference_pairs("fluent", STEPS * BATCH)
+    counts = {
+        f"{name}, {kind}, {count} pairs a step": (load, kind == "cached", count)
+        for name, load in args.models.items()
+        for kind in ("uncached", "cached")
+        for count in (1, 4, 16)
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        turns = {
+            name: train(load, None, pairs, scratch, cache_features=cached, per_device_train_batch_size=count)
+            for name, (load, cached, count) in counts.items()
+        }
+        seconds = timing.compare(turns, args.rounds)
+    timing.report(seconds, {name: count for name, (*_, count) in counts.items()}, next(iter(counts)))
+
+
+def arguments(args: argparse.Namespace) -> None:
+    """Options of TrainingArguments, each alone, with a LoRA on all vision layers and no cache."""
+    name, load = list(args.models.items())[-1]
+    pairs = preference_pairs("fluent", STEPS * BATCH)
+    alone: dict[str, dict[str, Any]] = {
+        f"{name}, the trainer's defaults, fp32": {},
+        "bf16": {"bf16": True},
+        "gradient_checkpointing": {"gradient_checkpointing": True},
+        "torch_compile": {"torch_compile": True},
+        "optim adamw_torch (not fused)": {"optim": "adamw_torch"},
+    }
+    if args.no_compile:
+        del alone["torch_compile"]
+    with tempfile.TemporaryDirectory() as scratch:
+        builds: dict[str, timing.Build] = {
+            name: partial(train, load, VISION.format(r"\d+"), pairs, scratch, cache_features=False, **chosen)
+            for name, chosen in alone.items()
+        }
+        seconds = timing.compare(timing.build(builds)[0], args.rounds)
+        timing.report(seconds, BATCH, next(iter(alone)), timing.peaks(builds))
+
+
+PARTS = {"cache": cache, "batch": batch, "arguments": arguments}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["cache"])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each")
+    parser.add_argument("--emoji_only", action="store_true", help="leave out the models of ViT-B/32's shape")
+    parser.add_argument("--no_compile", action="store_true", help="leave out torch_compile, which takes minutes")
+    args = parser.parse_args()
+    args.models = {"emoji CLIP": emoji_clip} if args.emoji_only else MODELS
+    timing.quiet()
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the tables of `args.parts`."""
+    for part in args.parts:
+        print(f"{PARTS[part].__doc__} {torch.get_num_threads()} threads.\n", flush=True)
+        PARTS[part](args)
+        print()
 
 
 if __name__ == "__main__":

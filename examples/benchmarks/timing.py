@@ -1,26 +1,34 @@
-"""Seconds of training steps that take turns, so that a noisy machine is noisy for all of them."""
+"""Seconds of training steps that take turns, so that a noisy machine is noisy for all of them; and their memory."""
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
 from accelerate.state import AcceleratorState
+from datasets import disable_progress_bars
+from diffusers.utils import logging as diffusers_logging
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 Turn = Callable[[], list[float]]  # runs a few steps, and says how many seconds each took but the first
+Build = Callable[[], Turn]
 
 
 class Clock(TrainerCallback):
     """Seconds from the end of a step to the end of the next: all that the Trainer does in between, data included."""
 
     def __init__(self) -> None:
+        self.began = 0.0
         self.ends: list[float] = []
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.began = now()
         self.ends = []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -34,21 +42,33 @@ def now() -> float:
     return time.perf_counter()
 
 
-def train(trainer: Trainer) -> Turn:
-    """A turn is a whole `trainer.train()`."""
-    trainer.remove_callback(PrinterCallback)
-    clock = Clock()
-    trainer.add_callback(clock)
-    own = dict(AcceleratorState._shared_state)
+class Training:
+    """A turn is a whole `trainer.train()`.
 
-    def turn() -> list[float]:
+    Attributes:
+        before: Seconds that the first turn took before its first step.
+        first: Seconds of that step.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        trainer.remove_callback(PrinterCallback)
+        self.trainer = trainer
+        self.clock = Clock()
+        trainer.add_callback(self.clock)
+        self.state = dict(AcceleratorState._shared_state)
+        self.before: float | None = None
+        self.first: float | None = None
+
+    def __call__(self) -> list[float]:
         # One state serves all trainers of a process, that of the newest: it would say whether others are compiled.
         AcceleratorState._shared_state.clear()
-        AcceleratorState._shared_state.update(own)
-        trainer.train()
-        return [end - start for start, end in pairwise(clock.ends)]
-
-    return turn
+        AcceleratorState._shared_state.update(self.state)
+        called = now()
+        self.trainer.train()
+        began, ends = self.clock.began, self.clock.ends
+        if self.before is None:
+            self.before, self.first = began - called, ends[0] - began
+        return [end - start for start, end in pairwise(ends)]
 
 
 def repeat(step: Callable[[], None], count: int) -> Turn:
@@ -64,6 +84,16 @@ def repeat(step: Callable[[], None], count: int) -> Turn:
     return turn
 
 
+def build(builds: Mapping[str, Build]) -> tuple[dict[str, Turn], dict[str, float]]:
+    """The turns, and the seconds that building each took."""
+    turns, seconds = {}, {}
+    for name, make in builds.items():
+        began = now()
+        turns[name] = make()
+        seconds[name] = now() - began
+    return turns, seconds
+
+
 def compare(turns: dict[str, Turn], rounds: int) -> dict[str, float]:
     """Median seconds of a step of each; the first turn of each is slower, and not counted."""
     for turn in turns.values():
@@ -73,3 +103,51 @@ def compare(turns: dict[str, Turn], rounds: int) -> dict[str, float]:
         for name, turn in turns.items():
             times[name] += turn()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def tells_memory() -> bool:
+    """Whether the device counts what it holds at most; a CPU does not."""
+    return hasattr(torch.get_device_module(DEVICE), "max_memory_allocated")
+
+
+def peaks(builds: Mapping[str, Build]) -> dict[str, float]:
+    """GB of the device that a turn of each takes at most, its models included; empty if the device doesn't tell.
+
+    Each is built once more, and counted by what it takes beyond what is there already.
+    """
+    if not tells_memory():
+        return {}
+    device = torch.get_device_module(DEVICE)
+    found = {}
+    for name, make in builds.items():
+        gc.collect()
+        held = device.memory_allocated()
+        turn = make()
+        gc.collect()
+        device.reset_peak_memory_stats()
+        turn()
+        found[name] = (device.max_memory_allocated() - held) / 1e9
+        del turn
+    return found
+
+
+def report(
+    seconds: dict[str, float], pairs: int | dict[str, int], reference: str, memory: Mapping[str, float] | None = None
+) -> None:
+    """Print a table of what `compare`, and `peaks`, gave. `pairs` are those of a step."""
+    count = pairs if isinstance(pairs, dict) else dict.fromkeys(seconds, pairs)
+    rates = {name: count[name] / value for name, value in seconds.items()}
+    print(f"| | seconds a step | pairs a second | times |{' peak memory, GB |' if memory else ''}")
+    print("|---" + "|---:" * (4 if memory else 3) + "|")
+    for name, value in seconds.items():
+        peak = f" {memory[name]:.2f} |" if memory else ""
+        print(f"| {name} | {value:.4g} | {rates[name]:.2f} | {rates[name] / rates[reference]:.2f} |{peak}", flush=True)
+
+
+def quiet() -> None:
+    """Nothing but the tables."""
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    disable_progress_bars()
