@@ -6,8 +6,10 @@
 
 Rows are synthetic: two images of noise of 64 px, and a prompt that no other row has, which lie in a file as a dataset
 from the Hub does. Each number of rows has a process of its own, since a peak of memory never falls. The encoders are
-those of the emoji domain; for others, seconds and bytes are other ones, but grow in the same way. Memory is what the
-process holds of its own: pages of mapped files, which the system takes back when it needs them, don't count.
+those of the emoji domain; for others, seconds and bytes are other ones, but grow in the same way. Measured is making a
+trainer with `cache_dir`, with all that it does to the rows: checks, counting prompts that are too long, encoding. The
+loading of the model is in it too, the same for any number of rows. Memory is what the process holds of its own: pages
+of mapped files, which the system takes back when it needs them, don't count.
 """
 
 import argparse
@@ -16,29 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset, Features, Image, Value, disable_progress_bars
+from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from transformers import CLIPModel, CLIPProcessor
-from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+import timing
 from lora_step import Watch
 
-from bt_hf.diffusion.cache import cache_pairs
-from bt_hf.diffusion.collator import DiffusionCollator
-from bt_hf.diffusion.encoder import PairEncoder
-from bt_hf.diffusion.family import find_family
-from bt_hf.diffusion.loading import from_pretrained
-from bt_hf.reward.cache import FeatureCache
-from bt_hf.reward.collator import PreferenceCollator
-from bt_hf.reward.stored import store_pairs
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceLoRAConfig, PreferenceLoRATrainer
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
 
 SIZE, BATCH, MILLION = 64, 16, 1_000_000
@@ -51,28 +43,24 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
         yield {"prompt": f"drawing number {index}", "chosen": chosen, "rejected": rejected}
 
 
-def latents() -> Callable[[Dataset, Path], Any]:
-    pipeline = from_pretrained(str(DIFFUSION_FOLDER))
-    encoder = PairEncoder(find_family(pipeline), pipeline, DiffusionCollator((SIZE, SIZE)), False, torch.device("cpu"))
-    return lambda pairs, folder: cache_pairs(pairs, encoder, str(folder), "Encoding")
-
-
-def features() -> Callable[[Dataset, Path], Any]:
-    # Both towers are frozen, as they are below the default LoRA, on the projections.
-    model = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32).requires_grad_(False)
-    collator = PreferenceCollator(CLIPProcessor.from_pretrained(CLIP_FOLDER))
-    return lambda pairs, folder: store_pairs(FeatureCache(model, collator), pairs, str(folder), "Encoding")
-
-
-CACHES = {"lora": latents, "reward": features}
+TRAINERS = {
+    "lora": (PreferenceLoRATrainer, PreferenceLoRAConfig, DIFFUSION_FOLDER),
+    "reward": (BradleyTerryTrainer, BradleyTerryConfig, CLIP_FOLDER),
+}
 
 
 def measure(of: str, count: int, folder: Path) -> None:
     """Print what `count` rows took, as JSON."""
     columns = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
     pairs = Dataset.from_generator(rows, columns, cache_dir=str(folder), gen_kwargs={"count": count})
-    store = CACHES[of]()
+    trainer, config, model = TRAINERS[of]
     cache = folder / "cache"
+
+    def store(pairs: Dataset, cache: Path) -> Any:
+        """What the trainer reads its batches from."""
+        args = config(str(folder / "out"), cache_dir=str(cache), use_cpu=True, disable_tqdm=True, report_to="none")
+        return trainer(str(model), args, train_dataset=pairs).train_dataset
+
     store(pairs.select(range(8)), folder / "first")  # what a first batch allocates
     before = Watch(mapped=False)
     held = before.stop()
@@ -97,15 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000], help="at least two, the largest last")
     parser.add_argument(
-        "--of", choices=CACHES, default="lora", help="whose cache: that of a LoRA's or a reward's trainer"
+        "--of", choices=TRAINERS, default="lora", help="whose cache: that of a LoRA's or a reward's trainer"
     )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if len(args.rows) < 2:
         parser.error("--rows needs at least two numbers, for the line through the last two")
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    disable_progress_bars()
+    timing.quiet()
     if args.child:
         measure(args.of, int(args.child[0]), Path(args.child[1]))
         return

@@ -240,9 +240,8 @@ def draws(studio: Studio, args: argparse.Namespace) -> None:
     header(studio, "Fixed draws of noise and timestep for each pair: share of the preferred style")
     for count in (8, 32, 128, None):
         run(studio, f"{count or 'new'} draws", args.tastes, [0], noise_draws=count)
-    run(
-        studio, "8 draws, bf16", args.tastes, [0], noise_draws=8, bf16=True
-    )  # what makes steps faster: see lora_speed.py
+    # What makes steps faster: see lora_speed.py.
+    run(studio, "8 draws, bf16", args.tastes, [0], noise_draws=8, bf16=True)
 
 
 def beta(studio: Studio, args: argparse.Namespace) -> None:
