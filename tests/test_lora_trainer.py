@@ -388,6 +388,14 @@ def test_a_stopped_run_is_resumed_and_drawn_as_it_was_saved(tmp_path: Path) -> N
     assert np.abs(np.asarray(own, dtype=int) - np.asarray(drawn, dtype=int)).max() <= 1
 
 
+def test_held_out_pairs_that_nobody_looks_at_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, evaluation=red_pairs(4, seed=1), eval_strategy="steps")
+    make(tmp_path, evaluation=red_pairs(4, seed=1), guards=False)
+    assert "overfitting" not in caplog.text
+    make(tmp_path, evaluation=red_pairs(4, seed=1))
+    assert "nothing stops at overfitting: pass `eval_strategy='steps'`" in caplog.text
+
+
 def test_collapse_guard_compares_with_before() -> None:
     guard, state = CollapseGuard(), TrainerState()
     guard.on_log(None, state, None, logs={"validation_distance": 0.2, "validation_distance_base": 0.3})

@@ -139,6 +139,11 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self.guards: list[Guard] = [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()] if args.guards else []
         for guard in self.guards:
             self.add_callback(guard)
+        if self.guards and eval_dataset is not None and args.eval_strategy == "no":
+            logger.warning(
+                "The held-out pairs are not looked at while training, so nothing stops at overfitting: pass "
+                "`eval_strategy='steps'` for that."
+            )
 
     @staticmethod
     def _check_data(args: PreferenceLoRAConfig, train: Any, evaluation: Any) -> None:
