@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 
 @dataclass
@@ -28,7 +29,17 @@ class PreferenceConfig(TrainingArguments):
         # take itself for the only one, train by itself, and write into the same folder.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             self.use_cpu = True
+        # DeepSpeed takes the precision of `accelerate launch`, and the Trainer refuses to start with one that these
+        # arguments don't name. Without DeepSpeed, it takes that of `accelerate launch` itself.
+        by_launcher = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not self.deepspeed
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if by_launcher and precision in ("bf16", "fp16") and not (self.bf16 or self.fp16):
+            setattr(self, precision, True)
         super().__post_init__()
+        # Else transformers would divide a model among the processes as soon as it is loaded, whatever
+        # `zero3_init_flag` says; bt_hf looks at the base before it is divided. The Trainer puts this back.
+        if by_launcher:
+            unset_hf_deepspeed_config()
         # Dispatching cuts every tensor of a stream's batch to B rows, but of images there are 2B.
         self.accelerator_config.dispatch_batches = False
         # Pinned memory is for copies to a GPU; without one torch only warns about it.

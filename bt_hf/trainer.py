@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
 from torch import nn
@@ -135,6 +136,11 @@ class PreferenceTrainer(Trainer):
     def divided(self) -> bool:
         """Whether training divides the weights among the processes (FSDP, DeepSpeed)."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Without the Trainer's cast to the precision of DeepSpeed, which would round labels, and comes too early for
+        # what looks at the base before DeepSpeed has cast the model.
+        return send_to_device(data, self.args.device)
 
     def place_whole(self) -> None:
         """Put the model on the device for what looks at the base before it is divided; it has to fit there once."""

@@ -1,10 +1,15 @@
 """The configs of `examples/accelerate/`: accelerate reads each, and the example scripts run as two CPU processes."""
 
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from launching import CONFIGS, launch
 from peft import PeftModel
 from tiny_models import build as build_clip
@@ -45,6 +50,38 @@ def test_accelerate_reads_the_config(name: str) -> None:
         assert (args.fsdp_version, args.fsdp_state_dict_type) == (2, "FULL_STATE_DICT")
     if how == "use_deepspeed":
         assert args.zero_stage == int(name[-1])
+
+
+@pytest.mark.parametrize("name", [name for name, (how, _) in EXPECTED.items() if how == "use_deepspeed"])
+def test_deepspeed_and_the_arguments_agree(name: str, tmp_path: Path) -> None:
+    """What transformers does before it calls DeepSpeed, of which no more is needed than to be there."""
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").touch()
+    (tmp_path / "deepspeed-1.0.dist-info").mkdir()
+    (tmp_path / "deepspeed-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: deepspeed\nVersion: 1.0\n"
+    )
+    options = ["--config_file", str(CONFIGS / f"{name}.yaml"), "train.py"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(options))
+    args.deepspeed_fields_from_accelerate_config = ""
+    _, environment = prepare_deepspeed_cmd_env(args)
+    code = """
+        from types import SimpleNamespace
+        from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, propagate_args_to_deepspeed
+        from bt_hf import BradleyTerryConfig
+        args = BradleyTerryConfig("unused", report_to="none", use_cpu=True)
+        assert not is_deepspeed_zero3_enabled()  # so that models are loaded whole
+        accelerator = SimpleNamespace(state=args)  # both hold the plugin
+        propagate_args_to_deepspeed(accelerator, args)
+        config = args.deepspeed_plugin.hf_ds_config
+        config.trainer_config_finalize(args, None, 10)  # raises where they disagree
+        assert args.bf16 and config.is_true("bf16.enabled")
+        """
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(EXAMPLES.parent), environment["PYTHONPATH"]])
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.fixture(scope="module")

@@ -255,6 +255,23 @@ def test_bf16_stays_close_to_float32(tmp_path: Path) -> None:
     assert losses[0] != losses[1]  # it was on
 
 
+def test_bf16_of_the_launcher_needs_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert make_trainer(tmp_path).accelerator.mixed_precision == "bf16"
+
+
+def test_deepspeed_casts_the_model_and_inputs_follow(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, cache_features=False)
+    batch = trainer.data_collator(list(red_pairs(3, preference=[0.7, 1.0, 0.5])))
+    expected, _ = trainer._embed(trainer.model, batch)
+    trainer.is_deepspeed_enabled = True
+    for dtype in (torch.float32, torch.bfloat16):  # before DeepSpeed has the model, and after
+        inputs = trainer._prepare_inputs(batch)
+        assert torch.equal(inputs["preference"], batch["preference"])
+        found, _ = trainer._embed(trainer.model.to(dtype), inputs)
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
+
+
 def test_bf16_alignment_of_an_untouched_model_is_zero(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, bf16=True, warm_start=False, num_train_epochs=1, logging_steps=1)
     trainer.train()
