@@ -1,7 +1,10 @@
-"""Training on streams: shared out row by row, walked through in step, and resumed where they were left."""
+"""Streams: shared out row by row, walked through in step, and resumed where they were left."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
+import torch
 from accelerate.data_loader import DataLoaderShard
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
@@ -63,3 +66,43 @@ def share_out(stream: IterableDataset, args: TrainingArguments, batch_size: int,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
+
+
+def share_out_evenly(stream: IterableDataset, args: TrainingArguments, batch_size: int, collate: Any) -> "_Rounds":
+    """Batches of this process's rows for evaluation: as many on each process, all of them full.
+
+    Each process reads the whole stream, without dataloader workers: what is gathered is in the stream's order, and
+    ends where the stream does.
+    """
+    return _Rounds(
+        _RoundsOfRows(stream, batch_size, args.process_index, args.world_size),
+        device=args.device,
+        batch_size=batch_size,
+        collate_fn=collate,
+        pin_memory=args.dataloader_pin_memory,
+    )
+
+
+class _RoundsOfRows(torch.utils.data.IterableDataset):
+    """Of rounds of a batch for each process, this process's; the last one is filled up with rows of weight 0."""
+
+    def __init__(self, stream: IterableDataset, batch_size: int, process: int, processes: int) -> None:
+        self.stream = stream
+        self.size = batch_size * processes
+        self.own = slice(batch_size * process, batch_size * (process + 1))
+        self.last = 0  # rows of the newest round
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = iter(self.stream)
+        while found := list(islice(rows, self.size)):
+            self.last = len(found)
+            filled = found + [{**found[-1], "weight": 0.0}] * (self.size - len(found))
+            yield from filled[self.own]
+
+
+class _Rounds(DataLoaderShard):
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if self.end_of_dataloader:  # how much of the last round `gather_for_metrics` keeps; 0 is all
+                self.remainder = self.dataset.last % self.dataset.size
+            yield batch

@@ -26,7 +26,7 @@ from bt_hf.divided import divide_by_layers, whole
 from bt_hf.hub_checks import ADAPTER_CONFIG, CARD, contract_files
 from bt_hf.pairs import PreferenceDataError, check_columns, overlapping_rows
 from bt_hf.processes import part_at_exit
-from bt_hf.streams import Filler, Position, share_out
+from bt_hf.streams import Filler, Position, share_out, share_out_evenly
 
 logger = logging.getLogger(__name__)
 
@@ -119,15 +119,19 @@ class PreferenceTrainer(Trainer):
             return share_out(self.train_dataset, self.args, self._train_batch_size, self.data_collator)
         return super().get_train_dataloader()
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, **kwargs: Any
+    ) -> torch.utils.data.DataLoader:
+        if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
+            return share_out_evenly(dataset, self.args, batch_size, self.data_collator)
         # Rows of a cache know how to become a batch, and plain rows need another collator; the Trainer knows one.
         collate = getattr(dataset, "collate", None)
         if collate is None:
-            return super()._get_dataloader(dataset, *args, **kwargs)
+            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
         own: Any = self.data_collator
         self.data_collator = collate
         try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
+            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
         finally:
             self.data_collator = own
 

@@ -12,9 +12,12 @@ from launching import launch, threads_at_exit
 from safetensors.torch import load_file
 from tiny_models import red_pairs
 
+from bt_hf import load_preference_pairs
+
 # Files of so many rows. Of four files each process takes two, with 1 to 7 rows more on one of them. Three can't be
 # divided, so that each process takes every second row: 6 and 5.
-DATA = {"four": [7, 2, 3, 1], "three": [4, 5, 2]}
+DATA = {"four": [7, 2, 3, 1], "three": [4, 5, 2], "uneven": [7, 2], "single": [9]}
+EVALUATED = ["uneven", "single", "four"]
 CASES: list[dict[str, Any]] = [
     {"name": "reward", "kind": "reward", "data": "four", "options": {"max_steps": 10}},
     {
@@ -36,6 +39,8 @@ CASES: list[dict[str, Any]] = [
         "options": {"max_steps": 4, "gradient_accumulation_steps": 2},
         "resume": "lora/checkpoint-3",
     },
+    {"name": "evaluated", "kind": "reward", "options": {"max_steps": 1}, "evaluate": EVALUATED},
+    {"name": "evaluated-lora", "kind": "lora", "options": {"max_steps": 1}, "evaluate": EVALUATED},
 ]
 PASSES = {"reward": 2, "workers": 1, "lora": 2}  # that are complete: the files' order decides how long one is
 
@@ -85,6 +90,23 @@ def test_two_processes_see_each_row_once_a_pass(case: str, two_processes: Path) 
     # Both have taken as many steps, the one with fewer rows some that don't count.
     assert len({facts["steps"] for facts in ranks}) == 1
     assert any(not weight for facts in ranks for _, weight, _ in facts["seen"])
+
+
+@pytest.mark.parametrize("data", EVALUATED)
+@pytest.mark.parametrize("kind", ["reward", "lora"])
+def test_two_processes_evaluate_each_row_of_a_stream_once(
+    kind: str, data: str, two_processes: Path, tmp_path: Path
+) -> None:
+    pairs = load_preference_pairs(write(tmp_path / "data") / data)
+    trainer = make(kind, tmp_path / "one", tmp_path / "data" / data, max_steps=1)
+    expected = {**trainer.evaluate(pairs), "margins": trainer.last_evaluation["margins"].tolist()}
+    assert len(expected["margins"]) == sum(DATA[data])
+    name = "evaluated" if kind == "reward" else "evaluated-lora"
+    for rank in (0, 1):
+        found = json.loads((two_processes / f"{name}-{rank}.json").read_text())[data]
+        assert sorted(found["margins"]) == pytest.approx(sorted(expected["margins"]), abs=1e-4)
+        for metric in ("eval_loss", "eval_accuracy", "eval_accuracy_low", "eval_log_loss"):
+            assert found[metric] == pytest.approx(expected[metric], abs=1e-5), metric
 
 
 def test_two_processes_resume_the_same_to_the_bit(two_processes: Path) -> None:
