@@ -28,11 +28,15 @@ class Position(TrainerCallback, ExportableState):
     Attributes:
         passes: Complete passes; each of them saw every row once.
         steps: Steps since then.
+        batches: The arguments that decide which rows of a stream these steps have seen.
     """
+
+    DECISIVE = ("world_size", "dataloader_num_workers", "train_batch_size", "gradient_accumulation_steps")
 
     def __init__(self, passes: int = 0, steps: int = 0) -> None:
         self.passes = passes
         self.steps = steps
+        self.batches: dict[str, int] = {}
         self.go_on_from(passes, steps)
 
     def go_on_from(self, passes: int, steps: int) -> None:
@@ -41,13 +45,28 @@ class Position(TrainerCallback, ExportableState):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.passes, self.steps = self._next
+        self.batches = {name: getattr(args, name) for name in self.DECISIVE}
         self.go_on_from(self.passes + 1, 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += 1
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"passes": self.passes, "steps": self.steps}, "attributes": {}}
+        return {"args": {"passes": self.passes, "steps": self.steps}, "attributes": {"batches": self.batches}}
+
+    @staticmethod
+    def check_batches(saved: dict[str, int], args: TrainingArguments) -> None:
+        """Raise a `ValueError` if steps that were counted with the `saved` numbers saw other rows than `args` say."""
+        changes = [
+            f"`{name}` was {number} and is {getattr(args, name)}"
+            for name, number in saved.items()
+            if getattr(args, name) != number
+        ]
+        if changes:
+            raise ValueError(
+                f"this checkpoint is in the middle of a pass over a stream, but {', '.join(changes)}: rows would be "
+                "lost or seen twice. Resume with the same numbers, or begin the pass anew by `ignore_data_skip=True`."
+            )
 
 
 def share_out(stream: IterableDataset, args: TrainingArguments, batch_size: int, collate: Any) -> DataLoaderShard:

@@ -109,7 +109,11 @@ class PreferenceTrainer(Trainer):
         steps = batches // self.args.gradient_accumulation_steps
         if isinstance(self.train_dataset, IterableDataset) and saved is not None and self.state.global_step:
             passes, steps = saved["args"]["passes"], saved["args"]["steps"]
-            batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+            if self.args.ignore_data_skip:
+                steps = 0
+            if steps:  # older checkpoints don't say with which numbers
+                Position.check_batches(saved["attributes"].get("batches", {}), self.args)
+            batches = steps * self.args.gradient_accumulation_steps
         self.position.go_on_from(passes, steps)
         return passes, batches
 

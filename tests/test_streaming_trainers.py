@@ -42,7 +42,12 @@ CASES: list[dict[str, Any]] = [
     {"name": "evaluated", "kind": "reward", "options": {"max_steps": 1}, "evaluate": EVALUATED},
     {"name": "evaluated-lora", "kind": "lora", "options": {"max_steps": 1}, "evaluate": EVALUATED},
 ]
-PASSES = {"reward": 2, "workers": 1, "lora": 2}  # that are complete: the files' order decides how long one is
+PASSES = {
+    "reward": 2,
+    "workers": 1,
+    "lora": 2,
+    "kto": 1,
+}  # that are complete: the files' order decides how long one is
 
 
 def write(folder: Path) -> Path:
@@ -135,6 +140,52 @@ def test_resuming_a_stream_is_the_same_to_the_bit(kind: str, tmp_path: Path) -> 
         assert rest == seen[len(seen) - len(rest) :]
         assert [number for _, _, number in rest][0] == step // 6
         assert_same(adapter(tmp_path / str(step)), adapter(tmp_path / "whole"))
+
+
+def test_a_pass_begun_anew_is_counted_anew(tmp_path: Path) -> None:
+    data = write(tmp_path / "data") / "three"  # 11 rows, 6 steps a pass
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make("reward", tmp_path / "first", data, max_steps=2, **options).train()
+    anew = make("reward", tmp_path / "anew", data, max_steps=5, ignore_data_skip=True, **options)
+    seen = follow(anew)
+    anew.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    last = make("reward", tmp_path / "last", data, max_steps=8)
+    rest = follow(last)
+    last.train(resume_from_checkpoint=str(tmp_path / "anew" / "checkpoint-5"))
+    assert Counter(prompt for prompt, _, _ in seen + rest) == Counter(red_pairs(11)["prompt"])
+    assert {number for _, _, number in seen + rest} == {0}
+
+
+def test_the_middle_of_a_pass_needs_the_same_batches(tmp_path: Path) -> None:
+    data = write(tmp_path / "data") / "three"
+    make("reward", tmp_path / "first", data, max_steps=2, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "first" / "checkpoint-2"
+
+    def resume(**options: Any) -> list[list]:
+        trainer = make("reward", tmp_path / "resumed", data, max_steps=3, **options)
+        seen = follow(trainer)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return seen
+
+    for name, before, now in (
+        ("dataloader_num_workers", 0, 2),
+        ("train_batch_size", 2, 3),
+        ("gradient_accumulation_steps", 1, 2),
+    ):
+        option = {name.replace("train_", "per_device_train_"): now}
+        with pytest.raises(ValueError, match=f"`{name}` was {before} and is {now}.*ignore_data_skip=True"):
+            resume(**option)
+    assert resume(per_device_train_batch_size=3, ignore_data_skip=True)
+
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    position = state["stateful_callbacks"]["Position"]
+    position["attributes"]["batches"]["world_size"] = 2
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="`world_size` was 2 and is 1"):
+        resume()
+    position["attributes"] = {}  # as older versions wrote it
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    assert resume()
 
 
 def test_a_run_can_be_prolonged(tmp_path: Path) -> None:
