@@ -1,6 +1,7 @@
 """Streams: shared out row by row, walked through in step, and resumed where they were left."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,12 +13,11 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 
-class Filler(dict):
-    """A batch whose rows have weight 0: what a process goes along with that has no rows left."""
-
-    @classmethod
-    def of(cls, batch: dict[str, Any]) -> "Filler":
-        return cls(batch, weight=batch["weight"] * 0)
+def without_weight(batch: dict[str, Any], kept: int = 0) -> dict[str, Any]:
+    """The batch with weight 0 for all but the first `kept` rows: a process goes along, but these count for nothing."""
+    weight = batch["weight"].clone()
+    weight[kept:] = 0
+    return {**batch, "weight": weight}
 
 
 class Position(TrainerCallback, ExportableState):
@@ -69,22 +69,32 @@ class Position(TrainerCallback, ExportableState):
             )
 
 
+def fill_up(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """The rows, and up to `size` of them copies of the last one with weight 0."""
+    return rows + [{**rows[-1], "weight": 0.0}] * (size - len(rows))
+
+
 def share_out(stream: IterableDataset, args: TrainingArguments, batch_size: int, collate: Any) -> DataLoaderShard:
     """Batches of this process's rows.
 
     `datasets` gives each row to one process: whole files where their number is a multiple of the processes, else
     every so manyth row. accelerate, left to itself, would fill the last batches with rows that were seen already.
+    Here they are filled with rows of weight 0: what is gathered has to be of one size on all processes.
     """
     return DataLoaderShard(
         split_dataset_by_node(stream, args.process_index, args.world_size),
         device=args.device,
         batch_size=batch_size,
-        collate_fn=collate,
+        collate_fn=partial(_collate_full, collate, batch_size),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
+
+
+def _collate_full(collate: Any, size: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return collate(fill_up(rows, size))
 
 
 def share_out_evenly(stream: IterableDataset, args: TrainingArguments, batch_size: int, collate: Any) -> "_Rounds":
@@ -115,8 +125,7 @@ class _RoundsOfRows(torch.utils.data.IterableDataset):
         rows = iter(self.stream)
         while found := list(islice(rows, self.size)):
             self.last = len(found)
-            filled = found + [{**found[-1], "weight": 0.0}] * (self.size - len(found))
-            yield from filled[self.own]
+            yield from fill_up(found, self.size)[self.own]
 
 
 class _Rounds(DataLoaderShard):

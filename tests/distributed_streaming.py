@@ -18,6 +18,7 @@ from bt_hf import (
     PreferenceLoRATrainer,
     load_preference_pairs,
 )
+from bt_hf.cli.lora import unpair
 
 COMMON = {
     "per_device_train_batch_size": 2,
@@ -40,6 +41,8 @@ def make(kind: str, folder: Path, data: Path, **options: object) -> BradleyTerry
         model, processor = build_clip()
         args = BradleyTerryConfig(str(folder), warm_start=False, **options)
         return BradleyTerryTrainer(model, args, train_dataset=pairs, processing_class=processor)
+    if kind == "kto":
+        pairs, options = unpair(pairs), {**options, "loss_type": "kto"}
     args = PreferenceLoRAConfig(str(folder), resolution=SIZE[0], beta=500, **options)
     return PreferenceLoRATrainer(build_pipeline("sd"), args, train_dataset=pairs)
 
