@@ -16,6 +16,13 @@ class PreferenceConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept off: the collator reads the columns of the row contract."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the mean of earlier losses where one is not finite. Off: it should show, and looking for it "
+            "would wait for the device at every step."
+        },
+    )
     label_smoothing: float = field(
         default=0.0,
         metadata={"help": "Share of clicks taken to be slips of the hand, in [0, 0.5], as in conservative DPO."},

@@ -27,7 +27,7 @@ from bt_hf.divided import divide_by_layers, whole
 from bt_hf.hub_checks import ADAPTER_CONFIG, CARD, contract_files
 from bt_hf.pairs import PreferenceDataError, check_columns, overlapping_rows
 from bt_hf.processes import part_at_exit
-from bt_hf.streams import Filler, Position, share_out
+from bt_hf.streams import Position, share_out, share_out_evenly, without_weight
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ class PreferenceTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # What `record` has seen since the last log: sums and counts.
         self._running: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._filler: Filler | None = None
-        self._counts = True
+        self._filler: dict[str, Any] | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(Position())
         if self.args.world_size > 1:
@@ -64,40 +63,46 @@ class PreferenceTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, IterableDataset):
             batches = self._in_step(batches, num_batches)
+        elif self.args.world_size > 1:
+            first = self.position.steps * self.args.gradient_accumulation_steps
+            batches = [self._without_repeats(batch, first + index) for index, batch in enumerate(batches)]
         if not batches:
             return batches, None
         total = sum(batch["weight"].sum() for batch in batches).to(device)
         return batches, self.accelerator.gather(total).sum()
 
+    def _without_repeats(self, batch: dict[str, Any], index: int) -> dict[str, Any]:
+        """The batch of this index in a pass; rows with which accelerate filled up the pass's end have no weight."""
+        rows = len(batch["weight"])
+        before = rows * (index * self.args.world_size + self.args.process_index)
+        left = max(len(self.train_dataset) - before, 0)
+        return batch if left >= rows else without_weight(batch, left)
+
     def _in_step(self, batches: list[Any], num_batches: int) -> list[Any]:
         """What remains of a stream's pass, filled up so that all processes take the same steps, of as many batches."""
         if batches:
-            self._filler = Filler.of(batches[-1])
+            self._filler = batches[-1]
         counts = self._everywhere(len(batches))
-        if (counts == num_batches).all():
+        if min(counts) == num_batches:
             return batches
-        if not counts.any():
+        if not any(counts):
             self.control.should_epoch_stop = True  # else the Trainer would ask on, up to `max_steps`
             return []
         if self._filler is None:  # resumed at the end of this process's rows
-            first = next(iter(self.get_train_dataloader()), None)
-            self._filler = first and Filler.of(first)
-        without = self._everywhere(int(self._filler is None)).sum()
-        if without:
+            self._filler = next(iter(self.get_train_dataloader()), None)
+        without = sum(self._everywhere(int(self._filler is None)))
+        if without or self._filler is None:
             raise PreferenceDataError(
                 f"the stream has no rows for {without} of {self.args.world_size} processes: start fewer of them, or "
                 "spread its rows over more files"
             )
-        return batches + [self._filler] * (num_batches - len(batches))
+        return batches + [without_weight(self._filler)] * (num_batches - len(batches))
 
-    def _everywhere(self, number: int) -> torch.Tensor:
+    def _everywhere(self, number: int) -> list[int]:
         """The number of each process, on each process."""
-        return self.accelerator.gather(torch.tensor([number], device=self.args.device))
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer.training_step`; what fills up the end of a stream leaves no trace in the log."""
-        self._counts = not isinstance(inputs, Filler)
-        return super().training_step(model, inputs, *args, **kwargs)
+        if self.args.world_size == 1:  # spares waiting for the device
+            return [number]
+        return self.accelerator.gather(torch.tensor([number], device=self.args.device)).tolist()
 
     @property
     def position(self) -> Position:
@@ -110,7 +115,11 @@ class PreferenceTrainer(Trainer):
         steps = batches // self.args.gradient_accumulation_steps
         if isinstance(self.train_dataset, IterableDataset) and saved is not None and self.state.global_step:
             passes, steps = saved["args"]["passes"], saved["args"]["steps"]
-            batches = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+            if self.args.ignore_data_skip:
+                steps = 0
+            if steps:  # older checkpoints don't say with which numbers
+                Position.check_batches(saved["attributes"].get("batches", {}), self.args)
+            batches = steps * self.args.gradient_accumulation_steps
         self.position.go_on_from(passes, steps)
         return passes, batches
 
@@ -120,15 +129,19 @@ class PreferenceTrainer(Trainer):
             return share_out(self.train_dataset, self.args, self._train_batch_size, self.data_collator)
         return super().get_train_dataloader()
 
-    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, **kwargs: Any
+    ) -> torch.utils.data.DataLoader:
+        if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
+            return share_out_evenly(dataset, self.args, batch_size, self.data_collator)
         # Rows of a cache know how to become a batch, and plain rows need another collator; the Trainer knows one.
         collate = getattr(dataset, "collate", None)
         if collate is None:
-            return super()._get_dataloader(dataset, *args, **kwargs)
+            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
         own: Any = self.data_collator
         self.data_collator = collate
         try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
+            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
         finally:
             self.data_collator = own
 
@@ -183,18 +196,23 @@ class PreferenceTrainer(Trainer):
             (weight * losses).sum() * self.accelerator.num_processes / torch.as_tensor(total_weight).clamp(min=1e-12)
         )
 
-    def record(self, **values: torch.Tensor) -> None:
-        """Add per-pair values (B,) to the means of the next log. No synchronisation with the device."""
+    def record(self, counts: torch.Tensor, **values: torch.Tensor) -> None:
+        """Add values of rows, each (B,), to the means of the next log. No synchronisation with the device.
+
+        Args:
+            counts: (B,) weights, or a mask: rows of 0 are left out; the others count alike.
+            values: By the name in the log, which has to be the same on all processes.
+        """
+        counts = counts > 0
         for name, value in values.items():
-            # Of what does not count nothing, but under its name: all processes log the same names.
-            self._running[name].append(value.detach().float().flatten()[: None if self._counts else 0])
+            kept = value.detach().float().where(counts, 0.0)
+            self._running[name].append(torch.stack([kept.sum(), counts.sum()]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as the Trainer does, with the means of what was recorded in training since the last time."""
         if "loss" in logs:
             for name in sorted(self._running):
-                values = torch.cat(self._running[name])
-                sums = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
+                sums = torch.stack(self._running[name]).sum(0)
                 total, count = self.accelerator.gather(sums[None]).sum(0).tolist()
                 if count:  # an accuracy of ties alone has no pairs
                     logs[name] = total / count

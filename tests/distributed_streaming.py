@@ -1,4 +1,4 @@
-"""What each process of `test_streaming_trainers.py` runs: train on streams, and write down which rows counted."""
+"""What each process of `test_streaming_trainers.py` runs: train or evaluate on streams, and write down how it went."""
 
 import json
 import os
@@ -18,9 +18,11 @@ from bt_hf import (
     PreferenceLoRATrainer,
     load_preference_pairs,
 )
+from bt_hf.cli.lora import unpair
 
 COMMON = {
     "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
     "learning_rate": 1e-3,
     "warmup_steps": 0,
     "logging_steps": 1,
@@ -39,8 +41,16 @@ def make(kind: str, folder: Path, data: Path, **options: object) -> BradleyTerry
         model, processor = build_clip()
         args = BradleyTerryConfig(str(folder), warm_start=False, **options)
         return BradleyTerryTrainer(model, args, train_dataset=pairs, processing_class=processor)
+    if kind == "kto":
+        pairs, options = unpair(pairs), {**options, "loss_type": "kto"}
     args = PreferenceLoRAConfig(str(folder), resolution=SIZE[0], beta=500, **options)
     return PreferenceLoRATrainer(build_pipeline("sd"), args, train_dataset=pairs)
+
+
+def measure(trainer: BradleyTerryTrainer | PreferenceLoRATrainer, data: Path) -> dict:
+    """What an evaluation on a stream of the files in `data` gives, and the margins that it saw."""
+    metrics = trainer.evaluate(load_preference_pairs(data, streaming=True))
+    return {**metrics, "margins": trainer.last_evaluation["margins"].tolist()}
 
 
 def follow(trainer: BradleyTerryTrainer | PreferenceLoRATrainer) -> list[list]:
@@ -67,10 +77,14 @@ if __name__ == "__main__":
     write_threads_at_exit(output)
     for case in json.loads(sys.argv[3]):
         name = case["name"]
-        trainer = make(case["kind"], output / name, data / case["data"], **case["options"])
-        seen = follow(trainer)
-        resume = case.get("resume")
-        trainer.train(resume_from_checkpoint=resume and str(output / resume))
-        trainer.save_model()
-        facts = {"world_size": trainer.accelerator.num_processes, "seen": seen, "steps": trainer.state.global_step}
+        if "evaluate" in case:
+            trainer = make(case["kind"], output / name, data / case["evaluate"][0], **case["options"])
+            facts = {found: measure(trainer, data / found) for found in case["evaluate"]}
+        else:
+            trainer = make(case["kind"], output / name, data / case["data"], **case["options"])
+            seen = follow(trainer)
+            resume = case.get("resume")
+            trainer.train(resume_from_checkpoint=resume and str(output / resume))
+            trainer.save_model()
+            facts = {"world_size": trainer.accelerator.num_processes, "seen": seen, "steps": trainer.state.global_step}
         (output / f"{name}-{rank}.json").write_text(json.dumps(facts))

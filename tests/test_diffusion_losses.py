@@ -250,6 +250,10 @@ def test_kto_baseline() -> None:
     assert baseline.item() == 2
     assert not baseline.requires_grad
     assert kto_baseline(reference, double(0.0, 0.0), 4.0).item() == 0
+    # What does not count might as well be missing.
+    counts = torch.tensor([True, False])
+    assert kto_baseline(errors, reference, 4.0, counts).item() == kto_baseline(errors[:1], reference[:1], 4.0).item()
+    assert kto_baseline(errors, reference, 4.0, ~counts & counts).item() == 0
 
 
 # --- The safeguard ---

@@ -149,12 +149,13 @@ def test_first_logged_loss_is_the_equation(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, pairs, label_smoothing=0.1, logging_steps=1, num_train_epochs=1, **PLAIN)
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(expected, abs=1e-5)
-    assert logged(trainer, "reward_chosen")[0] == pytest.approx(logits[rows, rows].mean(), abs=1e-4)
-    assert logged(trainer, "reward_rejected")[0] == pytest.approx(logits[rows, 6 + rows].mean(), abs=1e-4)
-    margin = logits[rows, rows] - logits[rows, 6 + rows]
-    assert logged(trainer, "margin")[0] == pytest.approx(margin.mean(), abs=1e-4)
-    right = (margin > 0) == (np.array(preference) > 0.5)
-    assert logged(trainer, "accuracy")[0] == pytest.approx(right[np.array(preference) != 0.5].mean())
+    # Of the other means, a row of weight 0 is no part, and the others count alike.
+    chosen, rejected = logits[rows, rows], logits[rows, 6 + rows]
+    counts = np.array(weight) > 0
+    for name, values in {"reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected}.items():
+        assert logged(trainer, name)[0] == pytest.approx(values[counts].mean(), abs=1e-4)
+    right = (chosen > rejected) == (np.array(preference) > 0.5)
+    assert logged(trainer, "accuracy")[0] == pytest.approx(right[counts & (np.array(preference) != 0.5)].mean())
 
 
 @pytest.mark.parametrize("warm_start", [True, False], ids=["warm", "cold"])

@@ -154,15 +154,18 @@ REFERENCE_FREE = frozenset({"bt", "mapo", "sft"})
 # --- Single images ---
 
 
-def kto_baseline(errors: Tensor, reference: Tensor, beta: float) -> Tensor:
+def kto_baseline(errors: Tensor, reference: Tensor, beta: float, counts: Tensor | None = None) -> Tensor:
     """The point of reference of `kto`: the mean reward of a batch of images, at least 0. A detached scalar.
 
     Args:
         errors: (N,) errors of images, liked and disliked: their mean reward says how far the denoiser moved at all.
         reference: (N,) their errors with the adapter off.
         beta: As in `denoising_margin`.
+        counts: (N,) bool, the images that count; default: all. Without any, 0.
     """
-    return _kto_reward(errors, reference, beta).mean().clamp(min=0).detach()
+    reward = _kto_reward(errors, reference, beta)
+    counts = torch.ones_like(reward, dtype=torch.bool) if counts is None else counts
+    return (reward.where(counts, 0.0).sum() / counts.sum().clamp(min=1)).clamp(min=0).detach()
 
 
 def kto(

@@ -18,7 +18,7 @@ class Objective:
     Args:
         args: Options `loss_type`, `label_smoothing`, `safeguard*` and `*desirable_weight`.
         gather: Gives the rows of all processes' tensors.
-        record: Takes values of rows, by name, into the means of the log.
+        record: Takes values of the rows that count, by name, into the means of the log.
     """
 
     def __init__(
@@ -48,8 +48,9 @@ class Objective:
         if self.args.loss_type == "kto":
             assert reference is not None
             # Of all processes' images at once: the mean of clamped means would be another number.
-            everywhere = self.gather(torch.stack([errors.detach(), reference], dim=1))  # (N, 2)
-            baseline = losses.kto_baseline(everywhere[:, 0], everywhere[:, 1], beta)
+            weight = batch["weight"].repeat(len(errors) // len(batch["weight"]))
+            everywhere = self.gather(torch.stack([errors.detach(), reference, weight], dim=1))  # (N, 3)
+            baseline = losses.kto_baseline(everywhere[:, 0], everywhere[:, 1], beta, counts=everywhere[:, 2] > 0)
             weights = self.args.desirable_weight, self.args.undesirable_weight
             if "label" in batch:
                 return losses.kto(errors, reference, batch["label"], baseline, beta, *weights)
@@ -63,7 +64,7 @@ class Objective:
             scale = losses.safeguard_scale(
                 chosen, rejected, chosen_target, rejected_target, self.args.safeguard_margin, preference
             )
-            self.record(safeguard_scale=scale)
+            self.record(batch["weight"], safeguard_scale=scale)
             pair = losses.with_safeguard(pair, scale, preference)
         return losses.LOSSES[self.args.loss_type](pair, preference, beta, self.args.label_smoothing)
 
@@ -74,31 +75,30 @@ class Objective:
 
     def log(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Mapping[str, Any], beta: float) -> None:
         """Record what the log says of a training batch."""
+        weight = batch["weight"]
         if "label" in batch:
             if reference is not None:
-                liked = batch["label"] > 0.5
-                self._log_errors(errors[liked], errors[~liked], reference[liked], reference[~liked])
+                liked, change = batch["label"] > 0.5, errors - reference
+                self.record(weight * liked, winner_error_base=reference, winner_error_change=change)
+                self.record(weight * ~liked, loser_error_change=change)
             return
         preference = batch["preference"]
         margin = self.margins(errors, reference, beta)
-        decided = preference != 0.5
         hits = ((margin > 0) == (preference > 0.5)).float()
         # A LoRA that does nothing yet, as at the first step, guesses.
         hits = torch.where(margin == 0, torch.full_like(hits, 0.5), hits)
-        self.record(accuracy=hits[decided], margin=margin)
+        self.record(weight, margin=margin)
+        decided = weight * (preference != 0.5)
+        self.record(decided, accuracy=hits)
         if reference is not None:
-            found = by_preference(errors, preference) + by_preference(reference, preference)
-            winner, loser, base_winner, base_loser = (values[decided] for values in found)
-            self._log_errors(winner, loser, base_winner, base_loser)
-
-    def _log_errors(
-        self, winner: torch.Tensor, loser: torch.Tensor, base_winner: torch.Tensor, base_loser: torch.Tensor
-    ) -> None:
-        self.record(
-            winner_error_base=base_winner,
-            winner_error_change=winner - base_winner,
-            loser_error_change=loser - base_loser,
-        )
+            winner, loser = by_preference(errors, preference)
+            base_winner, base_loser = by_preference(reference, preference)
+            self.record(
+                decided,
+                winner_error_base=base_winner,
+                winner_error_change=winner - base_winner,
+                loser_error_change=loser - base_loser,
+            )
 
 
 def by_preference(errors: torch.Tensor, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -262,12 +262,12 @@ class BradleyTerryTrainer(PreferenceTrainer):
         if align:
             divergence = self._alignment(scale, text, images, base_text, base_images)
             losses = losses + self.args.alignment_weight * divergence
-            self.record(alignment=divergence)
+            self.record(weight, alignment=divergence)
         loss = self.reduce(losses, weight, num_items_in_batch)
         if model.training:
-            decided = preference != 0.5
             hits = (margins > 0) == (preference > 0.5)
-            self.record(accuracy=hits[decided], margin=margins, reward_chosen=chosen, reward_rejected=rejected)
+            self.record(weight * (preference != 0.5), accuracy=hits)
+            self.record(weight, margin=margins, reward_chosen=chosen, reward_rejected=rejected)
         if not return_outputs:
             return loss
         base_margins = scale * (base_text * (base_images[: len(text)] - base_images[len(text) :])).sum(-1)
