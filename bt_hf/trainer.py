@@ -16,6 +16,8 @@ import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
@@ -168,16 +170,35 @@ class PreferenceTrainer(Trainer):
             divide_by_layers(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(*args, **kwargs)
 
+    # What of a model may differ between training and use; a subclass may know it better.
+    modal: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module
+
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
-        """The untouched base, within a context that restores the adapter."""
-        model = self.accelerator.unwrap_model(self.model)
-        training = model.training
+        """The untouched base, within a context that restores the adapter.
+
+        What `eval()` and `disable_adapter()` do, without searching the whole model at every step.
+        """
+        adapters, modal = self._switched
+        training = [module.training for module in modal]
         try:
-            with model.eval().disable_adapter():
-                yield model
+            for module in modal:
+                module.training = False
+            for layer in adapters:
+                layer.enable_adapters(False)
+            yield self.accelerator.unwrap_model(self.model)
         finally:
-            model.train(training)
+            for layer in adapters:
+                layer.enable_adapters(True)
+            for module, mode in zip(modal, training, strict=True):
+                module.training = mode
+
+    @cached_property
+    def _switched(self) -> tuple[list[BaseTunerLayer | AuxiliaryTrainingWrapper], list[nn.Module]]:
+        """The layers that differ between base and adapter, and what differs between training and use."""
+        modules = list(self.model.modules())
+        adapters = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        return adapters, [module for module in modules if isinstance(module, self.modal)]
 
     def reduce(
         self, losses: torch.Tensor, weight: torch.Tensor, total_weight: torch.Tensor | int | None

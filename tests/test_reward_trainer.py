@@ -617,20 +617,25 @@ def test_more_alignment_keeps_more_of_the_base(tmp_path: Path) -> None:
     assert divergence[0] > 1.2 * divergence[1] > 1.44 * divergence[2] > 0
 
 
-def test_base_model_is_the_base_and_gives_the_adapter_back(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, num_train_epochs=3, learning_rate=1e-2)
+@pytest.mark.parametrize("whole", [[], ["text_projection"]], ids=["lora", "and a whole layer"])
+def test_base_model_is_the_base_and_gives_the_adapter_back(whole: list[str], tmp_path: Path) -> None:
+    targets = r"text_model.*(q_proj|v_proj)"
+    config = LoraConfig(target_modules=targets, modules_to_save=whole, lora_dropout=0.5) if whole else None
+    trainer = make_trainer(tmp_path, num_train_epochs=3, learning_rate=1e-2, peft_config=config, warm_start=not whole)
     trainer.train()
     trainer.model.train()
     inputs = PreferenceCollator(build()[1])(list(red_pairs(2)))
     inputs = {name: value for name, value in inputs.items() if name not in ("preference", "weight")}
     with torch.no_grad():
+        trainer.model.eval()
         adapted = trainer.model(**inputs).text_embeds
+        trainer.model.train()
         with trainer.base_model() as model:
             assert torch.equal(model(**inputs).text_embeds, build()[0](**inputs).text_embeds)
         with pytest.raises(RuntimeError, match="interrupted"), trainer.base_model():
             raise RuntimeError("interrupted")
-        assert torch.equal(trainer.model(**inputs).text_embeds, adapted)
-    assert trainer.model.training
+        assert all(module.training for module in trainer.model.modules())
+        assert torch.equal(trainer.model.eval()(**inputs).text_embeds, adapted)
     assert not torch.equal(adapted, build()[0](**inputs).text_embeds)
 
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -312,33 +310,13 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     # --- One step ---
 
+    modal = _DropoutNd
+
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
-        """The untouched base, within a context that restores the adapter.
-
-        What `eval()` and `disable_adapter()` do, without searching the whole model, which at every step takes longer
-        than the rest.
-        """
-        adapters, dropouts = self._switched
-        training = [module.training for module in dropouts]
-        try:
-            for module in dropouts:
-                module.eval()
-            for layer in adapters:
-                layer.enable_adapters(False)
+        """As `PreferenceTrainer.base_model`, through what accelerate has wrapped and compiled."""
+        with super().base_model():
             yield self.model_wrapped
-        finally:
-            for layer in adapters:
-                layer.enable_adapters(True)
-            for module, mode in zip(dropouts, training, strict=True):
-                module.train(mode)
-
-    @cached_property
-    def _switched(self) -> tuple[list[BaseTunerLayer], list[nn.Module]]:
-        """The layers that differ between base and adapter, and those that differ between training and use."""
-        modules = list(self.model.modules())
-        adapters = [module for module in modules if isinstance(module, BaseTunerLayer)]
-        return adapters, [module for module in modules if isinstance(module, _DropoutNd)]
 
     def _encoded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with latents and conditions: from the cache, or encoded now."""
