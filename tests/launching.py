@@ -4,6 +4,7 @@ import atexit
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -34,7 +35,10 @@ def write_threads_at_exit(folder: Path) -> None:
     """
 
     def write() -> None:
-        names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").glob("*")]
+        names = []
+        for task in Path("/proc/self/task").glob("*"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+                names.append(task.joinpath("comm").read_text())
         (folder / f"threads-{os.environ['RANK']}.txt").write_text("".join(names))
 
     atexit.register(write)
