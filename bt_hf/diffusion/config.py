@@ -75,8 +75,9 @@ class PreferenceLoRAConfig(PreferenceConfig):
     noise_draws: int | None = field(
         default=None,
         metadata={
-            "help": "Fix that many draws of noise and timestep for each pair, so that the base's errors are computed "
-            "once: a forward pass less at each step. By default every epoch draws anew."
+            "help": "Fix that many draws of noise and timestep for each pair. With more epochs than draws they come "
+            "again, so that the base's errors are computed once: a forward pass less at each step. By default every "
+            "epoch draws anew."
         },
     )
     eval_draws: int = field(
