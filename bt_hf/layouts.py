@@ -132,13 +132,18 @@ def recognise(features: Features, label: str) -> Layout:
             layout = Layout("ImageRewardDB", kinds, convert, group=first("prompt_id", "prompt"))
     if layout is None:
         raise PreferenceDataError(_missing_columns([name for name in features if name not in PLACE], label))
-    for name, kind in layout.kinds.items():
+    check_kinds(features, layout.kinds, label)
+    return layout
+
+
+def check_kinds(features: Features, kinds: dict[str, str], label: str) -> None:
+    """Raises a `PreferenceDataError` where a column does not hold its kind, a key of `_KINDS`."""
+    for name, kind in kinds.items():
         if not _is_kind(features[name], kind):
             raise PreferenceDataError(
                 f"{label}: column '{name}' should hold {_KINDS[kind]}, found {features[name]}; "
                 f"convert it, for instance with dataset.cast_column('{name}', ...)"
             )
-    return layout
 
 
 def _is_kind(feature: Any, kind: str) -> bool:

@@ -14,17 +14,30 @@ import hashlib
 import logging
 import os
 from collections import Counter
+from sys import float_info
 from typing import Any, Literal
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset, List
 
 from .images import to_rgb
-from .layouts import CONTRACT, IMAGE, NOTES, Layout, PreferenceDataError, recognise, to_pairs
+from .layouts import CONTRACT, IMAGE, NOTES, Layout, PreferenceDataError, check_kinds, recognise, to_pairs
 from .sources import features_of, read
 
-__all__ = ["PreferenceDataError", "check_columns", "load_preference_pairs", "overlapping_rows", "to_rgb"]
+__all__ = [
+    "PreferenceDataError",
+    "check_columns",
+    "check_unpaired",
+    "load_preference_pairs",
+    "overlapping_rows",
+    "to_rgb",
+]
 
 logger = logging.getLogger(__name__)
+
+_UNPAIRED = {"prompt": "text", "completion": "image", "label": "number"}
+_LARGEST = {"preference": 1.0, "label": 1.0, "weight": float_info.max}  # the smallest is 0
 
 
 def load_preference_pairs(
@@ -107,7 +120,7 @@ def load_preference_pairs(
 
 
 def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Checks that a dataset has the columns of the contract, without reading its images.
+    """Checks a dataset without reading its images: its columns and, unless it is a stream, prompts and labels.
 
     Args:
         dataset: The dataset that goes to a trainer.
@@ -116,7 +129,8 @@ def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
         The same dataset.
 
     Raises:
-        PreferenceDataError: Columns are missing or of the wrong type, it has no rows, or it is no single dataset.
+        PreferenceDataError: Columns are missing or of the wrong type, it has no rows, it is no single dataset, or a
+            row has no prompt or a preference or weight that is out of range.
 
     Example:
         >>> check_columns(Dataset.from_dict({"prompt": ["a"], "chosen": ["a.png"], "rejected": ["b.png"]})).num_rows
@@ -132,7 +146,49 @@ def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
             f"the dataset: expected the columns prompt, chosen and rejected, found those of {layout.name} "
             f"({', '.join(features)}); convert it with load_preference_pairs(dataset)"
         )
+    _check_values(
+        dataset,
+        ("preference", "weight"),
+        "leave such rows out with load_preference_pairs(dataset, on_bad_rows='drop')",
+    )
     return dataset
+
+
+def check_unpaired(dataset: Dataset | IterableDataset) -> None:
+    """Checks rows of one image each (prompt, completion, label), as `check_columns` checks pairs.
+
+    Raises:
+        PreferenceDataError: Columns are missing or of the wrong type, it has no rows, or a row has no prompt or a
+            label or weight that is out of range.
+    """
+    features = features_of(dataset, "the dataset")
+    missing = [name for name in _UNPAIRED if name not in features]
+    if missing:
+        raise PreferenceDataError(
+            f"the dataset: expected the columns {', '.join(_UNPAIRED)}, found {', '.join(features)}; missing: "
+            f"{', '.join(missing)}; rename your columns with dataset.rename_columns({{...}})"
+        )
+    check_kinds(features, _UNPAIRED, "the dataset")
+    _check_values(dataset, ("label", "weight"), "leave such rows out with dataset.filter(...)")
+
+
+def _check_values(dataset: Dataset | IterableDataset, labels: tuple[str, ...], way_out: str) -> None:
+    """Checks prompts and labels of a loaded dataset, some thousand rows at a time."""
+    if not isinstance(dataset, Dataset):
+        return
+    columns = ["prompt", *(name for name in labels if name in dataset.column_names)]
+    start = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(10_000):
+        prompts = pc.utf8_trim_whitespace(table["prompt"].cast(pa.large_string()))
+        bad = pc.fill_null(pc.equal(prompts, ""), True).to_numpy()
+        for name in columns[1:]:
+            values = table[name].cast(pa.float64()).to_numpy()  # None becomes NaN, which is in no range
+            bad = bad | ~((values >= 0) & (values <= _LARGEST[name]))
+        if bad.any():
+            row = int(bad.argmax())
+            problem = _value_problem({name: table[name][row].as_py() for name in columns}, labels)
+            raise PreferenceDataError(f"row {start + row} of the dataset: {problem}; fix the row, or {way_out}")
+        start += len(table)
 
 
 def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableDataset) -> int:
@@ -184,19 +240,25 @@ def _digest(image: Any) -> str:
 # --- Checks of each pair ---
 
 
-def _problem(row: dict[str, Any]) -> str | None:
-    """What is wrong with a pair, as `reason: detail`, or None."""
-    if row.get("_problem"):
-        return row["_problem"]
+def _value_problem(row: dict[str, Any], labels: tuple[str, ...]) -> str | None:
+    """What is wrong with the prompt of a row or with those of the labels that it has, or None."""
     if not isinstance(row["prompt"], str):
         return f"prompt is not text: found {row['prompt']!r}"
     if not row["prompt"].strip():
         return f"empty prompt: found {row['prompt']!r}, expected what the images were made for"
-    for name, limit in (("preference", 1), ("weight", float("inf"))):
-        if row[name] is None or not 0 <= row[name] <= limit or row[name] == float("inf"):  # NaN fails too
-            return (
-                f"{name} out of range: expected a number {'from 0 to 1' if limit == 1 else '>= 0'}, found {row[name]}"
-            )
+    for name in labels:
+        if name in row and (row[name] is None or not 0 <= row[name] <= _LARGEST[name]):  # NaN fails too
+            expected = "from 0 to 1" if _LARGEST[name] == 1 else ">= 0"
+            return f"{name} out of range: expected a number {expected}, found {row[name]}"
+    return None
+
+
+def _problem(row: dict[str, Any]) -> str | None:
+    """What is wrong with a pair, as `reason: detail`, or None."""
+    if row.get("_problem"):
+        return row["_problem"]
+    if problem := _value_problem(row, ("preference", "weight")):
+        return problem
     pixels = []
     for name in ("chosen", "rejected"):
         try:

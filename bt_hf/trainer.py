@@ -377,7 +377,7 @@ class PreferenceTrainer(Trainer):
 
 
 def check_datasets(train: Any, evaluation: Any) -> None:
-    """Check the columns of plain datasets, and warn of evaluation pairs that are trained on.
+    """Check plain datasets (see `check_columns`), and warn of evaluation pairs that are trained on.
 
     Args:
         train: Pairs, a stream, or a dataset of another kind, which is not checked.

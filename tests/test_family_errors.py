@@ -24,6 +24,20 @@ def test_subclass_of_a_supported_pipeline() -> None:
     assert find_family(pipeline).name == "stable-diffusion"
 
 
+@pytest.mark.parametrize(("name", "left_out"), [("sd", "unet, vae"), ("sd3", "transformer"), ("sdxl", "text_encoder")])
+def test_components_that_were_left_out_are_named(name: str, left_out: str) -> None:
+    pipeline = build(name)
+    pipeline.register_modules(**dict.fromkeys(left_out.split(", ")))
+    with pytest.raises(ValueError, match=f"{type(pipeline).__name__} was loaded without {left_out}, .* whole"):
+        find_family(pipeline)
+
+
+def test_what_a_pipeline_draws_without_may_be_left_out() -> None:
+    pipeline = build("sd3")
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    assert find_family(pipeline).name == "stable-diffusion-3"
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "expected"),
     [("sd", 9, "should take 4 channels"), ("flux", 96, "should take 16 channels")],

@@ -20,6 +20,7 @@ from trl import unpair_preference_dataset
 from bt_hf import PreferenceLoRATrainer
 from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErrorGuard
 from bt_hf.diffusion.draws import draw_noise
+from bt_hf.pairs import PreferenceDataError
 
 # --- The objective ---
 
@@ -86,6 +87,14 @@ def test_every_loss_trains(loss_type: str, safeguard: bool, tmp_path: Path) -> N
     assert np.isfinite(metrics["eval_loss"])
     moved = [weight for name, weight in trainer.model.named_parameters() if "lora_B" in name]
     assert all(weight.abs().sum() > 0 for weight in moved)
+
+
+def test_unpaired_rows_are_checked(tmp_path: Path) -> None:
+    unpaired = (
+        unpair_preference_dataset(red_pairs(2)).remove_columns("label").add_column("label", [1.0, 0.0, 7.0, 0.0])
+    )
+    with pytest.raises(PreferenceDataError, match="row 2 of the dataset: label out of range"):
+        make(tmp_path, pairs=unpaired, evaluation=None, loss_type="kto")
 
 
 def test_kto_trains_on_unpaired_rows(tmp_path: Path) -> None:

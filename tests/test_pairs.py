@@ -15,7 +15,14 @@ from PIL import Image
 
 import bt_hf.images
 import bt_hf.pairs
-from bt_hf.pairs import PreferenceDataError, check_columns, load_preference_pairs, overlapping_rows, to_rgb
+from bt_hf.pairs import (
+    PreferenceDataError,
+    check_columns,
+    check_unpaired,
+    load_preference_pairs,
+    overlapping_rows,
+    to_rgb,
+)
 
 disable_progress_bar()
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
@@ -429,6 +436,65 @@ def test_check_columns():
         check_columns(DatasetDict({"train": data, "test": data}))
     with pytest.raises(PreferenceDataError, match="found list"):
         check_columns([1])
+
+
+BAD_VALUES = [
+    ("prompt", "  ", "empty prompt: found '  '"),
+    ("prompt", None, "prompt is not text: found None"),
+    ("weight", -1.0, "weight out of range: expected a number >= 0, found -1.0"),
+    ("weight", float("inf"), "weight out of range: .* found inf"),
+    ("weight", None, "weight out of range: .* found None"),
+]
+
+
+def many(column: str, value: object, columns: dict[str, list]) -> Dataset:
+    """20,003 rows, of which one has a bad value: row 2 after some have been left out."""
+    columns = {name: values * 20_003 for name, values in columns.items()}
+    columns[column] = [*columns[column][:15_002], value, *columns[column][15_003:]]
+    return Dataset.from_dict(columns).select(range(15_000, 20_003))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        *BAD_VALUES,
+        ("preference", 1.7, "preference out of range: expected a number from 0 to 1, found 1.7"),
+        ("preference", float("nan"), "preference out of range: .* found nan"),
+    ],
+)
+def test_check_columns_reads_labels(column, value, message):
+    good = {"prompt": ["a"], "chosen": ["x"], "rejected": ["y"], "preference": [1.0], "weight": [1.0]}
+    with pytest.raises(PreferenceDataError, match=f"row 2 of the dataset: {message}.*load_preference_pairs"):
+        check_columns(many(column, value, good))
+    check_columns(many(column, value, good).select([0, 1, 3]))
+    check_columns(Dataset.from_dict(rows(preference=[0, 1], weight=[0, 7], label=[5, 5])))  # the last one is no label
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        *BAD_VALUES,
+        ("label", 2.0, "label out of range: expected a number from 0 to 1, found 2.0"),
+        ("label", None, "label out of range: .* found None"),
+    ],
+)
+def test_check_unpaired(column, value, message):
+    good = {"prompt": ["a"], "completion": ["x"], "label": [0.5], "weight": [1.0]}
+    with pytest.raises(PreferenceDataError, match=f"row 2 of the dataset: {message}.*dataset.filter"):
+        check_unpaired(many(column, value, good))
+    check_unpaired(many(column, value, good).select([0, 1, 3]))
+
+
+def test_check_unpaired_columns():
+    good = {"prompt": ["a"], "completion": ["x"], "label": [True]}
+    check_unpaired(Dataset.from_dict(good))
+    check_unpaired(Dataset.from_dict(good).to_iterable_dataset())
+    with pytest.raises(PreferenceDataError, match="no rows"):
+        check_unpaired(Dataset.from_dict(good).select([]))
+    with pytest.raises(PreferenceDataError, match="missing: label; rename"):
+        check_unpaired(Dataset.from_dict(good).remove_columns("label"))
+    with pytest.raises(PreferenceDataError, match="'label' should hold numbers"):
+        check_unpaired(Dataset.from_dict(good | {"label": ["good"]}))
 
 
 def test_overlapping_rows():

@@ -35,7 +35,10 @@ class DataArguments:
         default=False, metadata={"help": "Read the training pairs as they are needed; set `max_steps` then."}
     )
     on_bad_rows: Literal["raise", "drop"] = field(
-        default="raise", metadata={"help": "Stop at a bad row, or leave bad rows out and say how many."}
+        default="raise",
+        metadata={
+            "help": "Stop at a bad row, or leave bad rows out and say how many (of a stream, the first of each kind)."
+        },
     )
 
     def load_pairs(self) -> tuple[Any, Any]:

@@ -82,17 +82,30 @@ def find_family(pipeline: Any) -> Family:
 
     Raises:
         TypeError: No family fits the pipeline.
-        ValueError: The denoiser expects more than noisy latents, as those for inpainting do, or was distilled.
+        ValueError: A component is missing, or the denoiser expects more than noisy latents, as those for inpainting
+            do, or was distilled.
     """
     for cls in type(pipeline).__mro__:
         if cls.__name__ in FAMILIES:
             family: Family = import_module(f"bt_hf.diffusion.{FAMILIES[cls.__name__]}").FAMILY
+            _check_components(family, pipeline)
             _check_denoiser(family, pipeline)
             return family
     raise TypeError(
         f"{type(pipeline).__name__} is not supported: expected a text-to-image pipeline among {', '.join(FAMILIES)}. "
         "Load the model with one of these classes, or with `AutoPipelineForText2Image`."
     )
+
+
+def _check_components(family: Family, pipeline: Any) -> None:
+    """Raise a `ValueError` unless the pipeline has what every family needs; some go without a second text encoder."""
+    needed = (family.denoiser, "vae", "scheduler", "tokenizer", "text_encoder")
+    missing = [name for name in needed if getattr(pipeline, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"This {type(pipeline).__name__} was loaded without {', '.join(missing)}, but training needs all of it to "
+            "encode images and prompts and to denoise: load the whole pipeline."
+        )
 
 
 def _check_denoiser(family: Family, pipeline: Any) -> None:

@@ -31,6 +31,7 @@ from bt_hf.diffusion.loading import add_adapter, count_truncated, load_pipeline,
 from bt_hf.diffusion.objective import Objective, by_preference
 from bt_hf.diffusion.validation import Validation
 from bt_hf.metrics import preference_metrics
+from bt_hf.pairs import check_unpaired
 from bt_hf.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
                 else f"`train_dataset` has unpaired rows, but `loss_type={args.loss_type!r}` compares two images: "
                 "pass `loss_type='kto'`, or pairs (prompt, chosen, rejected)."
             )
+        if unpaired:
+            check_unpaired(train)
         check_datasets(None if unpaired else train, evaluation)
 
     def _cache(self, args: PreferenceLoRAConfig, train: Any, evaluation: Any) -> tuple[Any, Any]:
