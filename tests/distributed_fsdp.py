@@ -13,8 +13,8 @@ from distributed_training import train as train_reward
 from transformers import Trainer
 
 CASES = {
-    "reward": lambda folder, batch: train_reward(folder, batch, cache=False),
-    "reward-cached": lambda folder, batch: train_reward(folder, batch, cache=True),
+    "reward": lambda folder, batch: train_reward(folder, batch, "uncached"),
+    "reward-cached": lambda folder, batch: train_reward(folder, batch, "cached"),
     "lora": lambda folder, batch: train_lora(folder, batch, "cached"),
 }
 

@@ -51,10 +51,12 @@ def train(folder: Path, batch: int, case: str, resume: Path | None = None) -> di
     metrics = trainer.evaluate()
     trainer.save_model()
     names = ("loss", "accuracy", "margin", "alignment")
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "world_size": trainer.accelerator.num_processes,
         "cached": trainer.cache is not None,
-        "steps": [{name: entry[name] for name in names} for entry in trainer.state.log_history if "loss" in entry],
+        # A last batch may be a tie, of which there is no accuracy.
+        "steps": [{name: entry[name] for name in names if name in entry} for entry in logs],
         "metrics": {name: metrics[name] for name in ("eval_accuracy", "eval_log_loss", "eval_base_log_loss")},
     }
 
