@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -75,6 +76,8 @@ if __name__ == "__main__":
     output, data = Path(sys.argv[1]), Path(sys.argv[2])
     rank = int(os.environ["RANK"])
     write_threads_at_exit(output)
+    # Python 3.11 may hang in a worker that is forked while a thread of gloo, which drops its last tensor, is in it.
+    os.register_at_fork(before=lambda: time.sleep(0.1))
     for case in json.loads(sys.argv[3]):
         name = case["name"]
         if "evaluate" in case:
