@@ -87,7 +87,7 @@ def options(pairs: int = PAIRS, **others: Any) -> dict[str, Any]:
 
 def things(model: Path, scratch: Path, args: argparse.Namespace, rows: dict[str, dict[str, Any]] = ROWS) -> None:
     """What each thing gives."""
-    pairs = preference_pairs("fluent", 4 * PAIRS)
+    pairs = preference_pairs("fluent", 2 * PAIRS)  # two steps a pass: each pair comes again within a turn
     builds: dict[str, timing.Build] = {
         STRAIGHT: partial(straight_loop, model, pairs, False, PAIRS, SIZE, channels_last=False),
         "bare: two forwards, a backward, fp32": partial(bare, model, False, False, PAIRS, channels_last=False),
