@@ -15,13 +15,13 @@ _MODULES = {
     "PreferenceLoRAConfig": "bt_hf.diffusion.config",
     "PreferenceLoRATrainer": "bt_hf.diffusion.trainer",
     "PreferenceScorer": "bt_hf.reward.scorer",
-    "best_of_n": "bt_hf.diffusion.sampling",
+    "best_of_n": "bt_hf.diffusion.generation.generate",
     "bradley_terry_loss": "bt_hf.losses",
-    "cross_validate": "bt_hf.reward.validation",
-    "generate_preference_pairs": "bt_hf.diffusion.sampling",
-    "load_preference_pairs": "bt_hf.pairs",
-    "pull_adapter": "bt_hf.hub_pull",
-    "push_adapter": "bt_hf.hub_push",
+    "cross_validate": "bt_hf.reward.cross_validation",
+    "generate_preference_pairs": "bt_hf.diffusion.generation.generate",
+    "load_preference_pairs": "bt_hf.data.pairs",
+    "pull_adapter": "bt_hf.hub.pull",
+    "push_adapter": "bt_hf.hub.push",
 }
 
 __all__ = [
@@ -40,17 +40,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from bt_hf.data.pairs import load_preference_pairs
     from bt_hf.diffusion.config import PreferenceLoRAConfig
-    from bt_hf.diffusion.sampling import best_of_n, generate_preference_pairs
+    from bt_hf.diffusion.generation.generate import best_of_n, generate_preference_pairs
     from bt_hf.diffusion.trainer import PreferenceLoRATrainer
-    from bt_hf.hub_pull import pull_adapter
-    from bt_hf.hub_push import push_adapter
+    from bt_hf.hub.pull import pull_adapter
+    from bt_hf.hub.push import push_adapter
     from bt_hf.losses import bradley_terry_loss
-    from bt_hf.pairs import load_preference_pairs
     from bt_hf.reward.config import BradleyTerryConfig
+    from bt_hf.reward.cross_validation import cross_validate
     from bt_hf.reward.scorer import PreferenceScorer
     from bt_hf.reward.trainer import BradleyTerryTrainer
-    from bt_hf.reward.validation import cross_validate
 
 
 def __getattr__(name: str) -> Any:

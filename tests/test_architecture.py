@@ -13,33 +13,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bt_hf"
 
 # A file imports its own part (the file, or everything in its folder) and parts of lower floors, nothing else.
-# Negative floors are the basement: what `pairs` is made of.
 FLOORS = {
-    "images": -3,
-    "layouts": -3,
-    "shards": -2,
-    "sources": -1,
-    "card_parts": 0,
-    "fingerprint": 0,
-    "hub_checks": 0,
-    "hub_client": 0,
     "losses": 0,
-    "pairs": 0,
+    "data": 0,
     "metrics": 0,
-    "lora": 1,
-    "cards": 1,
-    "hub_pull": 1,
-    "hub_push": 1,
+    "hub": 1,
     "plots": 1,
-    "encoded": 1,
-    "encoders": 1,
     "evaluate_modules": 1,
-    "config": 1,
-    "divided": 1,
-    "processes": 1,
-    "streams": 1,
-    "trainer": 2,
-    "verdict": 2,
+    "training": 2,
     "reward": 3,
     "diffusion": 3,
     "cli": 4,
@@ -57,7 +38,7 @@ def part_of(module: str) -> str:
 
 
 def module_of(file: Path) -> str:
-    """The module that a file is, packages with their `__init__`: bt_hf/pairs.py -> `bt_hf.pairs`."""
+    """The module that a file is, packages with their `__init__`: bt_hf/data/pairs.py -> `bt_hf.data.pairs`."""
     return ".".join(("bt_hf", *file.relative_to(PACKAGE).with_suffix("").parts))
 
 
@@ -69,7 +50,7 @@ def imported_modules(source: str, module: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = module.split(".")[: -node.level] if node.level else []
             origin = ".".join(base + ([node.module] if node.module else []))
-            # `from bt_hf import pairs` may name a module, `from bt_hf.pairs import load` may not: both stay right,
+            # `from bt_hf import data` may name a module, `from bt_hf.data.pairs import load` may not: both stay right,
             # as a part is decided by the second component.
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
@@ -106,18 +87,18 @@ def test_imports_go_downwards(file: Path) -> None:
 
 def test_plots_leaves_pyplot_alone() -> None:
     """Pyplot keeps global state and picks a screen: a library draws on `matplotlib.figure.Figure` instead."""
-    file = PACKAGE / "plots.py"
-    names = list(imported_modules(file.read_text(encoding="utf-8"), "bt_hf.plots"))
+    file = PACKAGE / "plots" / "curves.py"
+    names = list(imported_modules(file.read_text(encoding="utf-8"), "bt_hf.plots.curves"))
     assert not [name for name in names if "pyplot" in name or "pylab" in name]
 
 
 @pytest.mark.parametrize(
     ("module", "source", "forbidden"),
     [
-        ("bt_hf.trainer", "from bt_hf.losses import bradley_terry_loss", []),
-        ("bt_hf.reward.trainer", "from bt_hf import pairs\nfrom .config import BradleyTerryConfig", []),
-        ("bt_hf.losses", "def f():\n    from bt_hf import trainer", ["bt_hf.trainer"]),
-        ("bt_hf.pairs", "import bt_hf.metrics", ["bt_hf.metrics"]),
+        ("bt_hf.training.trainer", "from bt_hf.losses import bradley_terry_loss", []),
+        ("bt_hf.reward.trainer", "from bt_hf import data\nfrom .config import BradleyTerryConfig", []),
+        ("bt_hf.losses", "def f():\n    from bt_hf import training", ["bt_hf.training"]),
+        ("bt_hf.data.pairs", "import bt_hf.metrics.scores", ["bt_hf.metrics.scores"]),
         ("bt_hf.diffusion.trainer", "from ..reward.scorer import x", ["bt_hf.reward.scorer.x"]),
         ("bt_hf.reward.scorer", "from bt_hf.diffusion import noise", ["bt_hf.diffusion.noise"]),
         ("bt_hf.cli.score", "from bt_hf import PreferenceScorer", ["bt_hf.PreferenceScorer"]),

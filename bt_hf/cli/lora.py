@@ -12,13 +12,13 @@ from peft import LoraConfig
 from trl import unpair_preference_dataset
 
 from bt_hf.cli.training import DataArguments, draw_plots, parse_training, speaker
+from bt_hf.data.reading import features_of, read
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.family import FAMILIES
+from bt_hf.diffusion.families.base import FAMILIES
 from bt_hf.diffusion.trainer import PreferenceLoRATrainer
-from bt_hf.diffusion.validation import SHEET
-from bt_hf.encoders import find_adapter_config
-from bt_hf.sources import features_of, read
-from bt_hf.trainer import refuse_to_overwrite
+from bt_hf.diffusion.validation_images import SHEET
+from bt_hf.reward.encoders import find_adapter_config
+from bt_hf.training.trainer import refuse_to_overwrite
 
 _DESCRIPTION = """Train a LoRA on a diffusers pipeline, from pairs of images of which one is preferred.
 
@@ -101,7 +101,7 @@ class CommandArguments:
         if modules is None:
             family = FAMILIES.get(DiffusionPipeline.load_config(model)["_class_name"])
             # Of a class that is not among them, the trainer says what is wrong.
-            modules = import_module(f"bt_hf.diffusion.{family}").FAMILY.target_modules if family else None
+            modules = import_module(f"bt_hf.diffusion.families.{family}").FAMILY.target_modules if family else None
         elif len(modules) == 1:  # may be a pattern, or "all-linear"
             modules = modules[0]
         return LoraConfig(r=rank, lora_alpha=self.lora_alpha or rank, target_modules=modules)

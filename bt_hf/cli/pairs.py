@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
     import torch  # seconds, as all below: only once the arguments are known to be right
 
-    from bt_hf.diffusion.sampling import generate_preference_pairs
+    from bt_hf.diffusion.generation.generate import generate_preference_pairs
     from bt_hf.reward.scorer import PreferenceScorer
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,7 +124,7 @@ def read_prompts(file: str | None, dataset: str | None, column: str, split: str 
         prompts = [line.strip() for line in lines if line.strip()]
         where = f"'{file}'"
     else:
-        from bt_hf.sources import read
+        from bt_hf.data.reading import read
 
         rows, _, where = read(dataset, split, streaming=False)
         if column not in rows.column_names:

@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Fetch, and print the folder."""
-    from bt_hf.hub_pull import pull_adapter  # seconds: only once the arguments are known to be right
+    from bt_hf.hub.pull import pull_adapter  # seconds: only once the arguments are known to be right
 
     folder = pull_adapter(
         options.repo_id,

@@ -47,8 +47,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Publish, and print where it is."""
-    from bt_hf.hub_push import push_adapter  # seconds: only once the arguments are known to be right
-    from bt_hf.pairs import load_preference_pairs
+    from bt_hf.data.pairs import load_preference_pairs
+    from bt_hf.hub.push import push_adapter  # seconds: only once the arguments are known to be right
 
     commit = push_adapter(
         options.folder,

@@ -9,13 +9,13 @@ from datasets import IterableDataset
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from bt_hf import encoders
 from bt_hf.cli.training import DataArguments, draw_plots, parse_training, speaker
-from bt_hf.lora import default_lora_config
+from bt_hf.reward import encoders
 from bt_hf.reward.config import BradleyTerryConfig
+from bt_hf.reward.cross_validation import CrossValidation, cross_validate
+from bt_hf.reward.lora import default_lora_config
 from bt_hf.reward.trainer import BradleyTerryTrainer
-from bt_hf.reward.validation import CrossValidation, cross_validate
-from bt_hf.trainer import refuse_to_overwrite
+from bt_hf.training.trainer import refuse_to_overwrite
 
 _DESCRIPTION = """Adapt CLIP and its kin to one person's taste, from pairs of images of which one is preferred.
 

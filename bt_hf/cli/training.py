@@ -9,10 +9,10 @@ from typing import Any, Literal, NoReturn
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from bt_hf import plots
 from bt_hf.cli import refuse
-from bt_hf.config import PreferenceConfig
-from bt_hf.pairs import load_preference_pairs
+from bt_hf.data.pairs import load_preference_pairs
+from bt_hf.plots import curves as plots
+from bt_hf.training.config import PreferenceConfig
 
 # Of the many TrainingArguments, those that `--help` shows; `--help_all` shows all.
 _SHOWN = {"bf16", "eval_strategy", "hub_model_id", "max_steps", "output_dir", "push_to_hub", "report_to", "seed"}

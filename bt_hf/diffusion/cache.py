@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from bt_hf.data.cache import encode_once, read
 from bt_hf.diffusion.collator import image_columns, labels, row_numbers
 from bt_hf.diffusion.encoder import PairEncoder
-from bt_hf.encoded import encode_once, read
 
 
 class CachedPairs(torch.utils.data.Dataset):

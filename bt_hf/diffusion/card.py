@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from bt_hf.cards import count_pairs, eval_result, render_card, run_facts, save_card, training_facts, versions
+from bt_hf.hub.cards import count_pairs, eval_result, render_card, run_facts, save_card, training_facts, versions
 
 SHEET, CURVE = "before_after.png", "training_curve.png"
 # What the methods are called where one looks for them.

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from bt_hf.fingerprint import number_of
-from bt_hf.images import to_rgb
+from bt_hf.data.fingerprint import number_of
+from bt_hf.data.images import to_rgb
 
 PAIRED = ("chosen", "rejected")
 UNPAIRED = ("completion",)

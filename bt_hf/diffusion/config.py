@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bt_hf.config import PreferenceConfig
+from bt_hf.training.config import PreferenceConfig
 
 
 @dataclass

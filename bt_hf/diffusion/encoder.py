@@ -7,9 +7,9 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
+from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights
 from bt_hf.diffusion.collator import DiffusionCollator, digest_pixels
-from bt_hf.diffusion.family import Family
-from bt_hf.fingerprint import describe, describe_tokenizer, digest, digest_weights
+from bt_hf.diffusion.families.base import Family
 
 
 class PairEncoder:

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.family import Family, check_adapter, find_family
-from bt_hf.encoders import find_adapter_config, warn_of_truncation
+from bt_hf.diffusion.families.base import Family, check_adapter, find_family
+from bt_hf.reward.encoders import find_adapter_config, warn_of_truncation
 
 
 def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:

@@ -1,168 +1,50 @@
-"""How latents are noised in training: one interface, two schedules, both read from the scheduler of a pipeline."""
+"""Noise and timesteps as functions of the seed, the row and a counter.
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+A run's random numbers then don't depend on the order of rows, on the number of processes, or on where it was resumed,
+and a draw that comes again need not be stored.
+"""
 
 import torch
 
-
-class NoiseSchedule(Protocol):
-    """What the trainer needs to know about the noise of a model."""
-
-    @property
-    def prediction_type(self) -> str:
-        """What the denoiser predicts: "epsilon", "v_prediction", "sample" or "flow"."""
-
-    def times(self, u: torch.Tensor) -> torch.Tensor:
-        """Map uniform numbers `u` (N,) in [0, 1) to what `Family.predict` takes as time (N,)."""
-
-    def corrupt(
-        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The noisy latents, and what the denoiser should predict for them; all (N, C, h, w), results in float32."""
-
-    def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Min-SNR-gamma weights (N,) of the squared errors at `times` (N,). https://arxiv.org/abs/2303.09556
-
-        min(snr, gamma) times the factor that turns the error of this prediction into the error of the clean latents.
-        """
+# Steps of the golden ratio fill [0, 1) more evenly than independent draws do (an additive recurrence).
+_GOLDEN_RATIO = 0.6180339887498949
+_PRIME, _OTHER_PRIME = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
-@dataclass(frozen=True, eq=False)
-class DDPMSchedule:
-    """Variance-preserving noise at whole timesteps: noisy = sqrt(a) latents + sqrt(1 - a) noise, snr = a / (1 - a).
-
-    Attributes:
-        alphas_cumprod: (T,) float32, the `a` of each timestep.
-        prediction_type: What the denoiser predicts: "epsilon" (the noise), "v_prediction" or "sample" (the latents).
-    """
-
-    alphas_cumprod: torch.Tensor = field(repr=False)
-    prediction_type: str = "epsilon"
-
-    def __post_init__(self) -> None:
-        supported = ("epsilon", "v_prediction", "sample")
-        if self.prediction_type not in supported:
-            raise ValueError(
-                f"The scheduler's `prediction_type` should be one of {', '.join(supported)}, but it is "
-                f"{self.prediction_type!r}: correct `scheduler_config.json`, or take a pipeline of a supported type."
-            )
-
-    def times(self, u: torch.Tensor) -> torch.Tensor:
-        steps = len(self.alphas_cumprod)
-        return (u * steps).long().clamp(max=steps - 1)  # (N,)
-
-    def corrupt(
-        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        latents, noise = latents.float(), noise.float()
-        a = self._a(times).view(-1, *[1] * (latents.ndim - 1))  # (N, 1, 1, 1)
-        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-        if self.prediction_type == "v_prediction":
-            return noisy, a.sqrt() * noise - (1 - a).sqrt() * latents
-        return noisy, noise if self.prediction_type == "epsilon" else latents
-
-    def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
-        a = self._a(times)  # (N,)
-        # Written so that snr = 0 (zero-terminal schedules) and snr = infinity give their limits instead of 0/0.
-        if self.prediction_type == "epsilon":
-            return (gamma * (1 - a) / a).clamp(max=1)  # min(snr, gamma) / snr
-        if self.prediction_type == "v_prediction":
-            return torch.minimum(a, gamma * (1 - a))  # min(snr, gamma) / (snr + 1)
-        return (a / (1 - a)).clamp(max=gamma)
-
-    def _a(self, times: torch.Tensor) -> torch.Tensor:
-        return self.alphas_cumprod.to(times.device)[times]
-
-
-@dataclass(frozen=True)
-class FlowSchedule:
-    """Straight lines from latents to noise: noisy = (1 - sigma) latents + sigma noise, target = noise - latents.
-
-    Sigma is drawn as Stable Diffusion 3 was trained (https://arxiv.org/abs/2403.03206, section 3.1 and appendix B.1):
-    logit-normal, then moved towards noise by `shift`, more so the larger the image. Time is sigma * `train_timesteps`.
-
-    Attributes:
-        shift: sigma becomes shift sigma / (1 + (shift - 1) sigma); 1 leaves it as it is.
-        train_timesteps: The time of pure noise.
-        logit_mean: Mean of logit(sigma) before the shift.
-        logit_std: Its standard deviation.
-    """
-
-    shift: float = 1.0
-    train_timesteps: int = 1000
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    prediction_type: str = "flow"
-
-    def times(self, u: torch.Tensor) -> torch.Tensor:
-        u = u.float()
-        # The quantile of 0 is minus infinity: a latent without noise, about which nothing is to be learned.
-        tiny = torch.finfo(u.dtype).eps
-        sigma = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(tiny, 1 - tiny)))
-        return self.shift * sigma / (1 + (self.shift - 1) * sigma) * self.train_timesteps  # (N,)
-
-    def corrupt(
-        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        latents, noise = latents.float(), noise.float()
-        sigma = self._sigma(times).view(-1, *[1] * (latents.ndim - 1))  # (N, 1, 1, 1)
-        return (1 - sigma) * latents + sigma * noise, noise - latents
-
-    def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
-        sigma = self._sigma(times)
-        # The velocity's error times sigma is the error of the latents, and snr = ((1 - sigma) / sigma)^2:
-        # min(snr, gamma) sigma^2, without the division.
-        return torch.minimum((1 - sigma) ** 2, gamma * sigma**2)  # (N,)
-
-    def _sigma(self, times: torch.Tensor) -> torch.Tensor:
-        return times.float() / self.train_timesteps
-
-
-def find_schedule(scheduler: Any, tokens: int) -> NoiseSchedule:
-    """The schedule that a model was trained with, from the config of whatever scheduler its pipeline samples with.
+def draw_noise(
+    seed: int, rows: torch.Tensor, draw: int, shape: tuple[int, ...], stream: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise and a timestep's quantile for each row.
 
     Args:
-        scheduler: A scheduler of diffusers.
-        tokens: Image tokens that the denoiser sees at the size of training: dynamic shifting depends on them.
+        seed: Seed of the run.
+        rows: (B,) int64, what identifies each row.
+        draw: Which draw of the row it is: 0, 1, 2, ...
+        shape: Shape of one row's noise.
+        stream: Draws of different streams are independent.
 
-    Raises:
-        TypeError: The scheduler has neither betas nor flow sigmas.
-        ValueError: Its prediction type is not supported.
+    Returns:
+        noise: (B, *shape) float32, standard normal, on the CPU.
+        quantiles: (B,) float32, uniform in [0, 1). Those of consecutive draws of one row are spread evenly, so that
+            a few draws already see early and late timesteps.
+
+    Example:
+        >>> noise, quantiles = draw_noise(0, torch.tensor([7, 8]), 3, (4, 8, 8))
+        >>> noise.shape, quantiles.shape
+        (torch.Size([2, 4, 8, 8]), torch.Size([2]))
     """
-    config = scheduler.config
-    name = type(scheduler).__name__
-    # DPM-Solver and kin also sample flow models (Sana), and then say so.
-    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
-        return FlowSchedule(_shift(config, tokens), config["num_train_timesteps"])
-    if "beta_schedule" not in config:
-        raise TypeError(
-            f"{name} is not supported: expected a scheduler with betas (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...) or "
-            "a FlowMatch scheduler. Give the pipeline the one that its model was trained with, for example "
-            "`pipeline.scheduler = DDPMScheduler.from_config(...)`."
-        )
-    from diffusers import DDPMScheduler  # an optional dependency
-
-    # Not `from_config`: it takes DDPM's defaults for whatever the other class was given by default.
-    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type")
-    values = {name: config[name] for name in (*names, "rescale_betas_zero_snr") if name in config}
-    ddpm = DDPMScheduler(**values)
-    return DDPMSchedule(ddpm.alphas_cumprod, ddpm.config.prediction_type)
+    noise, quantiles = [], []
+    for row in rows.tolist():
+        start = torch.rand((), generator=_generator(seed, row, stream)).item()
+        quantiles.append((start + draw * _GOLDEN_RATIO) % 1.0)
+        noise.append(torch.randn(shape, generator=_generator(seed, row, stream, draw)))
+    # Rounding to float32 may give 1.0, which is no quantile.
+    return torch.stack(noise), torch.tensor(quantiles).clamp(max=1 - 2**-24)
 
 
-def _shift(config: Any, tokens: int) -> float:
-    """Shift of a flow: fixed, or growing with the number of image tokens."""
-    if not config.get("use_dynamic_shifting"):
-        return config.get("shift") or config.get("flow_shift") or 1.0
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-    mu = calculate_shift(
-        tokens,
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
-    # e^mu / (e^mu + 1 / sigma - 1) is the same formula as the fixed shift's, with shift = e^mu; "linear" leaves out e.
-    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+def _generator(*key: int) -> torch.Generator:
+    state = 0
+    for number in key:
+        state = ((state ^ (number + 1)) * _PRIME) % 2**64
+        state = ((state ^ (state >> 31)) * _OTHER_PRIME) % 2**64
+    return torch.Generator().manual_seed(state >> 1)

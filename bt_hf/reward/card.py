@@ -8,8 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from peft import PeftModel
 
-from bt_hf import encoders
-from bt_hf.cards import (
+from bt_hf.hub.cards import (
     adapter_config,
     count_pairs,
     eval_result,
@@ -20,6 +19,7 @@ from bt_hf.cards import (
     training_facts,
     versions,
 )
+from bt_hf.reward import encoders
 
 DIAGRAM, CURVE = "reliability.png", "training_curve.png"
 _TAGS = ("preference", "reward-model", "bradley-terry")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from bt_hf.config import PreferenceConfig
+from bt_hf.training.config import PreferenceConfig
 
 
 @dataclass

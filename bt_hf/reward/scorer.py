@@ -9,8 +9,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.processing_utils import ProcessorMixin
 
-from bt_hf import encoders
-from bt_hf.images import to_rgb
+from bt_hf.data.images import to_rgb
+from bt_hf.reward import encoders
 from bt_hf.reward.collator import count_truncated
 
 

@@ -15,18 +15,18 @@ from torch import nn
 from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.processing_utils import ProcessorMixin
 
-from bt_hf import encoders
-from bt_hf.divided import make_divisible
-from bt_hf.lora import add_adapter
 from bt_hf.losses import alignment_loss, bradley_terry_loss
-from bt_hf.metrics import preference_metrics
-from bt_hf.reward import warm_start
-from bt_hf.reward.cache import CachedPairs, FeatureCache
+from bt_hf.metrics.scores import preference_metrics
+from bt_hf.reward import encoders
+from bt_hf.reward import taste as warm_start
+from bt_hf.reward.cache import store_pairs
 from bt_hf.reward.card import write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
-from bt_hf.reward.stored import store_pairs
-from bt_hf.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
+from bt_hf.reward.frozen_prefix import CachedPairs, FeatureCache
+from bt_hf.reward.lora import add_adapter
+from bt_hf.training.sharding import make_divisible
+from bt_hf.training.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
 
 logger = logging.getLogger(__name__)
 Pairs: TypeAlias = Dataset | IterableDataset | CachedPairs

@@ -28,9 +28,9 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
-from bt_hf.lora import add_adapter
-from bt_hf.reward.cache import FeatureCache
 from bt_hf.reward.collator import PreferenceCollator
+from bt_hf.reward.frozen_prefix import FeatureCache
+from bt_hf.reward.lora import add_adapter
 from emoji import CLIP_FOLDER, STYLES, load_emoji
 from taste import preference_pairs, warmth
 

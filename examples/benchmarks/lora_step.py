@@ -43,7 +43,7 @@ import timing
 from timing import DEVICE, Turn
 
 from bt_hf import PreferenceLoRAConfig, PreferenceLoRATrainer
-from bt_hf.diffusion.sd import UNET_LAYERS
+from bt_hf.diffusion.families.sd import UNET_LAYERS
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
 from taste import preference_pairs
 

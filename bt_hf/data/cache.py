@@ -1,0 +1,220 @@
+"""Encode once: what a model makes of each distinct image and prompt, in memory-mapped files."""
+
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
+from datasets import config as datasets_config
+from filelock import FileLock, Timeout
+
+from bt_hf.data.fingerprint import digest, number_of
+
+_DTYPES = {torch.float32: "float32", torch.float16: "float16"}
+FORMAT = 2  # of the files; to be raised with every change to what they hold, so that no other version reads them
+SHARD = 1024  # images or prompts in a file: what a killed build loses, and what a process builds before it takes more
+Encoded = dict[str, torch.Tensor]
+_Encode = Callable[[dict[str, list[Any]]], Encoded]
+
+
+def encode_once(
+    pairs: Dataset,
+    columns: Sequence[str],
+    encode_images: Callable[[list[Any], list[str]], Encoded],
+    encode_prompts: Callable[[list[str]], Encoded],
+    model: str,
+    cache_dir: str | None,
+    description: str,
+) -> tuple[Dataset, Dataset, Dataset]:
+    """Encode the distinct images and prompts of `pairs`, or find what an earlier run has encoded.
+
+    The files are named by what they were computed from: the bytes of the images, the prompts, and `model`. Each holds
+    `SHARD` images or prompts. It is written elsewhere and moved into place, so that a build that was killed or failed
+    leaves whole files alone, from which the next one goes on. Processes that see the same disk share the work. Memory
+    does not grow with the data but for some 200 bytes a row.
+
+    Args:
+        pairs: Rows with `prompt` and images.
+        columns: The columns that hold images.
+        encode_images: Images and what to call them in errors -> tensors (N, ...), of the same shapes for all images.
+        encode_prompts: Prompts -> tensors (N, ...), of the same shapes for all prompts.
+        model: A digest of all that the results depend on besides images and prompts.
+        cache_dir: Folder of the files; default: `bt_hf` in the cache of `datasets`.
+        description: What the progress bars say.
+
+    Returns:
+        Rows with numbers instead of images, and `condition`, the number of the prompt; what the numbers of the images
+        mean; what `condition` means. `read` reads the latter two.
+
+    Raises:
+        OSError: The disk is full, or not writable.
+    """
+    root = Path(cache_dir) if cache_dir else Path(datasets_config.HF_DATASETS_CACHE) / "bt_hf"
+    root.mkdir(parents=True, exist_ok=True)
+    with _room_on_disk(root, len(pairs)):
+        digests = _digests(pairs, columns, root, description)
+    first_image, image_numbers = _distinct(np.stack([digests[name] for name in columns], axis=1).ravel())
+    first_prompt, prompt_numbers = _distinct(digests["prompt"])
+    single = {name: pairs.select_columns([name]) for name in (*columns, "prompt")}  # one is read without the others
+
+    def images_of(batch: dict[str, list[Any]]) -> Encoded:
+        places = [(columns[number % len(columns)], number // len(columns)) for number in batch["first"]]
+        return encode_images(
+            [single[name][row][name] for name, row in places], [f"`{name}` of row {row}" for name, row in places]
+        )
+
+    def prompts_of(batch: dict[str, list[Any]]) -> Encoded:
+        return encode_prompts([single["prompt"][row]["prompt"] for row in batch["first"]])
+
+    contents = np.stack([digests[name] for name in columns], axis=1).ravel()[first_image]
+    images = _encoded(root, "images", model, contents, first_image, images_of, description)
+    prompts = _encoded(root, "prompts", model, digests["prompt"][first_prompt], first_prompt, prompts_of, description)
+    rows = pairs.select_columns(
+        ["prompt", *(name for name in ("preference", "weight", "label") if name in pairs.column_names)]
+    )
+    for side, name in enumerate(columns):
+        rows = rows.add_column(name, image_numbers[side :: len(columns)])
+    return rows.add_column("condition", prompt_numbers), images, prompts
+
+
+def read(dataset: Dataset, indices: list[int]) -> dict[str, torch.Tensor]:
+    """Some rows of what `encode_once` gives, as tensors, floating ones as float32: one copy out of the mapped file."""
+    table = dataset[indices]
+    values = {}
+    for name, feature in dataset.features.items():
+        column, shape = table[name].combine_chunks(), [len(indices)]
+        while isinstance(feature, List):
+            shape.append(feature.length)
+            column, feature = column.flatten(), feature.feature
+        value = torch.from_numpy(column.to_numpy(zero_copy_only=False).reshape(shape).copy())
+        values[name] = value.float() if value.is_floating_point() else value
+    return values
+
+
+def _digests(pairs: Dataset, columns: Sequence[str], root: Path, description: str) -> dict[str, np.ndarray]:
+    """A number (N,) int64 for the content of each cell; `datasets` keeps them for data that lies on the disk."""
+    raw = pairs.select_columns([*columns, "prompt"])
+    for name in columns:
+        raw = raw.cast_column(name, Image(decode=False))
+    # Files that rows only point to may be other ones by now, which no fingerprint of the rows tells.
+    whole = all(
+        chunk.field("bytes").null_count == 0 for name in columns for chunk in raw.data.column(name).iterchunks()
+    )
+    keeps = whole and bool(raw.cache_files)
+    with FileLock(root / f"{raw._fingerprint}.lock") if keeps else nullcontext():
+        found = raw.map(
+            _digest_batch,
+            batched=True,
+            batch_size=100,
+            remove_columns=raw.column_names,
+            load_from_cache_file=None if keeps else False,
+            keep_in_memory=not keeps,
+            desc=f"{description}: digests",
+        )
+    table = found.with_format("arrow")[:]
+    return {name: table[name].to_numpy() for name in raw.column_names}
+
+
+def _digest_batch(batch: dict[str, list[Any]]) -> dict[str, list[int]]:
+    return {
+        name: [number_of(value.encode() if name == "prompt" else _content(value)) for value in values]
+        for name, values in batch.items()
+    }
+
+
+def _content(image: Mapping[str, Any] | None) -> bytes:
+    content = (image or {}).get("bytes")
+    if content is None and (path := (image or {}).get("path")) and Path(path).is_file():
+        content = Path(path).read_bytes()
+    # Without content `to_rgb` tells what is wrong, when the image is encoded.
+    return content if content is not None else repr(image).encode()
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each distinct value is first seen (K,), in that order, and which of them each value is (N,)."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    order = first.argsort()
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[inverse]
+
+
+def _encoded(
+    root: Path, kind: str, model: str, contents: np.ndarray, first: np.ndarray, encode: _Encode, description: str
+) -> Dataset:
+    """What `encode` makes of the rows `first`, whose `contents` name the files; memory-mapped, in the same order."""
+    shards = []
+    for start in range(0, len(first), SHARD):
+        part = slice(start, start + SHARD)
+        path = root / digest(str(FORMAT), model, contents[part].tobytes()) / f"{kind}.arrow"
+        count = f" {start // SHARD + 1} of {-(-len(first) // SHARD)}" if len(first) > SHARD else ""
+        shards.append((path, Dataset.from_dict({"first": first[part]}), f"{description}: {kind}{count}"))
+    for wait in (False, True):  # at first only for what no other process is at
+        for path, items, text in shards:
+            with _room_on_disk(root, len(first)):
+                _build(path, items, encode, text, wait)
+    return concatenate_datasets([Dataset.from_file(str(path)) for path, *_ in shards]).with_format("arrow")
+
+
+def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: bool) -> None:
+    """Write what `encode` makes of `items` to `path`, if it is not there and no other process is at it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
+            if path.exists():
+                return
+            try:
+                first = _flat(encode(items[:1]))
+                items.map(
+                    lambda batch: _flat(encode(batch)),
+                    batched=True,
+                    batch_size=8,
+                    remove_columns=items.column_names,
+                    features=Features({name: _feature(value) for name, value in first.items()}),
+                    cache_file_name=str(path),
+                    new_fingerprint=path.parent.name,
+                    writer_batch_size=64,
+                    desc=description,
+                )
+            finally:
+                # What failed is half a file, of this build or of one that was killed. The lock stays, and so does its
+                # folder: another process may be waiting for it.
+                for left_over in path.parent.glob("tmp*"):
+                    left_over.unlink()
+    except Timeout:
+        return
+
+
+@contextmanager
+def _room_on_disk(folder: Path, rows: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                error.errno,
+                f"no space left to cache {rows} rows: free some, and the next run goes on from the files that are "
+                "complete; or name another `cache_dir`, or turn the cache off",
+                str(folder),
+            ) from error
+        raise
+
+
+def _flat(values: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    # Arrow has no bfloat16; latents and embeddings of such models are kept in float32.
+    return {
+        name: (value if value.dtype in _DTYPES or not value.is_floating_point() else value.float()).cpu().numpy()
+        for name, value in values.items()
+    }
+
+
+def _feature(array: Any) -> Any:
+    """The feature of one row: nested lists of fixed lengths, from which `read` knows the shape."""
+    feature: Any = Value(str(array.dtype))
+    for length in reversed(array.shape[1:]):
+        feature = List(feature, length=length)
+    return feature

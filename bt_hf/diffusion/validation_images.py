@@ -1,0 +1,122 @@
+"""Draw the same prompts with the same seeds before and after, to see what training does to the images."""
+
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bt_hf.diffusion.config import PreferenceLoRAConfig
+from bt_hf.diffusion.encoder import PairEncoder
+from bt_hf.plots.curves import contact_sheet
+
+SHEET = "before_after.png"
+
+
+class Validation:
+    """Images of the validation prompts, before training and at the latest look.
+
+    Prompts are embedded at once, so that the text encoders need not stay.
+
+    Args:
+        pipeline: Draws; its denoiser holds the LoRA.
+        encoder: Embeds the prompts.
+        args: Options `validation_*`, `seed`.
+
+    Attributes:
+        wanted: Whether there is anything to draw.
+    """
+
+    def __init__(self, pipeline: Any, encoder: PairEncoder, args: PreferenceLoRAConfig) -> None:
+        self.pipeline = pipeline
+        self.size = encoder.collator.size
+        self._options = dict(encoder.family.call_options)
+        self.args = args
+        self.prompts = list(args.validation_prompts or [])
+        self.wanted = bool(self.prompts) and args.process_index == 0
+        self.before: list[list[Image.Image]] = []
+        self.after: list[list[Image.Image]] = []
+        self._drawn_at = -1
+        if self.wanted:
+            self._conditions = encoder.encode_prompts(self.prompts)
+            parameters = inspect.signature(pipeline.__call__).parameters
+            negative = {f"negative_{name}": value for name, value in encoder.encode_negative().items()}
+            self._negative = {name: value for name, value in negative.items() if name in parameters}
+
+    def draw_before(self) -> dict[str, float]:
+        """Draw with the LoRA switched off by the caller. Returns what to log, empty if there is nothing new."""
+        if not self.wanted or self.before:
+            return {}
+        self.before = self._draw()
+        return {"validation_distance_base": mean_pairwise_distance(self.before)}
+
+    def draw_after(self, step: int, again: bool = False) -> dict[str, float]:
+        """Draw with the LoRA of this step. Returns what to log, empty if it was drawn already and not `again`."""
+        if not self.wanted or (step == self._drawn_at and not again):
+            return {}
+        self.after, self._drawn_at = self._draw(), step
+        return {
+            "validation_distance": mean_pairwise_distance(self.after),
+            "validation_distance_base": mean_pairwise_distance(self.before),
+        }
+
+    @torch.no_grad()
+    def _draw(self) -> list[list[Image.Image]]:
+        """Images for each prompt, each with a seed of its own that never changes."""
+        pipeline, count = self.pipeline, self.args.validation_images
+        negative = {name: value.expand(count, *value.shape[1:]) for name, value in self._negative.items()}
+        options: dict[str, Any] = {"num_inference_steps": self.args.validation_inference_steps, **self._options}
+        if self.args.validation_guidance_scale is not None:
+            options["guidance_scale"] = self.args.validation_guidance_scale
+        options["height"], options["width"] = self.size
+        bars = getattr(pipeline, "_progress_bar_config", {})
+        pipeline.set_progress_bar_config(disable=True)
+        images = []
+        try:
+            for index in range(len(self.prompts)):
+                rows = self._conditions.items()
+                conditions = {name: value[index].expand(count, *value.shape[1:]) for name, value in rows}
+                seeds = [self.args.seed + index * count + image for image in range(count)]
+                options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+                images.append(pipeline(**conditions, **negative, **options).images)
+        finally:
+            pipeline.set_progress_bar_config(**bars)
+        return images
+
+    def sheet(self, path: Path | None = None) -> Image.Image:
+        """Before | after, a row for each prompt."""
+        return contact_sheet(self.before, self.after, path, self.prompts, columns=self.args.validation_images)
+
+    def save(self, folder: Path) -> None:
+        """Write the sheet into `folder`, if both sides are drawn."""
+        if self.before and self.after:
+            self.sheet(folder / SHEET)
+
+    def show(self, callbacks: Iterable[Any], step: int) -> None:
+        """Give the sheet to TensorBoard and Weights & Biases, where the Trainer reports to them."""
+        if not (self.before and self.after):
+            return
+        for callback in callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.add_image("validation", np.asarray(self.sheet()), step, dataformats="HWC")
+            wandb = getattr(callback, "_wandb", None)
+            if wandb is not None and getattr(wandb, "run", None) is not None:
+                wandb.log({"validation": wandb.Image(self.sheet()), "train/global_step": step})
+
+
+def mean_pairwise_distance(images: list[list[Image.Image]]) -> float:
+    """Mean root-mean-square difference between any two images, at 32x32 pixels with values in [0, 1]; 0 of one image.
+
+    A model whose images become all alike comes near 0.
+    """
+    small = [image.convert("RGB").resize((32, 32), Image.Resampling.BOX) for row in images for image in row]
+    pixels = np.stack([np.asarray(image, dtype=np.float64).ravel() / 255 for image in small])  # (N, 3072)
+    if len(pixels) < 2:
+        return 0.0
+    squares = (pixels**2).sum(1)
+    squared = (squares[:, None] + squares[None] - 2 * pixels @ pixels.T).clip(0) / pixels.shape[1]
+    return float(np.sqrt(squared[np.triu_indices(len(pixels), 1)]).mean())

@@ -1,0 +1,178 @@
+"""Fetch a published adapter: all of it or nothing, checked before anything of it is used."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import nn
+
+from bt_hf.hub import checks as hub_checks
+from bt_hf.hub.checks import KINDS, in_contract
+from bt_hf.hub.retries import asking, check_repo_id, digest, expected_digest
+
+logger = logging.getLogger(__name__)
+
+
+def pull_adapter(
+    repo_id: str,
+    revision: str | None = None,
+    token: str | None = None,
+    *,
+    base_model: str | Path | nn.Module | None = None,
+    kind: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Fetch a published adapter into the cache of `huggingface_hub`, and check it; no code of the repo is run.
+
+    Only safetensors, known text files and the card's pictures are fetched, and each is compared with the hash that the
+    Hub announced. A branch or tag stands for the new files only once all of them are there and right.
+
+    Args:
+        repo_id: "owner/name".
+        revision: Branch, tag or commit; default "main".
+        token: Access token for the Hub; default: the one that is logged in.
+        base_model: Base that the adapter will be put on: a loaded model or a folder, whose shapes are compared, or a
+            Hub id, which must be the one that the adapter names.
+        kind: What it must be, "reward" or "lora"; default: either.
+        cache_dir: Default: that of `huggingface_hub`.
+        local_files_only: Use what is in the cache, as with `HF_HUB_OFFLINE=1`.
+
+    Returns:
+        The folder, which every loader takes in place of the id.
+
+    Raises:
+        ConnectionError: The Hub can't be reached and the cache does not have it.
+        FileNotFoundError: There is no such repo or revision.
+        OSError: What arrives is not what was announced.
+        PermissionError: The token is wrong or may not read it.
+        ValueError: It is no adapter, or pickled, or not of this kind, or it does not fit the base.
+    """
+    if kind not in (None, "reward", "lora"):
+        raise ValueError(f"`kind` should be 'reward', 'lora' or None, but got {kind!r}.")
+    check_repo_id(repo_id)
+    if revision is not None and ".." in revision:  # it becomes a path in the cache
+        raise ValueError(f"`revision` should be a branch, a tag or a commit, but got {revision!r}.")
+    doing, revision = f"fetch {repo_id!r}", revision or constants.DEFAULT_REVISION
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        folder = _from_cache(repo_id, revision, cache)
+        check_incoming(folder, repr(repo_id), base_model, kind)
+        return folder
+    api = HfApi(token=token)
+    try:
+        info = asking(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), doing)
+    except ConnectionError as error:
+        try:
+            folder = _from_cache(repo_id, revision, cache)
+        except OSError:
+            raise error from None
+        logger.warning("%s This is the copy in the cache, commit %s.", error, folder.name[:8])
+        check_incoming(folder, repr(repo_id), base_model, kind)
+        return folder
+    expected = {sibling.rfilename: expected_digest(sibling) for sibling in info.siblings or ()}
+    found = hub_checks.find_kind(expected, repr(repo_id))
+    _check_kind(found, kind, repr(repo_id))
+    wanted = {name: announced for name, announced in expected.items() if in_contract(name)}
+    commit = str(info.sha)
+    folder = _download(repo_id, commit, wanted, token, cache, doing)
+    check_incoming(folder, repr(repo_id), base_model, kind)
+    if revision != commit:
+        _remember(folder.parents[1] / "refs" / revision, commit)
+    return folder
+
+
+def check_incoming(folder: Path, source: str, base_model: str | Path | nn.Module | None, kind: str | None) -> None:
+    """Raise a `ValueError` unless `folder` holds an adapter of this kind that fits the base. See `pull_adapter`."""
+    files = hub_checks.contract_files(folder)
+    found = hub_checks.find_kind((file.name for file in folder.iterdir()), source)
+    _check_kind(found, kind, source)
+    shapes = hub_checks.check_weights(files, found, source)
+    if found == "model":
+        return
+    named = hub_checks.read_config(files[hub_checks.ADAPTER_CONFIG], source).get("base_model_name_or_path")
+    if base_model is None:
+        return
+    if isinstance(base_model, nn.Module):
+        base: Mapping[str, tuple[int, ...]] = {key: tuple(value.shape) for key, value in base_model.named_parameters()}
+        hub_checks.check_fit(shapes, base, source, type(base_model).__name__)
+    elif Path(base_model).is_dir():
+        weights = [
+            file for part in (".", "unet", "transformer") for file in Path(base_model, part).glob("*.safetensors")
+        ]
+        hub_checks.check_fit(shapes, hub_checks.file_shapes(weights), source, f"'{base_model}'")
+    elif str(base_model) != named:
+        raise ValueError(
+            f"{source} was trained on {named!r}, not on '{base_model}': leave `base_model` out, or pass a folder or a "
+            "loaded model to try another base of the same shapes."
+        )
+
+
+def _check_kind(found: str, wanted: str | None, source: str) -> None:
+    if found == "model" or wanted not in (None, found):
+        use = {
+            "reward": "`PreferenceScorer.from_pretrained` loads it",
+            "lora": "`load_lora_weights` of a diffusers pipeline loads it",
+            "model": "`AutoModel.from_pretrained` loads it",
+        }
+        expected = KINDS[wanted] if wanted else "an adapter"
+        raise ValueError(f"{source} is {KINDS[found]}, not {expected}: {use[found]}.")
+
+
+def _from_cache(repo_id: str, revision: str, cache: Path) -> Path:
+    try:
+        names = sorted(hub_checks.CONTRACT) + ["model*.safetensors"]
+        return Path(
+            snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=names, local_files_only=True)
+        )
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} at {revision!r} is not in the cache, and the Hub may not be asked: fetch it once online."
+        ) from error
+
+
+def _download(
+    repo_id: str, commit: str, wanted: Mapping[str, str | None], token: str | None, cache: Path, doing: str
+) -> Path:
+    """Fetch files of one commit, and compare each with its hash; what is wrong is thrown away and fetched again."""
+    damaged: list[str] = []
+    for _ in range(2):
+        folder = Path(
+            asking(
+                # By commit: a name of it would point to half a state while files arrive.
+                lambda: snapshot_download(
+                    repo_id, revision=commit, token=token, cache_dir=cache, allow_patterns=list(wanted)
+                ),
+                doing,
+                when_cut=False,
+            )
+        )
+        damaged = [
+            name
+            for name, announced in wanted.items()
+            if announced and digest(hub_checks.read(folder / name), announced) != announced
+        ]
+        for name in damaged:
+            file = folder / name
+            file.resolve().unlink()
+            file.unlink(missing_ok=True)
+        if not damaged:
+            return folder
+    raise OSError(
+        f"Could not {doing}: {', '.join(damaged)} arrived twice with contents that do not have their hash. Nothing of "
+        "it was kept; try again, or over another connection."
+    )
+
+
+def _remember(path: Path, commit: str) -> None:
+    """Let a branch or tag of the cache stand for a commit, in one step.
+
+    The layout is that of https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(f".{path.name}.{os.getpid()}")
+    written.write_text(commit)
+    os.replace(written, path)

@@ -1,0 +1,300 @@
+"""Publish an adapter on the Hugging Face Hub: all of it or nothing, checked before anything leaves the machine."""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from bt_hf.data.pairs import check_columns
+from bt_hf.hub import checks as hub_checks
+from bt_hf.hub.card_sections import address_card, has_parts, keep_owner_text, owner_text
+from bt_hf.hub.checks import CARD, KINDS, PAIRS, Content, hub_id, in_contract
+from bt_hf.hub.retries import asking, check_repo_id, digest, expected_digest, explain, one_line
+
+logger = logging.getLogger(__name__)
+
+
+def push_adapter(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    *,
+    base_model: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    pairs: Dataset | None = None,
+) -> CommitInfo:
+    """Publish a folder that a trainer wrote, in one commit, after checks that run before anything leaves the machine.
+
+    Only the folder contract goes up: adapter, processor, card and its pictures. What was published before and is not
+    in the folder any more is taken away in the same commit. Cut off, it goes on where it stopped when it is called
+    again: large files that have arrived are not sent twice, and nothing changes for readers before all have.
+
+    Args:
+        folder: What `trainer.save_model` wrote.
+        repo_id: "name" or "owner/name".
+        private: Whether only its owner sees the repo. A new repo is private unless `private=False`; an existing one
+            stays as it is, and a contradiction is an error.
+        revision: Branch to commit to, made if there is none; default "main".
+        token: Access token for the Hub; default: the one that is logged in.
+        base_model: Hub id of the base, if the adapter was trained from a local folder.
+        create_pr: Propose the commit as a pull request, instead of committing.
+        commit_message: Title of the commit; default: what it is.
+        tag: Name for the new commit, such as "v1".
+        pairs: Pairs to publish beside the adapter, as `pairs.parquet`; default: none, they are personal.
+
+    Returns:
+        The commit, with its `commit_url`, and `pr_url` of a pull request.
+
+    Raises:
+        ConnectionError: The Hub can't be reached, or fails time and again.
+        FileExistsError: The tag is taken.
+        FileNotFoundError: There is no such folder or repo.
+        OSError: The Hub refuses something else.
+        PermissionError: The token is missing or wrong, or may not write there.
+        ValueError: A check failed; nothing was created or changed on the Hub.
+
+    Example:
+        ```python
+        from bt_hf import push_adapter
+
+        push_adapter("my-taste", "me/my-taste", base_model="openai/clip-vit-base-patch32", tag="v1")
+        ```
+    """
+    files: dict[str, Content] = dict(hub_checks.contract_files(folder))
+    hub_checks.find_kind((file.name for file in Path(folder).iterdir()), f"'{folder}'")
+    if pairs is not None:
+        check_columns(pairs)
+        files[PAIRS] = _parquet(pairs)
+    return publish(files, str(folder), repo_id, private, revision, token, base_model, create_pr, commit_message, tag)
+
+
+def publish(
+    files: Mapping[str, Content],
+    source: str,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    base_model: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    tag: str | None = None,
+    also_in: str | None = None,
+) -> CommitInfo:
+    """`push_adapter` of files that are given by name.
+
+    Args:
+        files: Those of the folder contract.
+        source: What to call them in an error.
+        also_in: Folder of the repo that gets a copy without the card, such as "checkpoint-100".
+    """
+    if create_pr and (revision or tag):
+        raise ValueError("A pull request goes to `main` and is no commit yet: leave out `revision` and `tag`.")
+    check_repo_id(repo_id)
+    api = HfApi(token=token)
+    kind = hub_checks.find_kind(files, f"'{source}'")
+    files, base, shapes = _checked(files, kind, f"'{source}'", base_model, token)
+    doing = f"publish {KINDS[kind]} as {repo_id!r}"
+    repo_id = asking(lambda: _full_name(api, repo_id), doing)
+    files[CARD] = address_card(hub_checks.read(files[CARD]).decode(), repo_id, base).encode()
+    _validate_card(files[CARD].decode(), doing)
+    if base is not None:
+        hub_checks.check_fit(shapes, _shapes_on_hub(api, base, doing), f"'{source}'", repr(base))
+    info = _existing(api, repo_id, doing)
+    if info is None and create_pr:
+        raise FileNotFoundError(f"The Hub has no repo {repo_id!r} that a pull request could go to: look at its name.")
+    if info is None:
+        asking(lambda: api.create_repo(repo_id, private=private is not False, exist_ok=True), doing)
+    elif private is not None and bool(info.private) != private:
+        state = "private" if info.private else "public"
+        raise ValueError(
+            f"{repo_id!r} exists and is {state}, but `private={private}` was asked for: leave `private` out to "
+            "publish there as it is, or change the repo's settings, or choose another name."
+        )
+    branch = revision or constants.DEFAULT_REVISION
+    copied = [name for name in files if also_in and name != CARD and not name.endswith(".png")]
+    copies = {f"{also_in}/{name}": files[name] for name in copied}
+    if revision is not None:
+        _make_branch(api, repo_id, revision, doing)
+    title = commit_message or f"Upload {KINDS[kind]}"
+    if create_pr:
+        doing += " (the pull request may have been opened: look there before trying again)"
+    commit = asking(
+        lambda: _commit(api, repo_id, branch, {**files, **copies}, create_pr, title, tag),
+        doing,
+        # A request without an answer may have opened a pull request; a second one would be one too many.
+        only_refused=create_pr,
+    )
+    if tag is not None:
+        said = f"name the commit {tag!r} (it is published, as {commit.oid[:8]})"
+        asking(lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True), said)
+    return commit
+
+
+def _checked(
+    files: Mapping[str, Content], kind: str, source: str, base_model: str | None, token: str | None
+) -> tuple[dict[str, Any], str | None, hub_checks.Shapes]:
+    """The files as they will be published, the Hub id of the base, and the adapter's shapes. Asks nobody."""
+    files, base = dict(files), None
+    if base_model is not None and hub_id(base_model) is None:
+        raise ValueError(
+            f"`base_model` should be the Hub id of the base, such as 'owner/name', but got {base_model!r}."
+        )
+    if kind != "model":
+        files, base = hub_checks.with_base(files, base_model, source)
+    if CARD not in files:
+        raise ValueError(f"{source} has no {CARD}, so nobody would know what it is: write one, or save it again.")
+    shapes = hub_checks.check_weights(files, kind, source)
+    hub_checks.check_card(hub_checks.read(files[CARD]).decode(errors="replace"))
+    addressed = address_card(hub_checks.read(files[CARD]).decode(), "owner/name", base)
+    hub_checks.check_privacy({**files, CARD: addressed.encode()}, [token or "", get_token() or ""])
+    return files, base, shapes
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    branch: str,
+    files: Mapping[str, Content],
+    create_pr: bool,
+    title: str,
+    tag: str | None,
+) -> CommitInfo:
+    """Bring a branch to the state of `files`, in one commit on top of what it is now. Asked again, it does no more."""
+    info = api.model_info(repo_id, revision=branch, files_metadata=True)
+    remote = {sibling.rfilename: expected_digest(sibling) for sibling in info.siblings or ()}
+    files = dict(files)
+    if CARD in remote:
+        files[CARD] = _with_text_of_hub(files[CARD], repo_id, str(info.sha), api.token)
+    # Weights of one publication beside the processor of another would be neither.
+    gone = [name for name in remote if in_contract(name) and name not in files]
+    if tag is not None:
+        same = not gone and all(
+            name in remote and digest(hub_checks.read(content), remote[name]) == remote[name]
+            for name, content in files.items()
+        )
+        taken = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+        if tag in taken and not (same and taken[tag] == info.sha):
+            raise FileExistsError(
+                f"{repo_id!r} has a tag {tag!r} already, and a tag does not move: choose another name for this one. "
+                "Nothing was published."
+            )
+    operations: list[Any] = [
+        CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+        for name, content in files.items()
+    ]
+    operations += [CommitOperationDelete(name) for name in gone]
+    with warnings.catch_warnings():
+        # The client asks whether a Parquet file is meant for a dataset's repo: it was asked for.
+        warnings.filterwarnings("ignore", message=r"It seems that you are about to commit a data file")
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=title,
+            revision=branch,
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
+
+
+def _with_text_of_hub(card: Content, repo_id: str, commit: str, token: Any) -> bytes:
+    """Our card with what its owner wrote on the Hub's page, if nobody wrote anything into ours."""
+    ours = hub_checks.read(card).decode()
+    if owner_text(ours) or not has_parts(ours):
+        return ours.encode()
+    with tempfile.TemporaryDirectory() as folder:
+        there = hf_hub_download(repo_id, CARD, revision=commit, local_dir=folder, token=token)
+        return keep_owner_text(ours, Path(there).read_text(encoding="utf-8")).encode()
+
+
+def _existing(api: HfApi, repo_id: str, doing: str) -> Any:
+    try:
+        return asking(lambda: api.model_info(repo_id), doing, through=(RepositoryNotFoundError,))
+    except RepositoryNotFoundError:
+        return None
+
+
+def _make_branch(api: HfApi, repo_id: str, branch: str, doing: str) -> None:
+    try:
+        asking(lambda: api.model_info(repo_id, revision=branch), doing, through=(RevisionNotFoundError,))
+    except RevisionNotFoundError:
+        asking(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), doing)
+
+
+def _full_name(api: HfApi, repo_id: str) -> str:
+    """ "owner/name"; asks who is logged in, so that a missing or wrong token shows before anything is made."""
+    me = api.whoami()["name"]
+    return repo_id if "/" in repo_id else f"{me}/{repo_id}"
+
+
+def full_name(repo_id: str, token: str | None = None) -> str:
+    """`repo_id` with its owner.
+
+    Raises:
+        PermissionError: The token is missing or wrong.
+    """
+    check_repo_id(repo_id)
+    return asking(lambda: _full_name(HfApi(token=token), repo_id), f"publish as {repo_id!r}")
+
+
+def _validate_card(text: str, doing: str) -> None:
+    """Ask the Hub whether it takes the card's metadata; a mirror that does not know that question is not asked."""
+    try:
+        asking(lambda: ModelCard(text).validate("model"), doing, through=(ValueError, HfHubHTTPError))
+    except HfHubHTTPError as error:
+        if error.response.status_code != 404:
+            explain(error, doing)
+    except ValueError as error:
+        raise ValueError(f"The Hub does not take the metadata of {CARD}: {one_line(error)}") from error
+
+
+def _shapes_on_hub(api: HfApi, base: str, doing: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the base's weights, from the headers of its files; empty if it has no safetensors."""
+    try:
+        info = asking(lambda: api.model_info(base), doing, through=(RepositoryNotFoundError,))
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"The Hub has no model {base!r}, or your token may not see it, so nobody could use the adapter: publish "
+            "the base first, or pass `base_model` with the right Hub id."
+        ) from None
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    folders = {"", "unet/", "transformer/"}
+    wanted = [name for name in names if name.endswith(".safetensors") and name[: name.rfind("/") + 1] in folders]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in wanted:
+        header = asking(lambda name=name: api.parse_safetensors_file_metadata(base, name), doing)  # type: ignore[misc]
+        shapes |= {tensor: tuple(found.shape) for tensor, found in header.tensors.items()}
+    return shapes
+
+
+def _parquet(pairs: Dataset) -> bytes:
+    from datasets.table import embed_table_storage
+
+    # Images that are paths become bytes, and their paths names.
+    embedded = pairs.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
+    with tempfile.TemporaryDirectory() as folder:
+        embedded.with_format(None).to_parquet(Path(folder) / PAIRS)
+        return (Path(folder) / PAIRS).read_bytes()

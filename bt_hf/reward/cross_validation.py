@@ -1,0 +1,215 @@
+"""What a few clicks prove: cross-validation against the untouched base."""
+
+import copy
+import random
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.processing_utils import ProcessorMixin
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from bt_hf.data.pairs import check_columns
+from bt_hf.metrics.scores import (
+    McNemarResult,
+    agreement,
+    mcnemar_test,
+    paired_difference_interval,
+    preference_metrics,
+    verdict_sentence,
+)
+from bt_hf.reward import encoders
+from bt_hf.reward.collator import PreferenceCollator
+from bt_hf.reward.config import BradleyTerryConfig
+from bt_hf.reward.frozen_prefix import FeatureCache
+from bt_hf.reward.lora import add_adapter
+from bt_hf.reward.trainer import BradleyTerryTrainer
+
+
+@dataclass
+class CrossValidation:
+    """Result of `cross_validate`. Every pair was predicted by a model that saw neither it nor its prompt.
+
+    Attributes:
+        margins: (N,) margins of the adapted models, out of fold.
+        base_margins: (N,) margins of the untouched base.
+        preference: (N,) the labels.
+        folds: (N,) fold of each pair.
+        metrics: As `metrics.preference_metrics`; those of the base have the prefix `base_`.
+        test: Exact McNemar test, adapted against base on the same pairs.
+        difference: (low, high) of the 95 % interval of the difference in accuracy.
+        verdict: One plain sentence.
+    """
+
+    margins: np.ndarray
+    base_margins: np.ndarray
+    preference: np.ndarray
+    folds: np.ndarray
+    metrics: dict[str, float]
+    test: McNemarResult
+    difference: tuple[float, float]
+    verdict: str
+
+    def __str__(self) -> str:
+        m = self.metrics
+        lines = [
+            f"{len(np.unique(self.folds))}-fold cross-validation of {len(self.margins)} pairs, folds split by prompt",
+            f"{'':12}{'accuracy':>9}  {'95 % interval':>14}  {'log-loss':>9}",
+        ]
+        for name, prefix in (("base", "base_"), ("adapted", "")):
+            low, high = m[f"{prefix}accuracy_low"], m[f"{prefix}accuracy_high"]
+            lines.append(
+                f"{name:12}{m[f'{prefix}accuracy']:9.3f}  {f'{low:.3f} to {high:.3f}':>14}  "
+                f"{m[f'{prefix}log_loss']:9.3f}"
+            )
+        return "\n".join([*lines, self.verdict])
+
+
+def cross_validate(
+    model: str | Path | nn.Module,
+    dataset: Dataset,
+    args: BradleyTerryConfig | None = None,
+    folds: int = 5,
+    processing_class: ProcessorMixin | None = None,
+    peft_config: PeftConfig | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> CrossValidation:
+    """Train on all folds but one, predict that one, for each fold; then compare with the base on the same pairs.
+
+    Thirty pairs can't spare a test set, and here every pair is trained on and tested on. The folds share the cache of
+    frozen features, so this costs seconds.
+
+    Args:
+        model: Hub id or folder of a dual encoder, or a loaded one, without an adapter.
+        dataset: Pairs in the row contract, N rows.
+        args: Options of each training; default `BradleyTerryConfig`. Nothing is written to its `output_dir`.
+        folds: How many folds; at most one for each distinct prompt.
+        processing_class: Processor; default: the one saved beside the model.
+        peft_config: As in `BradleyTerryTrainer`.
+        seed: Which prompts share a fold.
+        progress: Show a progress bar.
+
+    Returns:
+        A `CrossValidation`; `print` it for the table and the verdict.
+
+    Raises:
+        ValueError: Fewer than two folds or two distinct prompts, `model` has an adapter, which may have been trained
+            on these pairs, or FSDP or DeepSpeed is on.
+
+    Example:
+        ```python
+        result = cross_validate("openai/clip-vit-base-patch32", load_preference_pairs("my-clicks/"))
+        print(result.verdict)
+        ```
+    """
+    check_columns(dataset)
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "`cross_validate` trains one model again for each fold, which can't be once FSDP or DeepSpeed has divided "
+            "its weights: pass `--cross_validate 0`, or run it beforehand on one device."
+        )
+    source = model
+    # A copy, as the adapters of the folds come and go, and leave the weights frozen.
+    base: Any = copy.deepcopy(model) if isinstance(model, nn.Module) else encoders.load_dual_encoder(model)
+    if isinstance(base, PeftModel):
+        raise ValueError(
+            "`cross_validate` needs a base model, but got one with an adapter, which may have seen these pairs: pass "
+            "its base, or use held-out pairs and `evaluate`."
+        )
+    processor = processing_class or encoders.find_processor(source, base)
+    assignment = assign_folds(list(dataset["prompt"]), folds, seed)
+    args = _quiet(args or BradleyTerryConfig("reward-adapter", report_to="none"))
+    pairs: Any = dataset
+    if args.cache_features:
+        # Which layers are frozen depends on the adapter, so one is put on while the cache is built.
+        adapted = base if args.full_finetuning else add_adapter(base, peft_config)
+        adapted.to(args.device)
+        cache = FeatureCache(adapted, PreferenceCollator(processor), max_bytes=args.cache_max_gb * 1e9)
+        pairs = (cache.add(dataset) if cache.useful else None) or dataset
+        base = base if args.full_finetuning else adapted.unload()
+    margins, base_margins = np.zeros(len(dataset)), np.zeros(len(dataset))
+    preference = np.array([float(value) for value in _column(dataset, "preference")])
+    with tempfile.TemporaryDirectory() as scratch:
+        args.output_dir = scratch
+        for fold in tqdm(np.unique(assignment), desc="Cross-validation", unit="fold", disable=not progress):
+            held_out = np.flatnonzero(assignment == fold)
+            trainer = BradleyTerryTrainer(
+                copy.deepcopy(base) if args.full_finetuning else base,
+                args,
+                train_dataset=pairs.select(np.flatnonzero(assignment != fold).tolist()),
+                processing_class=processor,
+                peft_config=peft_config,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            predictions = trainer.predict(pairs.select(held_out.tolist())).predictions
+            margins[held_out], base_margins[held_out] = predictions
+            if not args.full_finetuning:
+                base = trainer.model.unload()
+    weight = np.array([float(value) for value in _column(dataset, "weight")])
+    metrics = preference_metrics(margins, preference, weight)
+    metrics |= {f"base_{name}": value for name, value in preference_metrics(base_margins, preference, weight).items()}
+    correct, base_correct = agreement(margins, preference), agreement(base_margins, preference)
+    decided = ~np.isnan(correct)
+    correct, base_correct = correct[decided], base_correct[decided]
+    return CrossValidation(
+        margins=margins,
+        base_margins=base_margins,
+        preference=preference,
+        folds=assignment,
+        metrics=metrics,
+        test=mcnemar_test(correct, base_correct),
+        difference=paired_difference_interval(correct, base_correct),
+        verdict=verdict_sentence(correct, base_correct),
+    )
+
+
+def assign_folds(prompts: list[str], folds: int, seed: int = 0) -> np.ndarray:
+    """Fold of each row, (N,) int: all rows of a prompt share one, and folds are about equally large.
+
+    Raises:
+        ValueError: Fewer than two folds or two distinct prompts.
+    """
+    counts = Counter(prompts)
+    folds = min(folds, len(counts))
+    if folds < 2:
+        raise ValueError(
+            f"Cross-validation needs at least 2 folds and 2 different prompts, but got {len(counts)} prompts: collect "
+            "pairs for other prompts too, since the same prompt may not be trained on and tested on."
+        )
+    order = sorted(counts)
+    random.Random(seed).shuffle(order)
+    sizes = [0] * folds
+    fold_of = {}
+    # The largest first, each into the emptiest fold.
+    for prompt in sorted(order, key=lambda prompt: -counts[prompt]):
+        fold_of[prompt] = sizes.index(min(sizes))
+        sizes[fold_of[prompt]] += counts[prompt]
+    return np.array([fold_of[prompt] for prompt in prompts])
+
+
+def _column(dataset: Dataset, name: str) -> list[float]:
+    return list(dataset[name]) if name in dataset.column_names else [1.0] * len(dataset)
+
+
+def _quiet(args: BradleyTerryConfig) -> BradleyTerryConfig:
+    """A copy of the options that writes, logs and reports nothing."""
+    args = copy.copy(args)
+    args.save_strategy, args.eval_strategy, args.logging_strategy = (
+        SaveStrategy.NO,
+        IntervalStrategy.NO,
+        IntervalStrategy.NO,
+    )
+    args.report_to, args.disable_tqdm, args.push_to_hub, args.load_best_model_at_end = [], True, False, False
+    args.overwrite_output_dir, args.resume_from_checkpoint = True, None
+    return args

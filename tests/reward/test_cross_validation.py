@@ -1,0 +1,176 @@
+"""Cross-validation: honest folds, the same predictions as separate trainings, and nothing left behind."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
+from bt_hf.metrics.scores import agreement, mcnemar_test, preference_metrics
+from bt_hf.reward.cross_validation import assign_folds
+from tiny_models import build, red_pairs, save
+
+QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+
+
+def config(folder: Path, **options: object) -> BradleyTerryConfig:
+    return BradleyTerryConfig(str(folder), **{**QUIET, "num_train_epochs": 3, "learning_rate": 1e-2, **options})
+
+
+def repeated_prompts() -> Dataset:
+    """14 pairs of 10 prompts: four prompts have two."""
+    pairs = red_pairs(10)
+    return concatenate_datasets([pairs, red_pairs(10, seed=1).select(range(4))])
+
+
+def test_folds_hold_whole_prompts_and_are_balanced() -> None:
+    prompts = ["a"] * 7 + ["b", "c", "d"] * 3 + list("efghijkl")
+    folds = assign_folds(prompts, 4)
+    assert len(folds) == len(prompts)
+    for prompt in set(prompts):
+        assert len({fold for fold, name in zip(folds, prompts, strict=True) if name == prompt}) == 1
+    assert sorted(Counter(folds.tolist()).values()) == [5, 6, 6, 7] or max(Counter(folds.tolist()).values()) == 7
+
+
+def test_distinct_prompts_differ_by_one_at_most() -> None:
+    sizes = Counter(assign_folds([f"prompt {i}" for i in range(23)], 5).tolist())
+    assert sorted(sizes.values()) == [4, 4, 5, 5, 5]
+
+
+def test_seed_decides_the_folds() -> None:
+    prompts = [f"prompt {i}" for i in range(20)]
+    assert np.array_equal(assign_folds(prompts, 4, seed=1), assign_folds(prompts, 4, seed=1))
+    assert not np.array_equal(assign_folds(prompts, 4, seed=1), assign_folds(prompts, 4, seed=2))
+
+
+def test_order_of_rows_does_not_matter() -> None:
+    prompts = [f"prompt {i % 7}" for i in range(20)]
+    assert np.array_equal(assign_folds(prompts, 3)[::-1], assign_folds(prompts[::-1], 3))
+
+
+@pytest.mark.parametrize(("prompts", "folds"), [(["a"] * 9, 5), (["a", "b"], 1), ([], 5)])
+def test_too_few_prompts(prompts: list[str], folds: int) -> None:
+    with pytest.raises(ValueError, match=r"at least 2 folds and 2 different prompts, but got \d prompts"):
+        assign_folds(prompts, folds)
+
+
+def test_few_prompts_get_as_many_folds() -> None:
+    assert sorted(assign_folds(["a", "b", "c"], 5).tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_features": False}, {"full_finetuning": True, "learning_rate": 1e-3}],
+    ids=["cached", "uncached", "full"],
+)
+def test_predictions_of_separately_trained_trainers(options: dict, tmp_path: Path) -> None:
+    pairs = repeated_prompts()
+    base, processor = build()
+    result = cross_validate(
+        base, pairs, config(tmp_path, **options), folds=3, processing_class=processor, progress=False
+    )
+    margins, base_margins = np.zeros(14), np.zeros(14)
+    for fold in range(3):
+        train, test = np.flatnonzero(result.folds != fold), np.flatnonzero(result.folds == fold)
+        trainer = BradleyTerryTrainer(
+            build()[0],
+            config(tmp_path / str(fold), save_strategy="no", **options),
+            train_dataset=pairs.select(train),
+            processing_class=processor,
+        )
+        trainer.train()
+        margins[test], base_margins[test] = trainer.predict(pairs.select(test)).predictions
+    np.testing.assert_allclose(result.margins, margins, atol=1e-4)
+    np.testing.assert_allclose(result.base_margins, base_margins, atol=1e-4)
+    assert np.abs(result.margins - result.base_margins).max() > 0.1
+
+
+def test_result(tmp_path: Path) -> None:
+    preference = [1.0, 0.0, 0.5, 1.0, 0.7, 1.0, 0.0, 1.0, 1.0, 1.0]
+    pairs = red_pairs(10, preference=preference, weight=[1.0 + i % 2 for i in range(10)])
+    base, processor = build()
+    result = cross_validate(base, pairs, config(tmp_path), processing_class=processor, progress=False)
+    np.testing.assert_allclose(result.preference, preference)
+    expected = preference_metrics(result.margins, preference, pairs["weight"])
+    assert {name: result.metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    assert result.metrics["base_log_loss"] == pytest.approx(
+        preference_metrics(result.base_margins, preference, pairs["weight"])["log_loss"]
+    )
+    # The tie is in no accuracy, and so in no test of accuracies.
+    decided = np.array(preference) != 0.5
+    right, base_right = (agreement(m, preference)[decided] for m in (result.margins, result.base_margins))
+    assert result.test == mcnemar_test(right, base_right)
+    assert result.difference[0] <= right.mean() - base_right.mean() <= result.difference[1]
+    assert result.verdict
+    text = str(result)
+    assert text.endswith(result.verdict)
+    assert "5-fold cross-validation of 10 pairs" in text
+    assert f"{result.metrics['accuracy']:.3f}" in text
+
+
+def test_finds_a_taste(tmp_path: Path) -> None:
+    """The base knows nothing about red; held-out pairs are predicted by models that never saw them."""
+    base, processor = build(seed=3)
+    result = cross_validate(
+        base, red_pairs(40), config(tmp_path, num_train_epochs=10), processing_class=processor, progress=False
+    )
+    assert result.metrics["accuracy"] > 0.85
+    assert result.metrics["accuracy"] > result.metrics["base_accuracy"]
+
+
+def test_labels_without_a_pattern_are_not_predicted(tmp_path: Path) -> None:
+    """Noise: whoever looks at the held-out pairs would score far above one half."""
+    noise = (np.random.default_rng(0).permutation(60) % 2).astype(float).tolist()
+    base, processor = build()
+    result = cross_validate(
+        base, red_pairs(60, preference=noise), config(tmp_path), processing_class=processor, progress=False
+    )
+    assert 0.25 < result.metrics["accuracy"] < 0.75
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_features": False}, {"full_finetuning": True}], ids=str)
+def test_base_is_left_as_it_was(options: dict, tmp_path: Path) -> None:
+    base, processor = build()
+    cross_validate(
+        base, red_pairs(6), config(tmp_path / "out", **options), folds=2, processing_class=processor, progress=False
+    )
+    fresh = build()[0]
+    assert [name for name, _ in base.named_modules()] == [name for name, _ in fresh.named_modules()]
+    assert not [module for module in base.modules() if isinstance(module, LoraLayer)]
+    assert not hasattr(base, "peft_config")
+    assert base.training == fresh.training
+    for (name, value), (other, expected) in zip(base.named_parameters(), fresh.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(value, expected)
+        assert value.requires_grad == expected.requires_grad
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_left_as_they_were(tmp_path: Path) -> None:
+    base, processor = build()
+    args = config(tmp_path / "out")
+    before = args.to_dict()
+    cross_validate(base, red_pairs(6), args, folds=2, processing_class=processor, progress=False)
+    assert args.to_dict() == before
+
+
+def test_from_a_folder(tmp_path: Path) -> None:
+    folder = save(tmp_path / "base")
+    result = cross_validate(folder, red_pairs(6), config(tmp_path / "out"), folds=2, progress=False)
+    base, processor = build()
+    other = cross_validate(
+        base, red_pairs(6), config(tmp_path / "out"), folds=2, processing_class=processor, progress=False
+    )
+    np.testing.assert_allclose(result.margins, other.margins, atol=1e-5)
+
+
+def test_adapted_model_is_refused(tmp_path: Path) -> None:
+    base, processor = build()
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="needs a base model, but got one with an adapter"):
+        cross_validate(adapted, red_pairs(6), config(tmp_path), processing_class=processor)

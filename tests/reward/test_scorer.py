@@ -1,0 +1,228 @@
+"""`PreferenceScorer` against the same numbers computed with the transformers model directly."""
+
+import io
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from PIL import Image
+from torch import nn
+from transformers import AutoModel, AutoProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from bt_hf import PreferenceScorer
+from bt_hf.reward.lora import add_adapter
+from tiny_models import FAMILIES, build, picture, red_pairs, save
+
+PROMPTS = ["a red apple", "the old house", "a photo of a small green boat", "bird"]
+IMAGES = [picture((40 * i, 200 - 30 * i, 90), seed=i, size=(20 + 3 * i, 20)) for i in range(5)]
+LORA = {"r": 4, "target_modules": ["text_projection", "visual_projection"]}
+
+
+def save_adapter(folder: Path, base: str, config: LoraConfig | None = None) -> str:
+    """An adapter that changes something, on the base at `base`."""
+    model = add_adapter(AutoModel.from_pretrained(base), config)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def direct_rewards(model: nn.Module, folder: str, prompts: list[str], images: list) -> torch.Tensor:
+    """(prompts, images), one prompt and one image at a time, as a user of transformers would."""
+    processor = AutoProcessor.from_pretrained(folder)
+    siglip = "Siglip" in type(processor).__name__
+    rewards = torch.empty(len(prompts), len(images))
+    for i, prompt in enumerate(prompts):
+        for j, image in enumerate(images):
+            text = processor.tokenizer(prompt, return_tensors="pt", padding="max_length" if siglip else False)
+            pixels = processor.image_processor(image, return_tensors="pt")
+            with torch.no_grad():
+                output = model(**text, **pixels)
+            cosine = (output.text_embeds * output.image_embeds).sum() / (
+                output.text_embeds.norm() * output.image_embeds.norm()
+            )
+            rewards[i, j] = model.logit_scale.exp().squeeze() * cosine
+    return rewards
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    return save(tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_against_the_model_itself(family: str, tmp_path: Path) -> None:
+    base = save(tmp_path / "base", family)
+    folder = save_adapter(tmp_path / "adapter", base)
+    direct = direct_rewards(
+        PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder).eval(), base, PROMPTS, IMAGES
+    )
+    untouched = direct_rewards(AutoModel.from_pretrained(base), base, PROMPTS, IMAGES)
+    assert (direct - untouched).abs().max() > 0.1  # the adapter matters
+    scorer = PreferenceScorer.from_pretrained(folder, device="cpu")
+
+    rewards = scorer.score(PROMPTS, IMAGES[:4])
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards, direct[range(4), range(4)], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(scorer.score(PROMPTS[1], IMAGES), direct[1], atol=1e-4, rtol=1e-4)
+
+    margin = direct[2, 0] - direct[2, 3]
+    assert scorer.compare(PROMPTS[2], IMAGES[0], IMAGES[3]) == pytest.approx(margin.sigmoid().item(), abs=1e-4)
+    total = scorer.compare(PROMPTS[2], IMAGES[0], IMAGES[3]) + scorer.compare(PROMPTS[2], IMAGES[3], IMAGES[0])
+    assert total == pytest.approx(1)
+
+    ranking = scorer.rank(PROMPTS[0], IMAGES)
+    assert [index for index, _ in ranking] == direct[0].argsort(descending=True).tolist()
+    assert [reward for _, reward in ranking] == pytest.approx(
+        direct[0].sort(descending=True).values.tolist(), abs=1e-4
+    )
+    assert scorer.rank(PROMPTS[0], IMAGES, top_k=2) == ranking[:2]
+
+    probabilities = scorer.classify(IMAGES, ["apple", "house"], template="the old {}")
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder).eval()
+    logits = direct_rewards(model, base, ["the old apple", "the old house"], IMAGES).T
+    torch.testing.assert_close(probabilities, logits.softmax(-1), atol=1e-4, rtol=1e-4)
+
+    scorer.set_scale(0)
+    torch.testing.assert_close(scorer.score(PROMPTS, IMAGES[:4]), untouched[range(4), range(4)], atol=1e-4, rtol=1e-4)
+
+
+def test_batch_size_does_not_matter(base: str, tmp_path: Path) -> None:
+    """Prompts of different lengths in each batch, 30 images in batches that do not divide them."""
+    scorer = PreferenceScorer.from_pretrained(save_adapter(tmp_path / "adapter", base), device="cpu")
+    pairs = red_pairs(30)
+    expected = scorer.score(pairs["prompt"], pairs["chosen"], batch_size=30)
+    for size in (1, 7, 100):
+        torch.testing.assert_close(
+            scorer.score(pairs["prompt"], pairs["chosen"], batch_size=size), expected, atol=1e-5, rtol=1e-5
+        )
+
+
+def test_images_in_any_form(base: str, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    IMAGES[0].save(buffer, "PNG")
+    (tmp_path / "image.png").write_bytes(buffer.getvalue())
+    transparent = IMAGES[0].convert("RGBA")
+    forms = [IMAGES[0], buffer.getvalue(), tmp_path / "image.png", str(tmp_path / "image.png"), transparent]
+    rewards = PreferenceScorer.from_pretrained(base, device="cpu").score("a red apple", forms)
+    torch.testing.assert_close(rewards, rewards[:1].expand(5))
+
+
+def test_numbers_of_prompts_and_images_differ(base: str) -> None:
+    scorer = PreferenceScorer.from_pretrained(base, device="cpu")
+    with pytest.raises(
+        ValueError, match="one prompt for each image, or a single prompt, but got 2 prompts and 5 images"
+    ):
+        scorer.score(PROMPTS[:2], IMAGES)
+    with pytest.raises(ValueError, match="should be a list of images, but got a single one"):
+        scorer.score("a", IMAGES[0])
+    with pytest.raises(ValueError, match="at least one label"):
+        scorer.classify(IMAGES, [])
+    with pytest.raises(ValueError, match="`template` should have one '{}'"):
+        scorer.classify(IMAGES, ["a"], template="a photo")
+
+
+def test_plain_dual_encoder(base: str) -> None:
+    """PickScore is one: a whole CLIP that was fine-tuned."""
+    scorer = PreferenceScorer.from_pretrained(base, device="cpu")
+    expected = direct_rewards(build()[0], base, PROMPTS[:1], IMAGES)[0]
+    torch.testing.assert_close(scorer.score(PROMPTS[0], IMAGES), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(TypeError, match="`set_scale` needs a model with a LoRA adapter"):
+        scorer.set_scale(0.5)
+
+
+def test_loaded_model_and_processor() -> None:
+    model, processor = build()
+    scorer = PreferenceScorer.from_pretrained(model.train(), processor=processor, device="cpu")
+    assert not scorer.model.training
+    with pytest.raises(ValueError, match="No processor was found"):
+        PreferenceScorer.from_pretrained(build()[0], device="cpu")
+
+
+def test_missing_base(base: str, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", base)
+    expected = PreferenceScorer.from_pretrained(folder, device="cpu").score(PROMPTS[0], IMAGES)
+    Path(base).rename(tmp_path / "moved")
+    with pytest.raises(OSError, match="The base model .* can't be loaded: pass `base_model`"):
+        PreferenceScorer.from_pretrained(folder, device="cpu")
+    moved = PreferenceScorer.from_pretrained(
+        folder, base_model=str(tmp_path / "moved"), processor=build()[1], device="cpu"
+    )
+    assert torch.equal(moved.score(PROMPTS[0], IMAGES), expected)
+    # The processor of the base that was passed is found too.
+    found = PreferenceScorer.from_pretrained(folder, base_model=str(tmp_path / "moved"), device="cpu")
+    assert torch.equal(found.score(PROMPTS[0], IMAGES), expected)
+
+
+def test_different_base(base: str, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", base)
+    with pytest.raises(ValueError, match="does not fit SiglipModel.*: pass the `base_model` that it was trained on"):
+        PreferenceScorer.from_pretrained(folder, base_model=build("siglip")[0], processor=build()[1])
+
+
+def test_single_tower_is_refused(tmp_path: Path) -> None:
+    config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    CLIPVisionModel(CLIPVisionConfig(image_size=8, patch_size=8, **config)).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="CLIPVisionModel is not a dual encoder.*These work: CLIP"):
+        PreferenceScorer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig(**LORA), LoraConfig(lora_alpha=32, **LORA), LoraConfig(use_rslora=True, **LORA)],
+    ids=["default", "alpha", "rslora"],
+)
+def test_set_scale(config: LoraConfig, base: str, tmp_path: Path) -> None:
+    """0 is the base, 1 is as trained, whatever alpha is; twice the same call is not a square."""
+    scorer = PreferenceScorer.from_pretrained(save_adapter(tmp_path / "adapter", base, config), device="cpu")
+    trained = scorer.score(PROMPTS[0], IMAGES)
+    plain = PreferenceScorer.from_pretrained(base, device="cpu").score(PROMPTS[0], IMAGES)
+    scorer.set_scale(0)
+    assert torch.equal(scorer.score(PROMPTS[0], IMAGES), plain)
+    scorer.set_scale(0.5)
+    scorer.set_scale(0.5)
+    half = scorer.score(PROMPTS[0], IMAGES)
+    assert not torch.equal(half, plain)
+    assert not torch.equal(half, trained)
+    scorer.set_scale(1)
+    assert torch.equal(scorer.score(PROMPTS[0], IMAGES), trained)
+
+
+def test_set_scale_of_dora(base: str, tmp_path: Path) -> None:
+    """DoRA's magnitudes are trained too: without them, 0 would not be the base."""
+    config = LoraConfig(use_dora=True, **LORA)
+    model = add_adapter(AutoModel.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + torch.rand(len(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    scorer = PreferenceScorer.from_pretrained(tmp_path / "adapter", device="cpu")
+    with pytest.raises(TypeError, match="DoRA"):
+        scorer.set_scale(0)
+
+
+def test_bfloat16_is_close(base: str) -> None:
+    full, half = (PreferenceScorer.from_pretrained(base, device="cpu", dtype=d) for d in (None, torch.bfloat16))
+    rewards = half.score(PROMPTS[0], IMAGES)
+    assert rewards.dtype == torch.float32
+    torch.testing.assert_close(rewards, full.score(PROMPTS[0], IMAGES), atol=0.5, rtol=0.05)
+
+
+def test_long_prompts_are_warned_about(base: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="bt_hf"):
+        PreferenceScorer.from_pretrained(base, device="cpu").score(["a", "red boat " * 20], IMAGES[:2])
+    assert [record.getMessage() for record in caplog.records if "1 of 2 prompts are longer" in record.getMessage()]
+
+
+def test_nothing_to_score(base: str) -> None:
+    assert PreferenceScorer.from_pretrained(base, device="cpu").rank("a red apple", []) == []
+
+
+def test_images_are_not_changed(base: str) -> None:
+    image = Image.new("L", (20, 20), 90)
+    PreferenceScorer.from_pretrained(base, device="cpu").score("a", [image])
+    assert image.mode == "L"
