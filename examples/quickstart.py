@@ -30,7 +30,7 @@ from bt_hf import (
     cross_validate,
     generate_preference_pairs,
 )
-from bt_hf.plots.curves import (
+from bt_hf.plots import (
     contact_sheet,
     plot_accuracy_by_pairs,
     plot_reliability,

@@ -50,7 +50,7 @@ def imported_modules(source: str, module: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = module.split(".")[: -node.level] if node.level else []
             origin = ".".join(base + ([node.module] if node.module else []))
-            # `from bt_hf import data` may name a module, `from bt_hf.data.pairs import load` may not: both stay right,
+            # `from bt_hf import data` may name a module, `from bt_hf.data.checks import load` may not: both stay right
             # as a part is decided by the second component.
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
@@ -98,7 +98,7 @@ def test_plots_leaves_pyplot_alone() -> None:
         ("bt_hf.training.trainer", "from bt_hf.losses import bradley_terry_loss", []),
         ("bt_hf.reward.trainer", "from bt_hf import data\nfrom .config import BradleyTerryConfig", []),
         ("bt_hf.losses", "def f():\n    from bt_hf import training", ["bt_hf.training"]),
-        ("bt_hf.data.pairs", "import bt_hf.metrics.scores", ["bt_hf.metrics.scores"]),
+        ("bt_hf.data.pairs", "import bt_hf.metrics", ["bt_hf.metrics"]),
         ("bt_hf.diffusion.trainer", "from ..reward.scorer import x", ["bt_hf.reward.scorer.x"]),
         ("bt_hf.reward.scorer", "from bt_hf.diffusion import noise", ["bt_hf.diffusion.noise"]),
         ("bt_hf.cli.score", "from bt_hf import PreferenceScorer", ["bt_hf.PreferenceScorer"]),

@@ -17,7 +17,7 @@ from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import FAMILIES
 from bt_hf.diffusion.trainer import PreferenceLoRATrainer
 from bt_hf.diffusion.validation_images import SHEET
-from bt_hf.reward.encoders import find_adapter_config
+from bt_hf.hub.contract import find_adapter_config
 from bt_hf.training.trainer import refuse_to_overwrite
 
 _DESCRIPTION = """Train a LoRA on a diffusers pipeline, from pairs of images of which one is preferred.

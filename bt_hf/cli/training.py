@@ -9,9 +9,9 @@ from typing import Any, Literal, NoReturn
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from bt_hf import plots
 from bt_hf.cli import refuse
 from bt_hf.data.pairs import load_preference_pairs
-from bt_hf.plots import curves as plots
 from bt_hf.training.config import PreferenceConfig
 
 # Of the many TrainingArguments, those that `--help` shows; `--help_all` shows all.

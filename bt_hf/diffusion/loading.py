@@ -9,9 +9,10 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from bt_hf.data.checks import warn_of_truncation
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, check_adapter, find_family
-from bt_hf.reward.encoders import find_adapter_config, warn_of_truncation
+from bt_hf.hub.contract import find_adapter_config
 
 
 def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:

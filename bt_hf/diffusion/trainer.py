@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainerCallback, set_seed
 
-from bt_hf.data.pairs import check_unpaired
+from bt_hf.data.checks import check_unpaired
 from bt_hf.diffusion import losses
 from bt_hf.diffusion.cache import CachedPairs, cache_pairs
 from bt_hf.diffusion.callbacks import CollapseGuard, Guard, OverfittingGuard, WinnerErrorGuard
@@ -31,7 +31,7 @@ from bt_hf.diffusion.families.base import save_lora
 from bt_hf.diffusion.loading import add_adapter, count_truncated, load_pipeline, training_size
 from bt_hf.diffusion.pair_loss import Objective, by_preference
 from bt_hf.diffusion.validation_images import Validation
-from bt_hf.metrics.scores import preference_metrics
+from bt_hf.metrics import preference_metrics
 from bt_hf.training.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
 
 logger = logging.getLogger(__name__)

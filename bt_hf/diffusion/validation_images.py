@@ -11,7 +11,7 @@ from PIL import Image
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.encoder import PairEncoder
-from bt_hf.plots.curves import contact_sheet
+from bt_hf.plots import contact_sheet
 
 SHEET = "before_after.png"
 

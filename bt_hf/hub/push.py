@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from bt_hf.data.pairs import check_columns
+from bt_hf.data.checks import check_columns
 from bt_hf.hub import checks as hub_checks
 from bt_hf.hub.card_sections import address_card, has_parts, keep_owner_text, owner_text
 from bt_hf.hub.checks import CARD, KINDS, PAIRS, Content, hub_id, in_contract

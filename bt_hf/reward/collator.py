@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from transformers.processing_utils import ProcessorMixin
 
+from bt_hf.data.checks import warn_of_truncation
 from bt_hf.data.images import to_rgb
-from bt_hf.reward.encoders import context_length, tokenize, warn_of_truncation
+from bt_hf.reward.encoders import context_length, tokenize
 
 
 class PreferenceCollator:

@@ -18,8 +18,8 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from bt_hf.data.pairs import check_columns
-from bt_hf.metrics.scores import (
+from bt_hf.data.checks import check_columns
+from bt_hf.metrics import (
     McNemarResult,
     agreement,
     mcnemar_test,

@@ -4,21 +4,18 @@ A dual encoder is any model of transformers whose `forward` returns `text_embeds
 SigLIP 2, MetaCLIP 2, AltCLIP, Chinese-CLIP and models of the same build.
 """
 
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-logger = logging.getLogger(__name__)
+from bt_hf.hub.contract import find_adapter_config
 
 SUPPORTED = "CLIP, SigLIP, SigLIP 2, MetaCLIP 2, AltCLIP, Chinese-CLIP"
 
@@ -37,17 +34,6 @@ def check_dual_encoder(model: nn.Module) -> None:
             f"but it has no {', '.join(missing)}. These work: {SUPPORTED}. Load the whole model (for example "
             "`CLIPModel`), not one of its towers."
         )
-
-
-def find_adapter_config(name_or_path: str, revision: str | None = None, token: str | None = None) -> PeftConfig | None:
-    """The adapter's config if `name_or_path` holds a PEFT adapter, else `None` (a whole model)."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return PeftConfig.from_pretrained(name_or_path) if (folder / "adapter_config.json").is_file() else None
-    try:
-        return PeftConfig.from_pretrained(name_or_path, revision=revision, token=token)
-    except (ValueError, OSError, HfHubHTTPError, HFValidationError):
-        return None
 
 
 def load_dual_encoder(
@@ -193,28 +179,3 @@ def context_length(processor: ProcessorMixin) -> int:
     length = getattr(tokenizer, "model_max_length", 77)
     # Tokenizers without a limit say 10**30; 64 is SigLIP's context and 77 CLIP's.
     return int(length) if length < 10**6 else 64
-
-
-def warn_of_truncation(tokenizer: Callable[..., Any], prompts: Iterable[str], limit: int, reader: str) -> int:
-    """How many prompts have more than `limit` tokens; said once, as a warning that names the `reader`.
-
-    Distinct prompts are tokenized once, 1,000 at a time: tokens of all of them would take 5 kB a prompt.
-    """
-    counts = Counter(prompts)
-    distinct = list(counts)
-    truncated = longest = 0
-    for start in range(0, len(distinct), 1000):
-        part = distinct[start : start + 1000]
-        for prompt, ids in zip(part, tokenizer(part, truncation=False, verbose=False)["input_ids"], strict=True):
-            longest = max(longest, len(ids))
-            truncated += counts[prompt] * (len(ids) > limit)
-    if truncated:
-        logger.warning(
-            "%d of %d prompts are longer than %s's context of %d tokens and are truncated (the longest: %d).",
-            truncated,
-            counts.total(),
-            reader,
-            limit,
-            longest,
-        )
-    return truncated

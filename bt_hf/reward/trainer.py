@@ -16,7 +16,7 @@ from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.processing_utils import ProcessorMixin
 
 from bt_hf.losses import alignment_loss, bradley_terry_loss
-from bt_hf.metrics.scores import preference_metrics
+from bt_hf.metrics import preference_metrics
 from bt_hf.reward import encoders
 from bt_hf.reward import taste as warm_start
 from bt_hf.reward.cache import store_pairs

@@ -23,7 +23,8 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from bt_hf.data.pairs import PreferenceDataError, check_columns, overlapping_rows
+from bt_hf.data.checks import check_columns, overlapping_rows
+from bt_hf.data.formats import PreferenceDataError
 from bt_hf.hub import push as hub_push
 from bt_hf.hub.card_sections import add_metadata
 from bt_hf.hub.checks import ADAPTER_CONFIG, CARD, contract_files

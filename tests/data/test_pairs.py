@@ -15,14 +15,10 @@ from PIL import Image
 
 import bt_hf.data.images
 import bt_hf.data.pairs
-from bt_hf.data.pairs import (
-    PreferenceDataError,
-    check_columns,
-    check_unpaired,
-    load_preference_pairs,
-    overlapping_rows,
-    to_rgb,
-)
+from bt_hf.data.checks import check_columns, check_unpaired, overlapping_rows
+from bt_hf.data.formats import PreferenceDataError
+from bt_hf.data.images import to_rgb
+from bt_hf.data.pairs import load_preference_pairs
 
 disable_progress_bar()
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
@@ -294,7 +290,7 @@ def test_bad_rows(message, streaming, caplog):
     with pytest.raises(PreferenceDataError, match=f"row 1 of the dataset: {message}.*on_bad_rows='drop'") as caught:
         list(load_preference_pairs(data, streaming=streaming))
     assert "\n" not in str(caught.value)
-    with caplog.at_level(logging.WARNING, logger="bt_hf.data.pairs"):
+    with caplog.at_level(logging.WARNING, logger="bt_hf.data.checks"):
         pairs = load_preference_pairs(data, streaming=streaming, on_bad_rows="drop")
         kept = summary(pairs)
     assert len(kept) == 1
@@ -341,7 +337,7 @@ def test_drop_warns_once_with_counts(caplog):
             "rejected": [png("blue"), png("blue"), png("blue"), png("red")],
         }
     )
-    with caplog.at_level(logging.WARNING, logger="bt_hf.data.pairs"):
+    with caplog.at_level(logging.WARNING, logger="bt_hf.data.checks"):
         assert len(load_preference_pairs(data, on_bad_rows="drop")) == 1
     assert [record.getMessage() for record in caplog.records] == [
         "the dataset: dropped 3 of 4 pairs (2 empty prompt, 1 identical images)"

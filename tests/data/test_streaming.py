@@ -14,7 +14,8 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bt_hf.data.pairs import PreferenceDataError, load_preference_pairs
+from bt_hf.data.formats import PreferenceDataError
+from bt_hf.data.pairs import load_preference_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +182,7 @@ def test_a_bad_row_is_named_with_its_file(tmp_path: Path, caplog: pytest.LogCapt
     loader = DataLoader(split_dataset_by_node(pairs, 1, 3), batch_size=None, num_workers=1)
     with pytest.raises(PreferenceDataError, match="row 2 of part-1.parquet: unreadable image: chosen"):
         list(loader)
-    with caplog.at_level(logging.WARNING, logger="bt_hf.data.pairs"):
+    with caplog.at_level(logging.WARNING, logger="bt_hf.data.checks"):
         assert numbers(load_preference_pairs(folder, streaming=True, on_bad_rows="drop")) == [0, 1, 2, 3, 4, 6, 7, 8]
     assert "part-1.parquet: dropping row 2" in caplog.text
 

@@ -15,7 +15,7 @@ from transformers import CLIPConfig, TrainerCallback, TrainerControl, TrainerSta
 from trl import unpair_preference_dataset
 
 from bt_hf import PreferenceLoRATrainer
-from bt_hf.data.pairs import PreferenceDataError
+from bt_hf.data.formats import PreferenceDataError
 from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErrorGuard
 from bt_hf.diffusion.noise import draw_noise
 from tiny_models import clip_images, red_pairs

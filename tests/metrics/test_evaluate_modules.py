@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bt_hf.metrics import scores as metrics
+from bt_hf import metrics
 
 evaluate = pytest.importorskip("evaluate")
 

@@ -11,8 +11,8 @@ from scipy.special import expit
 from scipy.stats import binom, binomtest, multinomial
 from sklearn import metrics as sklearn_metrics
 
-from bt_hf.metrics import scores as metrics
-from bt_hf.metrics.scores import (
+from bt_hf import metrics
+from bt_hf.metrics import (
     agreement,
     brier_score,
     calibration_error,
@@ -48,7 +48,7 @@ def test_examples_in_the_docstrings():
 
 
 def test_import_is_light():
-    code = "import sys, bt_hf.metrics.scores; print(sorted({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, bt_hf.metrics; print(sorted({'torch', 'scipy', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -10,8 +10,9 @@ from PIL import Image, ImageColor
 
 pytest.importorskip("matplotlib")
 
-from bt_hf.plots import curves as plots
-from bt_hf.plots.curves import BLUE, contact_sheet, plot_accuracy_by_pairs, plot_reliability, plot_training_curve
+from bt_hf import plots
+from bt_hf.plots import contact_sheet, plot_accuracy_by_pairs, plot_reliability, plot_training_curve
+from bt_hf.plots.style import BLUE
 
 LOG = [
     {"step": 10, "loss": 0.69, "accuracy": 0.5, "epoch": 0.1},

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
-from bt_hf.metrics.scores import agreement, mcnemar_test, preference_metrics
+from bt_hf.metrics import agreement, mcnemar_test, preference_metrics
 from bt_hf.reward.cross_validation import assign_folds
 from tiny_models import build, red_pairs, save
 

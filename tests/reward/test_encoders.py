@@ -9,18 +9,18 @@ from peft import LoraConfig, PeftModel
 from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel
 
+from bt_hf.data.checks import warn_of_truncation
+from bt_hf.hub.contract import find_adapter_config
 from bt_hf.reward import encoders
 from bt_hf.reward.collator import PreferenceCollator
 from bt_hf.reward.encoders import (
     check_dual_encoder,
     embed_images,
     embed_texts,
-    find_adapter_config,
     find_processor,
     load_dual_encoder,
     logit_scale,
     tokenize,
-    warn_of_truncation,
 )
 from bt_hf.reward.lora import add_adapter
 from tiny_models import CONTEXT, FAMILIES, WORDS, build, clip_tokenizer, red_pairs, save

@@ -1,10 +1,10 @@
-"""Preference accuracy as a metric for the `evaluate` library; the mathematics is in `bt_hf.metrics.scores`."""
+"""Preference accuracy as a metric for the `evaluate` library; the mathematics is in `bt_hf.metrics`."""
 
 # The loader of `evaluate` finds the imports with a regular expression: keep one a line.
 import datasets
 import evaluate
 
-from bt_hf.metrics.scores import preference_metrics
+from bt_hf.metrics import preference_metrics
 
 _DESCRIPTION = """
 Share of pairs on which the sign of the margin agrees with the preference, with its 95 % Wilson interval.

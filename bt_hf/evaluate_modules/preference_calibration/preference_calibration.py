@@ -1,10 +1,10 @@
-"""Preference calibration as a metric for the `evaluate` library; the mathematics is in `bt_hf.metrics.scores`."""
+"""Preference calibration as a metric for the `evaluate` library; the mathematics is in `bt_hf.metrics`."""
 
 # The loader of `evaluate` finds the imports with a regular expression: keep one a line.
 import datasets
 import evaluate
 
-from bt_hf.metrics.scores import preference_metrics
+from bt_hf.metrics import preference_metrics
 
 _DESCRIPTION = """
 Expected calibration error: the gap between how sure the model is of the image it favours, max(p, 1 - p) with

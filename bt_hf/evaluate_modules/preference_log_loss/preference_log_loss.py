@@ -1,10 +1,10 @@
-"""Preference log loss as a metric for the `evaluate` library; the mathematics is in `bt_hf.metrics.scores`."""
+"""Preference log loss as a metric for the `evaluate` library; the mathematics is in `bt_hf.metrics`."""
 
 # The loader of `evaluate` finds the imports with a regular expression: keep one a line.
 import datasets
 import evaluate
 
-from bt_hf.metrics.scores import preference_metrics
+from bt_hf.metrics import preference_metrics
 
 _DESCRIPTION = """
 Bradley-Terry log-loss in nats, the cross-entropy of sigmoid(margin) against the preference (0.693 knows nothing),
