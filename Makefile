@@ -29,7 +29,7 @@ clean: ## remove the environment, builds and caches
 	find bt_hf tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("bt_hf needs Python 3.10 or newer, but " \
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("bt_hf needs Python 3.11 or newer, but " \
 	    + sys.executable + " is " + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
 	@echo "Creating $(VENV) with $$($(PYTHON) --version) ..."
 	@$(PYTHON) -m venv $(VENV)

@@ -41,11 +41,33 @@ def bradley_terry_loss(
     return (1 - target) * margin - F.logsigmoid(margin)
 
 
-def alignment_loss(reward: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """How far the adapted model retrieves images differently from its base: KL(base || adapted), in nats.
+def agreement(margin: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+    """Agreement of a margin's sign with the preference: 1, or 0, or 0.5 where the margin is 0, a coin toss.
+
+    Args:
+        margin: (B,) reward of the chosen minus reward of the rejected.
+        preference: (B,) P(chosen preferred to rejected). A tie (0.5) has no right answer: leave such rows out.
+
+    Returns:
+        (B,) in the dtype of `margin`; their mean is the accuracy.
+
+    Source:
+        The tensor counterpart of `bt_hf.metrics.agreement`, which defines it.
+
+    Example:
+        >>> import torch
+        >>> from bt_hf.losses import agreement
+        >>> agreement(torch.tensor([2.0, -1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0]))
+        tensor([1.0000, 0.0000, 0.5000])
+    """
+    return 0.5 + 0.5 * margin.sign() * (preference - 0.5).sign().to(margin.dtype)
+
+
+def retrieval_kl(reward: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """KL(base || adapted) of the images that each prompt retrieves, in nats.
 
     Each prompt's softmax over a group of images is held to the base's. A group holds only chosen or only rejected
-    images, never both: which of the two drawings of a prompt is better is what the adapter is there to change.
+    images, never both: the adapter is there to change which of a prompt's two drawings is better.
 
     Args:
         reward: (prompts, images) rewards of the adapted model, one group.

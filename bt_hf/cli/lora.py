@@ -12,13 +12,13 @@ from peft import LoraConfig
 from trl import unpair_preference_dataset
 
 from bt_hf.cli.training import DataArguments, draw_plots, parse_training, speaker
-from bt_hf.data.reading import features_of, read
+from bt_hf.data.reading import features_of, open_dataset
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import FAMILIES
 from bt_hf.diffusion.trainer import PreferenceLoRATrainer
 from bt_hf.diffusion.validation_images import SHEET
 from bt_hf.hub.contract import find_adapter_config
-from bt_hf.training.trainer import refuse_to_overwrite
+from bt_hf.training.saving import refuse_to_overwrite
 
 _DESCRIPTION = """Train a LoRA on a diffusers pipeline, from pairs of images of which one is preferred.
 
@@ -67,7 +67,7 @@ class LoraArguments(DataArguments):
 
     def _unpaired_rows(self) -> Any:
         """The dataset as it is if it has no pairs, else `None`."""
-        rows, folder, label = read(self.dataset, self.split, self.streaming)
+        rows, folder, label = open_dataset(self.dataset, self.split, self.streaming)
         features = features_of(rows, label)
         if not set(features) >= _UNPAIRED:
             return None
@@ -121,7 +121,7 @@ def run(options: Options) -> None:
     """Train, evaluate and save."""
     arguments, extra, config = options
     say = speaker(config)
-    refuse_to_overwrite(config.output_dir, config.overwrite_output_dir or bool(config.resume_from_checkpoint))
+    refuse_to_overwrite(config)
     unpaired = config.loss_type == "kto"
     pairs, held_out = arguments.load_pairs(unpaired)
     rows = "liked or disliked images" if unpaired else "pairs"

@@ -124,9 +124,9 @@ def read_prompts(file: str | None, dataset: str | None, column: str, split: str 
         prompts = [line.strip() for line in lines if line.strip()]
         where = f"'{file}'"
     else:
-        from bt_hf.data.reading import read
+        from bt_hf.data.reading import open_dataset
 
-        rows, _, where = read(dataset, split, streaming=False)
+        rows, _, where = open_dataset(dataset, split, streaming=False)
         if column not in rows.column_names:
             raise ValueError(f"{where}: no column {column!r}; name one of {', '.join(rows.column_names)} in --column")
         values = list(rows.select_columns([column])[column])

@@ -15,7 +15,7 @@ from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.cross_validation import CrossValidation, cross_validate
 from bt_hf.reward.lora import default_lora_config
 from bt_hf.reward.trainer import BradleyTerryTrainer
-from bt_hf.training.trainer import refuse_to_overwrite
+from bt_hf.training.saving import refuse_to_overwrite
 
 _DESCRIPTION = """Adapt CLIP and its kin to one person's taste, from pairs of images of which one is preferred.
 
@@ -110,7 +110,7 @@ def run(options: Options) -> None:
     """Cross-validate, train, evaluate and save."""
     arguments, extra, config = options
     say = speaker(config)
-    refuse_to_overwrite(config.output_dir, config.overwrite_output_dir or bool(config.resume_from_checkpoint))
+    refuse_to_overwrite(config)
     pairs, held_out = arguments.load_pairs()
     model = encoders.load_dual_encoder(arguments.model, is_trainable=True)
     processor = encoders.find_processor(arguments.model, model)

@@ -1,10 +1,12 @@
-"""Encode once: what a model makes of each distinct image and prompt, in memory-mapped files."""
+"""On-disk cache of encoder outputs, one entry per distinct image or prompt."""
 
+import copy
 import errno
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,10 +17,47 @@ from filelock import FileLock, Timeout
 from bt_hf.data.fingerprint import digest, number_of
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16"}
-FORMAT = 2  # of the files; to be raised with every change to what they hold, so that no other version reads them
-SHARD = 1024  # images or prompts in a file: what a killed build loses, and what a process builds before it takes more
+FORMAT = 2  # raised with every change to what the files hold, so that no other version reads them
+SHARD = 1024  # images or prompts in a file, all that a killed build loses
 Encoded = dict[str, torch.Tensor]
 _Encode = Callable[[dict[str, list[Any]]], Encoded]
+
+
+class CachedPairs(torch.utils.data.Dataset, ABC):
+    """Pairs whose images and prompts have been encoded: a row holds keys, which `collate` looks up.
+
+    Args:
+        rows: Rows of the contract with keys instead of images.
+    """
+
+    def __init__(self, rows: Dataset | list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        if isinstance(self.rows, list):
+            return [self.rows[index] for index in indices]
+        columns = self.rows[indices]
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    @abstractmethod
+    def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+        """Turn rows into a batch."""
+
+    def select(self, indices: list[int]) -> Self:
+        """Return some of the pairs, on the same cache."""
+        chosen = copy.copy(self)
+        rows = self.rows
+        chosen.rows = [rows[index] for index in indices] if isinstance(rows, list) else rows.select(indices)
+        return chosen
 
 
 def encode_once(
@@ -48,7 +87,7 @@ def encode_once(
 
     Returns:
         Rows with numbers instead of images, and `condition`, the number of the prompt; what the numbers of the images
-        mean; what `condition` means. `read` reads the latter two.
+        mean; what `condition` means. `read_tensors` reads the latter two.
 
     Raises:
         OSError: The disk is full, or not writable.
@@ -81,8 +120,8 @@ def encode_once(
     return rows.add_column("condition", prompt_numbers), images, prompts
 
 
-def read(dataset: Dataset, indices: list[int]) -> dict[str, torch.Tensor]:
-    """Some rows of what `encode_once` gives, as tensors, floating ones as float32: one copy out of the mapped file."""
+def read_tensors(dataset: Dataset, indices: list[int]) -> dict[str, torch.Tensor]:
+    """Read rows of an `encode_once` dataset as tensors, floating ones as float32: one copy out of the mapped file."""
     table = dataset[indices]
     values = {}
     for name, feature in dataset.features.items():
@@ -96,11 +135,11 @@ def read(dataset: Dataset, indices: list[int]) -> dict[str, torch.Tensor]:
 
 
 def _digests(pairs: Dataset, columns: Sequence[str], root: Path, description: str) -> dict[str, np.ndarray]:
-    """A number (N,) int64 for the content of each cell; `datasets` keeps them for data that lies on the disk."""
+    """Return a number (N,) int64 for the content of each cell; `datasets` keeps them for data on the disk."""
     raw = pairs.select_columns([*columns, "prompt"])
     for name in columns:
         raw = raw.cast_column(name, Image(decode=False))
-    # Files that rows only point to may be other ones by now, which no fingerprint of the rows tells.
+    # Files that rows only point to may be other ones by now, which the fingerprint of the rows doesn't tell.
     whole = all(
         chunk.field("bytes").null_count == 0 for name in columns for chunk in raw.data.column(name).iterchunks()
     )
@@ -135,7 +174,7 @@ def _content(image: Mapping[str, Any] | None) -> bytes:
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each distinct value is first seen (K,), in that order, and which of them each value is (N,)."""
+    """Return the first place of each distinct value (K,), in that order, and the number of each value (N,) in it."""
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     order = first.argsort()
     rank = np.empty_like(order)
@@ -146,7 +185,7 @@ def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _encoded(
     root: Path, kind: str, model: str, contents: np.ndarray, first: np.ndarray, encode: _Encode, description: str
 ) -> Dataset:
-    """What `encode` makes of the rows `first`, whose `contents` name the files; memory-mapped, in the same order."""
+    """Encode the rows `first`, or open the files named by their `contents`; memory-mapped, in the same order."""
     shards = []
     for start in range(0, len(first), SHARD):
         part = slice(start, start + SHARD)
@@ -161,7 +200,7 @@ def _encoded(
 
 
 def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: bool) -> None:
-    """Write what `encode` makes of `items` to `path`, if it is not there and no other process is at it."""
+    """Encode `items` into the file `path`, unless it exists or another process is at it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
@@ -181,8 +220,8 @@ def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: 
                     desc=description,
                 )
             finally:
-                # What failed is half a file, of this build or of one that was killed. The lock stays, and so does its
-                # folder: another process may be waiting for it.
+                # A failed or killed build leaves half a file. The lock stays, and so does its folder: another process
+                # may be waiting for it.
                 for left_over in path.parent.glob("tmp*"):
                     left_over.unlink()
     except Timeout:
@@ -213,7 +252,7 @@ def _flat(values: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _feature(array: Any) -> Any:
-    """The feature of one row: nested lists of fixed lengths, from which `read` knows the shape."""
+    """Describe one row as nested lists of fixed lengths, from which `read_tensors` takes the shape."""
     feature: Any = Value(str(array.dtype))
     for length in reversed(array.shape[1:]):
         feature = List(feature, length=length)

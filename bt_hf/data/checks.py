@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset
 
-from bt_hf.data.formats import CONTRACT, IMAGE, NOTES, Layout, PreferenceDataError, check_kinds, recognise
+from bt_hf.data.formats import IMAGE, NOTES, ROW_COLUMNS, Layout, PreferenceDataError, check_kinds, recognise
 from bt_hf.data.images import to_rgb
 from bt_hf.data.reading import features_of
 
@@ -210,7 +210,7 @@ def _note(row: dict[str, Any], index: int, label: str, on_bad_rows: str) -> dict
 def check_pairs(pairs: Dataset, layout: Layout, label: str, on_bad_rows: str, num_proc: int | None) -> Dataset:
     if len(pairs) == 0:
         raise PreferenceDataError(f"{label}: {layout.empty}")
-    checked = pairs.select_columns([name for name in (*CONTRACT, *NOTES) if name in pairs.column_names])
+    checked = pairs.select_columns([name for name in (*ROW_COLUMNS, *NOTES) if name in pairs.column_names])
     notes = checked.map(
         _note,
         with_indices=True,

@@ -1,4 +1,4 @@
-"""Names for what was computed from what: the same in another process, another one when a weight differs."""
+"""Digests of models, tokenizers and options, the same in every process, for the names of cache files."""
 
 import hashlib
 import json
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of transformers' configs; of dtypes the weights tell.
+# Fields of transformers' configs that change nothing; the weights tell their dtypes.
 _NOTES = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 def digest(*parts: str | bytes) -> str:
-    """16 hexadecimal digits that tell these parts from others."""
+    """Return 16 hexadecimal digits that tell these parts from others."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
@@ -22,12 +22,12 @@ def digest(*parts: str | bytes) -> str:
 
 
 def number_of(content: bytes) -> int:
-    """A number below 2^63 that tells this content from others."""
+    """Return a number below 2^63 that tells this content from others."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
 def describe(value: Any) -> Any:
-    """A value as JSON says it, which is the same in another process; what JSON can't say as a digest or its type."""
+    """Describe a value in JSON types, the same in every process; tensors, configs and the like by a digest or type."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
@@ -44,7 +44,7 @@ def describe(value: Any) -> Any:
 
 
 def describe_tokenizer(tokenizer: Any) -> list[Any]:
-    """What the tokens of a text depend on: the vocabulary with all its rules, and how texts are cut and padded.
+    """Describe a tokenizer: its vocabulary with all rules, its truncation and padding.
 
     Args:
         tokenizer: A tokenizer of transformers, or a processor that has one.
@@ -54,7 +54,7 @@ def describe_tokenizer(tokenizer: Any) -> list[Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     if backend is not None:
-        # How it was last called, which every call decides anew.
+        # State of its last call, which every call decides anew.
         rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
     names = ("model_max_length", "model_input_names", "padding_side", "special_tokens_map", "truncation_side")
     options = {name: describe(getattr(tokenizer, name, None)) for name in names}
@@ -62,7 +62,7 @@ def describe_tokenizer(tokenizer: Any) -> list[Any]:
 
 
 def _settings(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """A config without the notes on how it was saved and loaded, of which diffusers' differ in each process."""
+    """Drop a config's notes on saving and loading, since those of diffusers differ in each process."""
     return {
         str(key): _settings(value) if isinstance(value, Mapping) else describe(value)
         for key, value in config.items()
@@ -71,10 +71,10 @@ def _settings(config: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def digest_weights(values: Iterable[Any]) -> str:
-    """A digest of the modules among values: 16 numbers of each tensor, and how strongly adapters are switched on.
+    """Digest the modules among values: 16 numbers of each tensor, and the strength of each adapter.
 
-    Names do not tell what was trained into a pipeline, or which LoRA was loaded into it; to read all of T5-XXL would
-    take minutes, and what is fine-tuned differs in every tensor.
+    A name does not tell what was trained into a pipeline, or which LoRA was loaded into it. Reading all of T5-XXL
+    would take minutes, and a fine-tuned model differs in every tensor.
     """
     parts: list[str | bytes] = []
     for module in values:

@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, Value, concatenate_datasets
 
-CONTRACT = ("prompt", "chosen", "rejected", "preference", "weight")
+ROW_COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight")
 DEFAULTS = {"preference": 1.0, "weight": 1.0}
 IMAGE = Image(decode=False)  # images travel as {"bytes", "path"} and are decoded one pair at a time
 PLACE = Features({"_shard": Value("string"), "_row": Value("int64")})  # where a pair came from; of one file, no name
@@ -162,11 +162,11 @@ def _is_kind(feature: Any, kind: str) -> bool:
 
 
 def _missing_columns(found: list[str], label: str) -> str:
-    missing = [name for name in CONTRACT[:3] if name not in found]
+    missing = [name for name in ROW_COLUMNS[:3] if name not in found]
     hints = []
     for name in missing:
         known = [other for other in found if other.lower() in _KNOWN_NAMES[name]]
-        close = known or difflib.get_close_matches(name, [other for other in found if other not in CONTRACT], n=1)
+        close = known or difflib.get_close_matches(name, [other for other in found if other not in ROW_COLUMNS], n=1)
         hints += [f"rename '{close[0]}' to '{name}'"] if close else []
     advice = ", ".join(hints) or "rename your columns with dataset.rename_columns({...})"
     return (
@@ -186,7 +186,7 @@ def to_pairs(
         name: feature
         for name, feature in features.items()
         if isinstance(feature, Value) and feature.dtype not in ("null", "binary", "large_binary")
-        if name not in layout.kinds and name not in (*CONTRACT, *NOTES) and layout.group in (None, name)
+        if name not in layout.kinds and name not in (*ROW_COLUMNS, *NOTES) and layout.group in (None, name)
     }
     images, floats = dict.fromkeys(["chosen", "rejected"], IMAGE), dict.fromkeys(DEFAULTS, Value("float64"))
     rewritten = Features({"prompt": Value("string")} | images | floats | extras | NOTES)
@@ -214,7 +214,7 @@ def to_pairs(
 
 def _in_place(dataset: Dataset, layout: Layout, folder: Path | None) -> Dataset:
     """Rows that already are pairs: renamed and completed, their images not copied."""
-    for source, target in zip(list(layout.kinds)[:3], CONTRACT[:3], strict=True):
+    for source, target in zip(list(layout.kinds)[:3], ROW_COLUMNS[:3], strict=True):
         if target != "prompt":
             dataset = _stored(dataset, source, folder)
         if source != target:
@@ -253,13 +253,13 @@ def _expand(
         row = {name: values[position] for name, values in batch.items()}
         kept = {name: row[name] for name in extras} | {"_row": row.get("_row", index), "_shard": row.get("_shard")}
         pairs += [kept | pair for pair in _pairs_of(row, convert)]
-    columns = {name: [pair[name] for pair in pairs] for name in (*CONTRACT, *extras, *NOTES)}
+    columns = {name: [pair[name] for pair in pairs] for name in (*ROW_COLUMNS, *extras, *NOTES)}
     return columns | {name: [_encode(value, folder) for value in columns[name]] for name in ("chosen", "rejected")}
 
 
 def _pairs_of(row: dict[str, Any], convert: Callable) -> list[dict[str, Any]]:
     """The pairs of one row; what is wrong with it travels in `_problem` to where bad rows raise or are dropped."""
-    blank = dict.fromkeys(CONTRACT) | DEFAULTS | {"_problem": None}
+    blank = dict.fromkeys(ROW_COLUMNS) | DEFAULTS | {"_problem": None}
     try:
         pairs = [blank | pair for pair in convert(row)]
     except ValueError as error:

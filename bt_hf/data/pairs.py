@@ -17,7 +17,7 @@ from datasets import Dataset, Image, IterableDataset, List
 
 from bt_hf.data.checks import check_pairs, check_stream
 from bt_hf.data.formats import IMAGE, PreferenceDataError, recognise, to_pairs
-from bt_hf.data.reading import features_of, read
+from bt_hf.data.reading import features_of, open_dataset
 
 
 def load_preference_pairs(
@@ -83,7 +83,7 @@ def load_preference_pairs(
     """
     if on_bad_rows not in ("raise", "drop"):
         raise PreferenceDataError(f"on_bad_rows must be 'raise' or 'drop', found {on_bad_rows!r}")
-    dataset, folder, label = read(source, split, streaming, on_bad_rows)
+    dataset, folder, label = open_dataset(source, split, streaming, on_bad_rows)
     features = features_of(dataset, label)
     layout = recognise(features, label)
     for name in layout.kinds if dataset.features else ():  # a stream of unknown features holds plain Python values

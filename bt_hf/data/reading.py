@@ -22,7 +22,7 @@ _READERS = {
 }
 
 
-def read(
+def open_dataset(
     source: Any, split: str | None, streaming: bool, on_bad_rows: str = "raise"
 ) -> tuple[Dataset | IterableDataset, Path | None, str]:
     """Returns the dataset, the folder that relative image paths start from, and a name for messages."""

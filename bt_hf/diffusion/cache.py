@@ -6,49 +6,42 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from bt_hf.data.cache import encode_once, read
+from bt_hf.data.cache import CachedPairs, encode_once, read_tensors
 from bt_hf.diffusion.collator import image_columns, labels, row_numbers
 from bt_hf.diffusion.encoder import PairEncoder
 
 
-class CachedPairs(torch.utils.data.Dataset):
-    """Rows whose latents and embeddings lie in memory-mapped files.
+class LatentPairs(CachedPairs):
+    """Pairs whose latents and prompt embeddings lie in memory-mapped files.
 
     Args:
         rows: Rows of the contract with numbers instead of images, and `condition`, the number of the prompt.
-        images: What the numbers of the images mean.
-        prompts: What `condition` means.
-        reference: (N, draws, 2 or 1) float32 errors of the base at fixed draws, if they are known.
+        images: Latents by the numbers of the images.
+        prompts: Embeddings by `condition`.
+        reference: (N, samples, 2 or 1) float32 errors of the base at fixed noise samples, if they are known.
     """
 
     def __init__(
         self, rows: Dataset, images: Dataset, prompts: Dataset, reference: torch.Tensor | None = None
     ) -> None:
-        self.rows = rows
+        super().__init__(rows)
         self.images = images
         self.prompts = prompts
         self.reference = reference
 
-    def with_reference(self, reference: torch.Tensor | None) -> "CachedPairs":
-        """The same rows, with these errors of the base."""
-        return CachedPairs(self.rows, self.images, self.prompts, reference)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
+    def with_reference(self, reference: torch.Tensor | None) -> "LatentPairs":
+        """Return the same rows, with these errors of the base."""
+        return LatentPairs(self.rows, self.images, self.prompts, reference)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        columns = {**self.rows[indices], "index": indices}
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [{**row, "index": index} for row, index in zip(super().__getitems__(indices), indices, strict=True)]
 
     def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
         """Rows to a batch: as `PairEncoder.encode` gives it, and `reference` if there is one."""
         columns = image_columns(list(rows[0]))
-        images = read(self.images, [row[name] for name in columns for row in rows])
+        images = read_tensors(self.images, [row[name] for name in columns for row in rows])
         digests = images.pop("digest").view(len(columns), -1)
-        conditions = read(self.prompts, [row["condition"] for row in rows])
+        conditions = read_tensors(self.prompts, [row["condition"] for row in rows])
         batch: dict[str, Any] = {**images, **{f"condition_{name}": value for name, value in conditions.items()}}
         batch["prompt"] = [row["prompt"] for row in rows]  # for messages
         batch["row"] = row_numbers(batch["prompt"], digests)
@@ -57,7 +50,7 @@ class CachedPairs(torch.utils.data.Dataset):
         return {**batch, **labels(rows)}
 
 
-def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, description: str) -> CachedPairs:
+def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, description: str) -> LatentPairs:
     """Encode the distinct images and prompts of `pairs`, or find what an earlier run has encoded: see `encode_once`.
 
     Args:
@@ -72,6 +65,6 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
     """
     columns = image_columns(pairs.column_names)
     model = encoder.fingerprint()
-    return CachedPairs(
+    return LatentPairs(
         *encode_once(pairs, columns, encoder.encode_images, encoder.encode_prompts, model, cache_dir, description)
     )

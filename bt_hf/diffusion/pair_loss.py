@@ -18,18 +18,18 @@ class Objective:
     Args:
         args: Options `loss_type`, `label_smoothing`, `safeguard*` and `*desirable_weight`.
         gather: Gives the rows of all processes' tensors.
-        record: Takes values of the rows that count, by name, into the means of the log.
+        track: Takes values of the rows that count, by name, into the means of the log.
     """
 
     def __init__(
         self,
         args: PreferenceLoRAConfig,
         gather: Callable[[torch.Tensor], torch.Tensor],
-        record: Callable[..., None],
+        track: Callable[..., None],
     ) -> None:
         self.args = args
         self.gather = gather
-        self.record = record
+        self.track = track
 
     @property
     def needs_reference(self) -> bool:
@@ -64,7 +64,7 @@ class Objective:
             scale = losses.safeguard_scale(
                 chosen, rejected, chosen_target, rejected_target, self.args.safeguard_margin, preference
             )
-            self.record(batch["weight"], safeguard_scale=scale)
+            self.track(batch["weight"], safeguard_scale=scale)
             pair = losses.with_safeguard(pair, scale, preference)
         return losses.LOSSES[self.args.loss_type](pair, preference, beta, self.args.label_smoothing)
 
@@ -79,21 +79,21 @@ class Objective:
         if "label" in batch:
             if reference is not None:
                 liked, change = batch["label"] > 0.5, errors - reference
-                self.record(weight * liked, winner_error_base=reference, winner_error_change=change)
-                self.record(weight * ~liked, loser_error_change=change)
+                self.track(weight * liked, winner_error_base=reference, winner_error_change=change)
+                self.track(weight * ~liked, loser_error_change=change)
             return
         preference = batch["preference"]
         margin = self.margins(errors, reference, beta)
         hits = ((margin > 0) == (preference > 0.5)).float()
         # A LoRA that does nothing yet, as at the first step, guesses.
         hits = torch.where(margin == 0, torch.full_like(hits, 0.5), hits)
-        self.record(weight, margin=margin)
+        self.track(weight, margin=margin)
         decided = weight * (preference != 0.5)
-        self.record(decided, accuracy=hits)
+        self.track(decided, accuracy=hits)
         if reference is not None:
             winner, loser = by_preference(errors, preference)
             base_winner, base_loser = by_preference(reference, preference)
-            self.record(
+            self.track(
                 decided,
                 winner_error_base=base_winner,
                 winner_error_change=winner - base_winner,

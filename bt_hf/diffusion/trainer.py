@@ -1,7 +1,7 @@
 """Train a preference LoRA for a diffusers pipeline."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, TrainerCallback, set_seed
+from transformers import EvalPrediction, TrainerCallback
 
 from bt_hf.data.checks import check_unpaired
 from bt_hf.diffusion import losses
-from bt_hf.diffusion.cache import CachedPairs, cache_pairs
+from bt_hf.diffusion.cache import LatentPairs, cache_pairs
 from bt_hf.diffusion.callbacks import CollapseGuard, Guard, OverfittingGuard, WinnerErrorGuard
 from bt_hf.diffusion.card import write_lora_card
 from bt_hf.diffusion.collator import UNPAIRED, DiffusionCollator
@@ -32,10 +32,11 @@ from bt_hf.diffusion.loading import add_adapter, count_truncated, load_pipeline,
 from bt_hf.diffusion.pair_loss import Objective, by_preference
 from bt_hf.diffusion.validation_images import Validation
 from bt_hf.metrics import preference_metrics
-from bt_hf.training.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
+from bt_hf.training.saving import prepare_run
+from bt_hf.training.trainer import Metrics, PreferenceTrainer, check_datasets
 
 logger = logging.getLogger(__name__)
-Pairs: TypeAlias = Dataset | IterableDataset | CachedPairs
+Pairs: TypeAlias = Dataset | IterableDataset | LatentPairs
 
 MAPO_BETA = 0.1  # of MaPO's own script; there it weighs two losses, and no spread of errors says how
 
@@ -89,17 +90,13 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         train_dataset: Pairs | None = None,
         eval_dataset: Pairs | dict[str, Pairs] | None = None,
         peft_config: LoraConfig | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        compute_metrics: Metrics | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
         args = args or PreferenceLoRAConfig("preference-lora")
-        refuse_to_overwrite(args.output_dir, args.overwrite_output_dir or bool(args.resume_from_checkpoint))
+        prepare_run(args)
         self._check_data(args, train_dataset, eval_dataset)
-        # A margin and its labels, as the evaluation loop gathers them.
-        args.label_names = ["preference", "weight"]
-        # The Trainer sets the seed too, but only after the adapter has drawn its first weights.
-        set_seed(args.seed)
         self.pipeline, self.family, self.base_name = load_pipeline(model)
         self.size = training_size(self.pipeline, self.family, args.resolution)
         schedule = self.family.schedule(self.pipeline, self.size)
@@ -111,25 +108,24 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         count_truncated(self.pipeline, self.family, [*chain(*known), *(args.validation_prompts or [])])
         train_dataset, eval_dataset = self._cache(args, train_dataset, eval_dataset)
         self.validation = Validation(self.pipeline, self.encoder, args)
-        if all(data is None or isinstance(data, CachedPairs) for data in _each(train_dataset, eval_dataset)):
+        if all(data is None or isinstance(data, LatentPairs) for data in _each(train_dataset, eval_dataset)):
             self.encoder.release(keep_vae=self.validation.wanted)
         # (N, draws, sides) at the fixed draws of a stream, of each dataset.
-        self._errors_of_base: WeakKeyDictionary[CachedPairs, dict[int, torch.Tensor]] = WeakKeyDictionary()
+        self._errors_of_base: WeakKeyDictionary[LatentPairs, dict[int, torch.Tensor]] = WeakKeyDictionary()
         published = None if args.loss_type == "mapo" else self.family.beta  # MaPO has a beta of its own
         self.beta: float | None = {"auto": None, "family": published}.get(args.beta, args.beta)  # type: ignore
-        self.objective = Objective(args, lambda values: self.accelerator.gather(values), self.record)
-        self._user_metrics = compute_metrics
+        self.objective = Objective(args, lambda values: self.accelerator.gather(values), self.track)
         super().__init__(
             model=denoiser,
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            compute_metrics=self._compute_metrics,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.divided and args.validation_prompts:
+        if self.sharded and args.validation_prompts:
             raise ValueError(
                 "`validation_prompts` can't be drawn while FSDP or DeepSpeed divides the weights: leave them out, and "
                 "draw with the saved folder."
@@ -147,7 +143,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
     @staticmethod
     def _check_data(args: PreferenceLoRAConfig, train: Any, evaluation: Any) -> None:
         unpaired = isinstance(train, Dataset | IterableDataset) and set(UNPAIRED) <= set(train.column_names or ())
-        if unpaired != (args.loss_type == "kto") and train is not None and not isinstance(train, CachedPairs):
+        if unpaired != (args.loss_type == "kto") and train is not None and not isinstance(train, LatentPairs):
             raise ValueError(
                 "`loss_type='kto'` takes unpaired rows (prompt, completion, label): make them with "
                 "`trl.unpair_preference_dataset`, or choose a loss for pairs."
@@ -176,9 +172,9 @@ class PreferenceLoRATrainer(PreferenceTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, between two drawings of the validation prompts."""
         if self.beta is None or self.args.noise_draws:
-            self.place_whole()
+            self.place_unsharded()
         self._resolve_beta()
-        if self.objective.needs_reference and isinstance(self.train_dataset, CachedPairs) and self._draws_come_again():
+        if self.objective.needs_reference and isinstance(self.train_dataset, LatentPairs) and self._draws_come_again():
             self._known_errors(self.train_dataset, TRAIN, "Errors of the base")
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         restored = self.args.load_best_model_at_end or any(guard.stopped for guard in self.guards)
@@ -275,7 +271,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         stream = TRAIN if description == "Training" else EVAL
-        encoded = isinstance(dataset, CachedPairs)
+        encoded = isinstance(dataset, LatentPairs)
         if self.encoder.released and not encoded:
             raise ValueError(
                 "these pairs aren't encoded, and the text encoders have left memory: pass the pairs to the "
@@ -290,7 +286,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     @torch.no_grad()
-    def _known_errors(self, pairs: CachedPairs, stream: int, description: str) -> None:
+    def _known_errors(self, pairs: LatentPairs, stream: int, description: str) -> None:
         """Compute the base's errors for every row and draw, shared out over the processes, unless they are known."""
         known = self._errors_of_base.setdefault(pairs, {})
         if stream in known:
@@ -304,16 +300,16 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             count = len(batch["row"])
             errors = torch.zeros(count, draws, len(batch["latents"]) // count, device=self.args.device)
             # Divided weights are gathered for each forward, in which all processes have to take part.
-            if self.divided or index % self.accelerator.num_processes == self.accelerator.process_index:
+            if self.sharded or index % self.accelerator.num_processes == self.accelerator.process_index:
                 for draw in range(draws):
                     values = self._reference_errors(self.denoising.ask(batch, draw, stream))
                     errors[:, draw] = values.view(-1, count).T
-            found.append((errors if self.divided else self.accelerator.reduce(errors, "sum")).cpu())
+            found.append((errors if self.sharded else self.accelerator.reduce(errors, "sum")).cpu())
         known[stream] = torch.cat(found)
 
     # --- One step ---
 
-    modal = _DropoutNd
+    mode_dependent_modules = _DropoutNd
 
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
@@ -346,7 +342,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         if not model.training:
             loss, outputs = self._evaluate_batch(model, batch)
             return (loss, outputs) if return_outputs else loss
-        passes = self.position.passes
+        passes = self.position.epochs_completed
         draw = passes % self.args.noise_draws if self.args.noise_draws else passes
         asked = self.denoising.ask(batch, draw, TRAIN)
         errors, predicted = self._errors(model, asked)
@@ -358,7 +354,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         if not torch.isfinite(values).all():
             self._stop_at(values, inputs)
         self.objective.log(errors, reference, batch, self._beta)
-        loss = self.reduce(values, batch["weight"], num_items_in_batch)
+        loss = self.weighted_mean(values, batch["weight"], num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     @torch.no_grad()
@@ -377,7 +373,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             base.append(reference)
             if "preference" in batch:
                 margins.append(self.objective.margins(errors, reference, self._beta))
-        mean = self.reduce(torch.stack(loss).mean(0), batch["weight"], None)
+        mean = self.weighted_mean(torch.stack(loss).mean(0), batch["weight"], None)
         if not margins:
             return mean, {"loss": mean}
         winner, loser = by_preference(torch.stack(found).mean(0), batch["preference"])
@@ -397,7 +393,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             "or look at that pair's images."
         )
 
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         margins, winner, loser, base_winner, base_loser = (
             np.asarray(values, dtype=float) for values in prediction.predictions
         )
@@ -414,7 +410,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
                 )
             }
         self.last_evaluation = {"margins": margins, "preference": preference}
-        return metrics | (self._user_metrics(prediction) if self._user_metrics else {})
+        return metrics
 
     # --- The folder ---
 

@@ -33,7 +33,7 @@ _OPTIONS = {
     "label smoothing": "label_smoothing",
     "warm start": "warm_start",
     "weight of the prior": "prior_weight",
-    "weight of the alignment": "alignment_weight",
+    "weight of the alignment": "kl_weight",
 }
 # What only a LoRA has.
 _OF_LORA = ("warm start", "weight of the prior")

@@ -39,7 +39,7 @@ class PreferenceCollator:
         return {
             **tokenize(self.processor, [row["prompt"] for row in rows]),  # (B, L)
             **self.preprocess(images),  # (2B, 3, H, W)
-            **labels(rows),
+            **batch_labels(rows),
         }
 
     def preprocess(self, images: list[Any]) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ class PreferenceCollator:
         return dict(self.processor.image_processor([to_rgb(image) for image in images], return_tensors="pt"))
 
 
-def labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+def batch_labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """`preference` and `weight` of each row as float32 (B,); 1 where a row has none."""
     return {name: torch.tensor([float(row.get(name, 1.0)) for row in rows]) for name in ("preference", "weight")}
 

@@ -11,7 +11,7 @@ class BradleyTerryConfig(PreferenceConfig):
 
     The objective is the mean over pairs of
 
-        bradley_terry_loss(margin, preference) + alignment_weight * KL(base || adapted)
+        bradley_terry_loss(margin, preference) + kl_weight * KL(base || adapted)
 
     plus `prior_weight` times half the squared size of the shift (see `warm_start`) divided by the number of pairs,
     which is the Gaussian prior of a maximum a posteriori fit: it matters with 8 pairs and fades with 800.
@@ -38,14 +38,14 @@ class BradleyTerryConfig(PreferenceConfig):
     prior_weight: float = field(
         default=0.02, metadata={"help": "Weight of the Gaussian prior on the shift; larger is more cautious."}
     )
-    alignment_weight: float = field(
+    kl_weight: float = field(
         default=0.7,
         metadata={
             "help": "Weight of KL(base || adapted) over the images that a prompt retrieves: larger keeps more of the "
             "base's text-image alignment, 0 turns it off."
         },
     )
-    alignment_bank_size: int = field(
+    kl_bank_size: int = field(
         default=256, metadata={"help": "How many training pairs' images the KL is taken over, at most."}
     )
     full_finetuning: bool = field(
@@ -71,6 +71,6 @@ class BradleyTerryConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("prior_weight", "alignment_weight"):
+        for name in ("prior_weight", "kl_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` should be at least 0, but got {getattr(self, name)}.")

@@ -1,4 +1,4 @@
-"""What a few clicks prove: cross-validation against the untouched base."""
+"""Cross-validation against the untouched base: what a few clicks prove."""
 
 import copy
 import random
@@ -28,9 +28,9 @@ from bt_hf.metrics import (
     verdict_sentence,
 )
 from bt_hf.reward import encoders
+from bt_hf.reward.cache import FeatureCache
 from bt_hf.reward.collator import PreferenceCollator
 from bt_hf.reward.config import BradleyTerryConfig
-from bt_hf.reward.frozen_prefix import FeatureCache
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.trainer import BradleyTerryTrainer
 
@@ -175,7 +175,7 @@ def cross_validate(
 
 
 def assign_folds(prompts: list[str], folds: int, seed: int = 0) -> np.ndarray:
-    """Fold of each row, (N,) int: all rows of a prompt share one, and folds are about equally large.
+    """Assign each row to a fold, (N,) int: all rows of a prompt share one, and folds are about equally large.
 
     Raises:
         ValueError: Fewer than two folds or two distinct prompts.
@@ -203,7 +203,7 @@ def _column(dataset: Dataset, name: str) -> list[float]:
 
 
 def _quiet(args: BradleyTerryConfig) -> BradleyTerryConfig:
-    """A copy of the options that writes, logs and reports nothing."""
+    """Copy the options so that nothing is written, logged or reported."""
     args = copy.copy(args)
     args.save_strategy, args.eval_strategy, args.logging_strategy = (
         SaveStrategy.NO,

@@ -1,4 +1,4 @@
-"""The best constant shift of the text embedding: where training begins.
+"""Taste direction: fit the best constant shift of the text embedding, where training begins.
 
 With few pairs, most of what can be learnt is one direction: the person prefers images that lie *there*. Adding a
 constant `delta` to every text embedding is the smallest change that says so. Finding it is a small smooth problem in
@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bt_hf.losses import alignment_loss, bradley_terry_loss
+from bt_hf.losses import bradley_terry_loss, retrieval_kl
 from bt_hf.reward.lora import OUTPUT_LAYERS, constant_direction
 
 # A shift that varies more than this from text to text is no shift.
@@ -30,14 +30,14 @@ def fit_shift(
     scale: float,
     *,
     prior_weight: float,
-    alignment_weight: float,
+    kl_weight: float,
     label_smoothing: float = 0.0,
     bank_size: int = 256,
     words: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Maximum a posteriori shift of normalised text embeddings, by L-BFGS on the trainer's own objective.
 
-    Minimises sum_i w_i [bradley_terry_loss(margin_i, p_i) + alignment_weight * KL_i] + prior_weight / 2 * |z|^2,
+    Minimises sum_i w_i [bradley_terry_loss(margin_i, p_i) + kl_weight * KL_i] + prior_weight / 2 * |z|^2,
     with reward scale * cos(text_i + delta, image) and z = scale * rms(|chosen - rejected|) * delta (weighted rms): the
     prior counts in units of margin, so it means the same for every model.
 
@@ -45,7 +45,7 @@ def fit_shift(
         text, chosen, rejected: (N, D) normalised base embeddings.
         preference, weight: (N,).
         scale: exp(logit_scale).
-        prior_weight, alignment_weight, label_smoothing, bank_size: See `BradleyTerryConfig`.
+        prior_weight, kl_weight, label_smoothing, bank_size: See `BradleyTerryConfig`.
         words: (K, D) normalised embeddings of many words. They stand for images of what the pairs do not show: a
             shift that would move some of them up and others down confuses a taste with a topic.
 
@@ -66,9 +66,9 @@ def fit_shift(
         shifted = F.normalize(text + z / spread, dim=-1)
         margin = scale * (shifted * (chosen - rejected)).sum(1)
         loss = bradley_terry_loss(margin, preference, label_smoothing)
-        if alignment_weight:
+        if kl_weight:
             for bank, reference in zip(banks, references, strict=True):
-                loss = loss + alignment_weight / len(banks) * alignment_loss(scale * shifted @ bank.T, reference)
+                loss = loss + kl_weight / len(banks) * retrieval_kl(scale * shifted @ bank.T, reference)
         total = (weight * loss).sum() + prior_weight / 2 * z.square().sum()
         total.backward()
         return total
@@ -78,7 +78,7 @@ def fit_shift(
 
 
 def text_lora(model: nn.Module) -> LoraLayer | None:
-    """The LoRA on the last linear layer of the text tower, if `model` has a plain one."""
+    """Return the LoRA on the last linear layer of the text tower, if `model` has a plain one."""
     if not isinstance(model, PeftModel):
         return None
     base = model.get_base_model()
@@ -94,7 +94,7 @@ def text_lora(model: nn.Module) -> LoraLayer | None:
 
 
 def text_output_name(base: nn.Module) -> str | None:
-    """Name of the last linear layer of the text tower; `None` for an unknown family."""
+    """Return the name of the last linear layer of the text tower; `None` for an unknown family."""
     modules = dict(base.named_modules())
     return next((text for text, _ in OUTPUT_LAYERS if text in modules), None)
 
@@ -127,7 +127,7 @@ def write_shift(model: PeftModel, layer: LoraLayer, delta: torch.Tensor, feature
 
 
 def vocabulary_texts(tokenizer: PreTrainedTokenizerBase, count: int = 512) -> list[str]:
-    """`count` words from the tokenizer's own vocabulary, evenly spread over it: many different texts for no data."""
+    """Pick `count` words from the tokenizer's vocabulary, evenly spread over it: many different texts for no data."""
     ids = [index for index in range(len(tokenizer)) if index not in set(tokenizer.all_special_ids)]
     step = max(1, len(ids) // (4 * count))
     words = dict.fromkeys(tokenizer.decode([index]).strip() for index in ids[::step])

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -11,25 +12,26 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import EvalPrediction, TrainerCallback, set_seed
+from transformers import EvalPrediction, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 
-from bt_hf.losses import alignment_loss, bradley_terry_loss
+from bt_hf.data.cache import CachedPairs
+from bt_hf.losses import agreement, bradley_terry_loss, retrieval_kl
 from bt_hf.metrics import preference_metrics
-from bt_hf.reward import encoders
-from bt_hf.reward import taste as warm_start
-from bt_hf.reward.cache import store_pairs
+from bt_hf.reward import encoders, taste
+from bt_hf.reward.cache import FeatureCache, FilePairs, MemoryPairs, store_pairs
 from bt_hf.reward.card import write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
-from bt_hf.reward.frozen_prefix import CachedPairs, FeatureCache
 from bt_hf.reward.lora import add_adapter
-from bt_hf.training.sharding import make_divisible
-from bt_hf.training.trainer import PreferenceTrainer, check_datasets, refuse_to_overwrite
+from bt_hf.training.saving import prepare_run
+from bt_hf.training.sharding import make_shardable
+from bt_hf.training.trainer import Metrics, PreferenceTrainer, check_datasets, map_eval_datasets
 
 logger = logging.getLogger(__name__)
-Pairs: TypeAlias = Dataset | IterableDataset | CachedPairs
+Pairs: TypeAlias = Dataset | IterableDataset | MemoryPairs | FilePairs
 
 
 class BradleyTerryTrainer(PreferenceTrainer):
@@ -42,7 +44,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
             adapter, from which training goes on.
         args: Options; default `BradleyTerryConfig("reward-adapter")`.
         train_dataset: Pairs in the row contract, as `load_preference_pairs` gives them. A `Dataset`, a stream, or
-            `CachedPairs`.
+            pairs of a `FeatureCache`.
         eval_dataset: Held-out pairs, or a dict of several.
         processing_class: Processor of the model; default: the one saved beside it.
         data_collator: Default `PreferenceCollator(processing_class)`. One of your own turns the cache off.
@@ -78,17 +80,13 @@ class BradleyTerryTrainer(PreferenceTrainer):
         processing_class: ProcessorMixin | None = None,
         data_collator: Callable[[list[Any]], dict[str, torch.Tensor]] | None = None,
         peft_config: PeftConfig | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        compute_metrics: Metrics | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
         args = args or BradleyTerryConfig("reward-adapter")
-        refuse_to_overwrite(args.output_dir, args.overwrite_output_dir or bool(args.resume_from_checkpoint))
-        # A margin and its labels, as the evaluation loop gathers them.
-        args.label_names = ["preference", "weight"]
+        prepare_run(args)
         source = model
-        # The Trainer sets the seed too, but only after the adapter has drawn its first weights.
-        set_seed(args.seed)
         model, self._fresh_adapter = _adapt(model, args.full_finetuning, peft_config)
         processing_class = processing_class or encoders.find_processor(source, model)
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
@@ -100,8 +98,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         self.cache: FeatureCache | None = None
         if data_collator is None:
             train_dataset, eval_dataset = self._cache(model, own_collator, args, train_dataset, eval_dataset)
-        self._user_metrics = compute_metrics
-        # What cross-validation said of these pairs, for the card; whoever ran it sets it.
+        # Verdict of a cross-validation of these pairs, for the card; set by whoever ran it.
         self.verdict: str | None = None
         self._banks: dict[str, torch.Tensor] = {}
         super().__init__(
@@ -111,7 +108,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=self._compute_metrics,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -120,7 +117,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         self, model: nn.Module, collator: PreferenceCollator, args: BradleyTerryConfig, train: Any, evaluation: Any
     ) -> tuple[Any, Any]:
         """Replace map-style datasets by ones whose frozen features are computed once."""
-        if isinstance(train, CachedPairs):
+        if isinstance(train, MemoryPairs | FilePairs):
             train.cache.check(model)
             self.cache = train.cache
         elif args.cache_features and isinstance(train, Dataset):
@@ -138,8 +135,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         train = add(train)
         if not isinstance(train, CachedPairs):
             self.cache = None
-        is_dict = isinstance(evaluation, dict)
-        return train, {name: add(pairs) for name, pairs in evaluation.items()} if is_dict else add(evaluation)
+        return train, map_eval_datasets(add, evaluation)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does; a fresh LoRA begins at the best constant shift (`warm_start`)."""
@@ -148,66 +144,61 @@ class BradleyTerryTrainer(PreferenceTrainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.divided:
-            make_divisible(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        if self.sharded:
+            make_shardable(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         return super()._prepare_for_training(*args, **kwargs)
 
     def _prepare(self, begin: bool) -> None:
-        """Embed training pairs with the base, for the alignment term and for the warm start."""
+        """Embed training pairs with the base, for the KL term, and begin a fresh LoRA at the best constant shift."""
         start = begin and self._fresh_adapter and self.args.warm_start
-        if not (start or self.args.alignment_weight) or self.train_dataset is None:
+        if not (start or self.args.kl_weight) or self.train_dataset is None:
             return
-        self.place_whole()
+        self.place_unsharded()
         embedded = self._embed_training_pairs(512)
-        size = self.args.alignment_bank_size
+        size = self.args.kl_bank_size
         self._banks = {name: embedded[name][:size].to(self.args.device) for name in ("text", "chosen", "rejected")}
-        layer = warm_start.text_lora(self.model) if start else None
+        layer = taste.text_lora(self.model) if start else None
         words, features = self._embed_vocabulary(layer)
         self._banks["words"] = words.to(self.args.device)
-        if layer is None or features is None:
-            return
-        delta = warm_start.fit_shift(
+        if layer is not None and features is not None:
+            self._write_shift(layer, features, embedded, words)
+
+    def _write_shift(
+        self, layer: LoraLayer, features: torch.Tensor, embedded: dict[str, torch.Tensor], words: torch.Tensor
+    ) -> None:
+        """Fit the shift of the text embedding to the embedded pairs, and write it into the LoRA `layer`."""
+        delta = taste.fit_shift(
             **embedded,
             scale=encoders.logit_scale(self.model).item(),
             prior_weight=self.args.prior_weight,
-            alignment_weight=self.args.alignment_weight,
+            kl_weight=self.args.kl_weight,
             label_smoothing=self.args.label_smoothing,
-            bank_size=size,
+            bank_size=self.args.kl_bank_size,
             words=words,
         )
-        error = warm_start.write_shift(self.model, layer, delta, features)
-        if error > warm_start.TOLERANCE:
+        error = taste.write_shift(self.model, layer, delta, features)
+        if error > taste.TOLERANCE:
             logger.info("No warm start: a shift would vary by %.0f %% from text to text.", 100 * error)
         self._fresh_adapter = False
 
     @torch.no_grad()
     def _embed_training_pairs(self, limit: int) -> dict[str, torch.Tensor]:
-        """Base embeddings of up to `limit` training pairs, in their own order: each (N, D), on the CPU."""
-        step = self.args.per_device_eval_batch_size
-        cached = isinstance(self.train_dataset, CachedPairs)
-        rows = iter(self.train_dataset)
-        collate = self.train_dataset.collate if cached else self.data_collator
-        columns: dict[str, list[torch.Tensor]] = {}
-        seen = 0
-        while seen < limit:
-            chunk = [row for row, _ in zip(rows, range(min(step, limit - seen)), strict=False)]
-            if not chunk:
-                break
-            seen += len(chunk)
-            batch = self._prepare_inputs(collate(chunk))
+        """Embed up to `limit` training pairs with the base, in their own order: each (N, D), on the CPU."""
+        columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for batch in self.read_batches(self.train_dataset, limit):
             with self.base_model() as model:
                 text, images = self._embed(model, batch)
             chosen, rejected = images.chunk(2)
             values = {"text": text, "chosen": chosen, "rejected": rejected}
             values |= {name: batch[name] for name in ("preference", "weight")}
             for name, value in values.items():
-                columns.setdefault(name, []).append(value.cpu())
+                columns[name].append(value.cpu())
         return {name: torch.cat(values) for name, values in columns.items()}
 
     @torch.no_grad()
     def _embed_vocabulary(self, layer: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Base embeddings (K, D) of words of the model's vocabulary, and what `layer` reads for them, (K, H)."""
-        texts = warm_start.vocabulary_texts(self.processing_class.tokenizer)
+        """Embed words of the model's vocabulary with the base, (K, D), and record the inputs of `layer`, (K, H)."""
+        texts = taste.vocabulary_texts(self.processing_class.tokenizer)
         seen: list[torch.Tensor] = []
         words = []
         with ExitStack() as stack:
@@ -222,7 +213,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
 
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
-        """The untouched base, within a context that restores the adapter."""
+        """Yield the untouched base, within a context that restores the adapter."""
         if self.reference is not None:
             yield self.reference.to(self.args.device)
             return
@@ -230,7 +221,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
             yield model
 
     def _embed(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised text (B, D) and image (2B, D) embeddings, through the model's own `forward`."""
+        """Return normalised text (B, D) and image (2B, D) embeddings, through the model's own `forward`."""
         inputs = {name: value for name, value in inputs.items() if name not in ("preference", "weight")}
         if self.is_deepspeed_enabled:  # which casts the model, but not what it reads
             dtype = next(model.parameters()).dtype
@@ -247,7 +238,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Bradley-Terry loss of a batch, with the alignment term while training. See `BradleyTerryConfig`."""
+        """Bradley-Terry loss of a batch, with the KL term while training. See `BradleyTerryConfig`."""
         preference, weight = inputs["preference"], inputs["weight"]
         scale = encoders.logit_scale(self.accelerator.unwrap_model(model))
         text, images = self._embed(model, inputs)  # (B, D), (2B, D)
@@ -255,25 +246,24 @@ class BradleyTerryTrainer(PreferenceTrainer):
         chosen, rejected = rewards.chunk(2)
         margins = chosen - rejected
         losses = bradley_terry_loss(margins, preference, self.args.label_smoothing)
-        align = model.training and bool(self._banks) and self.args.alignment_weight > 0
-        if align or return_outputs:
+        with_kl = model.training and bool(self._banks) and self.args.kl_weight > 0
+        if with_kl or return_outputs:
             with torch.no_grad(), self.base_model() as base:
                 base_text, base_images = self._embed(base, inputs)
-        if align:
-            divergence = self._alignment(scale, text, images, base_text, base_images)
-            losses = losses + self.args.alignment_weight * divergence
-            self.record(weight, alignment=divergence)
-        loss = self.reduce(losses, weight, num_items_in_batch)
+        if with_kl:
+            divergence = self._kl_divergence(scale, text, images, base_text, base_images)
+            losses = losses + self.args.kl_weight * divergence
+            self.track(weight, kl=divergence)
+        loss = self.weighted_mean(losses, weight, num_items_in_batch)
         if model.training:
-            hits = (margins > 0) == (preference > 0.5)
-            self.record(weight * (preference != 0.5), accuracy=hits)
-            self.record(weight, margin=margins, reward_chosen=chosen, reward_rejected=rejected)
+            self.track(weight * (preference != 0.5), accuracy=agreement(margins, preference))
+            self.track(weight, margin=margins, reward_chosen=chosen, reward_rejected=rejected)
         if not return_outputs:
             return loss
         base_margins = scale * (base_text * (base_images[: len(text)] - base_images[len(text) :])).sum(-1)
         return loss, {"loss": loss, "margins": margins, "base_margins": base_margins}
 
-    def _alignment(
+    def _kl_divergence(
         self,
         scale: torch.Tensor,
         text: torch.Tensor,
@@ -287,28 +277,28 @@ class BradleyTerryTrainer(PreferenceTrainer):
         other pairs share its batch, so accumulation and several processes change nothing.
         """
         over_images = [
-            alignment_loss(scale * text @ self._banks[name].T, scale * base_text @ self._banks[name].T)
+            retrieval_kl(scale * text @ self._banks[name].T, scale * base_text @ self._banks[name].T)
             for name in ("chosen", "rejected", "words")
         ]
         bank = self._banks["text"]
-        over_texts = alignment_loss(scale * images @ bank.T, scale * base_images @ bank.T)  # (2B,)
+        over_texts = retrieval_kl(scale * images @ bank.T, scale * base_images @ bank.T)  # (2B,)
         return torch.stack(over_images).mean(0) + torch.stack(over_texts.chunk(2)).mean(0)
 
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         margins, base_margins = (np.asarray(values, dtype=float) for values in prediction.predictions)
         preference, weight = (np.asarray(values, dtype=float) for values in prediction.label_ids)
         metrics = preference_metrics(margins, preference, weight)
         base = preference_metrics(base_margins, preference, weight)
         metrics |= {f"base_{name}": value for name, value in base.items()}
         self.last_evaluation = {"margins": margins, "base_margins": base_margins, "preference": preference}
-        return metrics | (self._user_metrics(prediction) if self._user_metrics else {})
+        return metrics
 
     def write_card(self, folder: Path) -> None:
         write_reward_card(folder, self)
 
 
 def _adapt(model: Any, full_finetuning: bool, peft_config: PeftConfig | None) -> tuple[nn.Module, bool]:
-    """Load `model` and put an adapter on it. Returns it and whether the adapter is a fresh one."""
+    """Load `model` and put an adapter on it. Return it, and True if the adapter is a fresh one."""
     if not isinstance(model, nn.Module):
         model = encoders.load_dual_encoder(model, is_trainable=True)
     encoders.check_dual_encoder(model)

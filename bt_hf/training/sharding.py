@@ -1,4 +1,4 @@
-"""Weights that FSDP or DeepSpeed divide among processes: what the models need for it, and what comes out whole."""
+"""Sharded training (FSDP, DeepSpeed): prepare models and gather full adapters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 
-def divide_by_layers(model: nn.Module, plugin: Any) -> None:
-    """Let FSDP gather one layer at a time: of those that the model wants whole, the ones that it has.
+def wrap_by_layer(model: nn.Module, plugin: Any) -> None:
+    """Let FSDP gather one layer at a time: every kind in the model's `_no_split_modules` that the model has.
 
     accelerate takes all that the class names, and fails where this model of the class lacks one.
 
     Args:
-        model: About to be divided.
+        model: About to be sharded.
         plugin: accelerate's `FullyShardedDataParallelPlugin`. Changed, unless it names layers already.
 
     Raises:
@@ -31,10 +31,10 @@ def divide_by_layers(model: nn.Module, plugin: Any) -> None:
         plugin.transformer_cls_names_to_wrap = sorted(present.intersection(wanted)) or None
 
 
-def make_divisible(encoder: Any) -> None:
-    """Ready a dual encoder, without its adapter, for being divided.
+def make_shardable(encoder: Any) -> None:
+    """Prepare a dual encoder, without its adapter, for sharding.
 
-    Its scalars are frozen. FSDP can't divide them, and ZeRO-3 would leave nothing to read between two forwards; as
+    Its scalars are frozen. FSDP can't shard them, and ZeRO-3 would leave nothing to read between two forwards; as
     buffers they stay whole.
     """
     for name in ("logit_scale", "logit_bias"):
@@ -47,8 +47,8 @@ def make_divisible(encoder: Any) -> None:
 
 
 @contextmanager
-def whole(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> Iterator[Any]:
-    """Within this context, `model.state_dict()` is the one that was gathered from all processes, if there is one."""
+def gathered_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None) -> Iterator[Any]:
+    """Let `model.state_dict()` return, within this context, the one gathered from all processes, if there is one."""
     if state_dict is not None:
         vars(model)["state_dict"] = lambda *args, **kwargs: state_dict
     try:

@@ -1,4 +1,4 @@
-"""How processes that trained together part."""
+"""Destroy the process group at interpreter exit."""
 
 import atexit
 import gc
@@ -11,22 +11,22 @@ from torch import distributed
 _trainers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def part_at_exit(trainer: Any) -> None:
-    """When Python ends, first end the process group and its threads, which a model of `trainer` may keep alive.
+def destroy_group_at_exit(trainer: Any) -> None:
+    """End the process group and its threads, which a model of `trainer` may keep alive, when Python ends.
 
     A thread of gloo that drops a tensor while Python ends aborts the process, and the launcher then stops the others
     (https://github.com/pytorch/pytorch/pull/179291). `destroy_process_group` alone ends no thread as long as a model
-    is wrapped for the group. Where FSDP divides weights, torch keeps the group to the end in any case.
+    is wrapped for the group. Where FSDP shards weights, torch keeps the group to the end in any case.
 
     Args:
         trainer: A `Trainer`, which is not kept alive by this.
     """
     _trainers.add(trainer)
-    atexit.unregister(_part)
-    atexit.register(_part)
+    atexit.unregister(_destroy_group)
+    atexit.register(_destroy_group)
 
 
-def _part() -> None:
+def _destroy_group() -> None:
     if hasattr(sys, "last_type"):  # an error ends this process: the others may never answer, so wait for nobody
         return
     for trainer in _trainers:

@@ -1,63 +1,62 @@
-"""What the trainers of rewards and of preference LoRAs share."""
+"""Base of the trainers of rewards and of preference LoRAs."""
 
 import logging
-import shutil
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
-from types import MappingProxyType
+from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset, IterableDataset
-from huggingface_hub import CommitInfo
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
+from transformers import EvalPrediction
 
+from bt_hf.data.cache import CachedPairs
 from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
-from bt_hf.hub import push as hub_push
-from bt_hf.hub.card_sections import add_metadata
-from bt_hf.hub.checks import ADAPTER_CONFIG, CARD, contract_files
-from bt_hf.training.dataloaders import Position, share_out, share_out_evenly, without_weight
-from bt_hf.training.sharding import divide_by_layers, whole
-from bt_hf.training.shutdown import part_at_exit
+from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
+from bt_hf.training.publishing import PublishingTrainer
+from bt_hf.training.resume import Position
+from bt_hf.training.sharding import wrap_by_layer
+from bt_hf.training.shutdown import destroy_group_at_exit
 
 logger = logging.getLogger(__name__)
-
-# Of the Trainer's arguments of a card, what is a field of its metadata; our own card answers the others.
-_CARD_FIELDS = {"language": "language", "license": "license", "tags": "tags", "dataset_tags": "datasets"}
-_CARD_ARGUMENTS = {*_CARD_FIELDS, "dataset", "dataset_args", "finetuned_from", "model_name", "tasks"}
+Metrics = Callable[[EvalPrediction], dict[str, float]]
 
 
-class PreferenceTrainer(Trainer):
-    """A `Trainer` for pairs: weighted loss, running means in the log, a folder that is never half written.
+class PreferenceTrainer(PublishingTrainer):
+    """`Trainer` for preference pairs: weighted loss, running means in the log, each row counted once.
 
-    Subclasses give each pair's loss to `reduce`, and call `record` with what should be logged.
+    Subclasses give each pair's loss to `weighted_mean`, and call `track` with what should be logged.
+
+    Args:
+        compute_metrics: Further metrics of the user, added to those of `preference_metrics`.
+        kwargs: As in `Trainer`.
     """
 
-    # `reduce` divides by the weights of the whole accumulated batch, on all processes.
+    # `weighted_mean` divides by the weights of the whole accumulated batch, on all processes.
     loss_is_scaled_for_ga = True
     data_collator: Any
-    save_options: Mapping[str, Any] = MappingProxyType({})  # of the model's `save_pretrained`
+    # Modules whose `training` flag matters; a subclass may narrow them down.
+    mode_dependent_modules: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # What `record` has seen since the last log: sums and counts.
+    def __init__(self, *, compute_metrics: Metrics | None = None, **kwargs: Any) -> None:
+        # Sums and counts of what `track` has seen since the last log.
         self._running: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self._filler: dict[str, Any] | None = None
-        super().__init__(*args, **kwargs)
+        self._padding_batch: dict[str, Any] | None = None
+        self._user_metrics = compute_metrics
+        super().__init__(compute_metrics=self._compute_metrics, **kwargs)
+        self.label_names = ["preference", "weight"]  # gathered by the evaluation loop, beside the margins
         self.add_callback(Position())
         if self.args.world_size > 1:
-            part_at_exit(self)
+            destroy_group_at_exit(self)
+
+    # --- Batches ---
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -65,7 +64,7 @@ class PreferenceTrainer(Trainer):
         """Collect the batches of one step, and the sum of their weights over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if isinstance(self.train_dataset, IterableDataset):
-            batches = self._in_step(batches, num_batches)
+            batches = self._pad_to_equal_steps(batches, num_batches)
         elif self.args.world_size > 1:
             first = self.position.steps * self.args.gradient_accumulation_steps
             batches = [self._without_repeats(batch, first + index) for index, batch in enumerate(batches)]
@@ -75,115 +74,124 @@ class PreferenceTrainer(Trainer):
         return batches, self.accelerator.gather(total).sum()
 
     def _without_repeats(self, batch: dict[str, Any], index: int) -> dict[str, Any]:
-        """The batch of this index in a pass; rows with which accelerate filled up the pass's end have no weight."""
+        """Take the weight from rows that accelerate repeats to fill an epoch, given a batch and its index in it."""
         rows = len(batch["weight"])
         before = rows * (index * self.args.world_size + self.args.process_index)
         left = max(len(self.train_dataset) - before, 0)
         return batch if left >= rows else without_weight(batch, left)
 
-    def _in_step(self, batches: list[Any], num_batches: int) -> list[Any]:
-        """What remains of a stream's pass, filled up so that all processes take the same steps, of as many batches."""
+    def _pad_to_equal_steps(self, batches: list[Any], num_batches: int) -> list[Any]:
+        """Pad the last step of a stream with batches without weight, so that all processes take the same steps."""
         if batches:
-            self._filler = batches[-1]
-        counts = self._everywhere(len(batches))
+            self._padding_batch = batches[-1]
+        counts = self._gather_counts(len(batches))
         if min(counts) == num_batches:
             return batches
         if not any(counts):
             self.control.should_epoch_stop = True  # else the Trainer would ask on, up to `max_steps`
             return []
-        if self._filler is None:  # resumed at the end of this process's rows
-            self._filler = next(iter(self.get_train_dataloader()), None)
-        without = sum(self._everywhere(int(self._filler is None)))
-        if without or self._filler is None:
+        if self._padding_batch is None:  # resumed at the end of this process's rows
+            self._padding_batch = next(iter(self.get_train_dataloader()), None)
+        without = sum(self._gather_counts(int(self._padding_batch is None)))
+        if without or self._padding_batch is None:
             raise PreferenceDataError(
                 f"the stream has no rows for {without} of {self.args.world_size} processes: start fewer of them, or "
                 "spread its rows over more files"
             )
-        return batches + [without_weight(self._filler)] * (num_batches - len(batches))
+        return batches + [without_weight(self._padding_batch)] * (num_batches - len(batches))
 
-    def _everywhere(self, number: int) -> list[int]:
-        """The number of each process, on each process."""
+    def _gather_counts(self, count: int) -> list[int]:
+        """Return the count of each process, on each process."""
         if self.args.world_size == 1:  # spares waiting for the device
-            return [number]
-        return self.accelerator.gather(torch.tensor([number], device=self.args.device)).tolist()
+            return [count]
+        return self.accelerator.gather(torch.tensor([count], device=self.args.device)).tolist()
 
     @property
     def position(self) -> Position:
-        """How far the training is in its rows."""
+        """Position of the training in its rows."""
         return next(found for found in self.callback_handler.callbacks if isinstance(found, Position))
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        passes, batches = super()._init_training_state(*args, **kwargs)
+        epochs, batches = super()._init_training_state(*args, **kwargs)
         saved = self.state.stateful_callbacks.get(Position.__name__)
         steps = batches // self.args.gradient_accumulation_steps
         if isinstance(self.train_dataset, IterableDataset) and saved is not None and self.state.global_step:
-            passes, steps = saved["args"]["passes"], saved["args"]["steps"]
+            epochs, steps = saved["args"]["epochs_completed"], saved["args"]["steps"]
             if self.args.ignore_data_skip:
                 steps = 0
-            if steps:  # older checkpoints don't say with which numbers
-                Position.check_batches(saved["attributes"].get("batches", {}), self.args)
+            if steps:
+                Position.check_batches(saved["attributes"]["batches"], self.args)
             batches = steps * self.args.gradient_accumulation_steps
-        self.position.go_on_from(passes, steps)
-        return passes, batches
+        self.position.start_from(epochs, steps)
+        return epochs, batches
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Batches of the training rows; of a stream, those that are this process's."""
+        """Return batches of the training rows; of a stream, those of this process."""
         if isinstance(self.train_dataset, IterableDataset) and self.args.world_size > 1:
-            return share_out(self.train_dataset, self.args, self._train_batch_size, self.data_collator)
+            return train_dataloader(self.train_dataset, self.args, self._train_batch_size, self.data_collator)
         return super().get_train_dataloader()
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, **kwargs: Any
     ) -> torch.utils.data.DataLoader:
         if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
-            return share_out_evenly(dataset, self.args, batch_size, self.data_collator)
-        # Rows of a cache know how to become a batch, and plain rows need another collator; the Trainer knows one.
-        collate = getattr(dataset, "collate", None)
-        if collate is None:
-            return super()._get_dataloader(dataset, description, batch_size, **kwargs)
-        own: Any = self.data_collator
-        self.data_collator = collate
+            return eval_dataloader(dataset, self.args, batch_size, self.data_collator)
+        # The Trainer knows one collator, but cached and plain rows need different ones.
+        own = self.data_collator
+        self.data_collator = self._collator_of(dataset)
         try:
             return super()._get_dataloader(dataset, description, batch_size, **kwargs)
         finally:
             self.data_collator = own
 
-    @property
-    def divided(self) -> bool:
-        """Whether training divides the weights among the processes (FSDP, DeepSpeed)."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+    def _collator_of(self, dataset: Any) -> Any:
+        return dataset.collate if isinstance(dataset, CachedPairs) else self.data_collator
+
+    def read_batches(self, dataset: Any, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yield batches of up to `limit` rows in their own order, on the device; the same on every process."""
+        collate, rows = self._collator_of(dataset), iter(dataset)
+        size, left = self.args.per_device_eval_batch_size, limit
+        while chunk := list(islice(rows, size if left is None else min(size, left))):
+            left = None if left is None else left - len(chunk)
+            yield self._prepare_inputs(collate(chunk))
 
     def _prepare_input(self, data: Any) -> Any:
         # Without the Trainer's cast to the precision of DeepSpeed, which would round labels, and comes too early for
         # what looks at the base before DeepSpeed has cast the model.
         return send_to_device(data, self.args.device)
 
-    def place_whole(self) -> None:
-        """Put the model on the device for what looks at the base before it is divided; it has to fit there once."""
-        if self.divided and next(self.model.parameters()).device != self.args.device:
+    # --- Sharding ---
+
+    @property
+    def sharded(self) -> bool:
+        """True if training shards the weights among the processes (FSDP, DeepSpeed)."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def place_unsharded(self) -> None:
+        """Move the model to the device before it is sharded, for what looks at the base; it has to fit there once."""
+        if self.sharded and next(self.model.parameters()).device != self.args.device:
             self.model.to(self.args.device)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.divided:
-            # Neither of them divides weights in another order, such as channels last.
+        if self.sharded:
+            # Neither of them shards weights in another order, such as channels last.
             self.model.to(memory_format=torch.contiguous_format)
         if self.is_fsdp_enabled:
-            divide_by_layers(self.model, self.accelerator.state.fsdp_plugin)
+            wrap_by_layer(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(*args, **kwargs)
 
-    # What of a model may differ between training and use; a subclass may know it better.
-    modal: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module
+    # --- The base ---
 
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
-        """The untouched base, within a context that restores the adapter.
+        """Yield the untouched base, within a context that restores the adapter.
 
-        What `eval()` and `disable_adapter()` do, without searching the whole model at every step.
+        As `eval()` and `disable_adapter()` do, without searching the whole model at every step.
         """
-        adapters, modal = self._switched
-        training = [module.training for module in modal]
+        adapters, modules = self._switched
+        training = [module.training for module in modules]
         try:
-            for module in modal:
+            for module in modules:
                 module.training = False
             for layer in adapters:
                 layer.enable_adapters(False)
@@ -191,17 +199,19 @@ class PreferenceTrainer(Trainer):
         finally:
             for layer in adapters:
                 layer.enable_adapters(True)
-            for module, mode in zip(modal, training, strict=True):
+            for module, mode in zip(modules, training, strict=True):
                 module.training = mode
 
     @cached_property
     def _switched(self) -> tuple[list[BaseTunerLayer | AuxiliaryTrainingWrapper], list[nn.Module]]:
-        """The layers that differ between base and adapter, and what differs between training and use."""
+        """Layers that differ between base and adapter, and modules that differ between training and use."""
         modules = list(self.model.modules())
         adapters = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-        return adapters, [module for module in modules if isinstance(module, self.modal)]
+        return adapters, [module for module in modules if isinstance(module, self.mode_dependent_modules)]
 
-    def reduce(
+    # --- Loss, log and metrics ---
+
+    def weighted_mean(
         self, losses: torch.Tensor, weight: torch.Tensor, total_weight: torch.Tensor | int | None
     ) -> torch.Tensor:
         """Weighted mean of per-pair losses (B,).
@@ -218,7 +228,7 @@ class PreferenceTrainer(Trainer):
             (weight * losses).sum() * self.accelerator.num_processes / torch.as_tensor(total_weight).clamp(min=1e-12)
         )
 
-    def record(self, counts: torch.Tensor, **values: torch.Tensor) -> None:
+    def track(self, counts: torch.Tensor, **values: torch.Tensor) -> None:
         """Add values of rows, each (B,), to the means of the next log. No synchronisation with the device.
 
         Args:
@@ -231,7 +241,7 @@ class PreferenceTrainer(Trainer):
             self._running[name].append(torch.stack([kept.sum(), counts.sum()]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, with the means of what was recorded in training since the last time."""
+        """Log as the Trainer does, with the means of what was tracked in training since the last time."""
         if "loss" in logs:
             for name in sorted(self._running):
                 sums = torch.stack(self._running[name]).sum(0)
@@ -241,140 +251,13 @@ class PreferenceTrainer(Trainer):
             self._running.clear()
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the folder contract: to a temporary folder first, then each file is moved into place."""
-        folder = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        # Beside its destination: a move within one file system replaces a file in one step.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            with whole(self.accelerator.unwrap_model(self.model), state_dict) as model:
-                model.save_pretrained(scratch, safe_serialization=True, **self.save_options)
-                self.save_beside_adapter(Path(scratch))
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(scratch)
-            if (folder / CARD).is_file():  # of which only the generated parts are renewed; PEFT has drafted another
-                shutil.copy(folder / CARD, scratch)
-            for picture in folder.glob("*.png"):  # the card shows what it finds beside it
-                if not (Path(scratch) / picture.name).exists():
-                    shutil.copy(picture, scratch)
-            self.write_card(Path(scratch))
-            move_files(Path(scratch), folder)
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        metrics = self.evaluation_metrics(prediction)
+        return metrics | (self._user_metrics(prediction) if self._user_metrics else {})
 
-    def save_beside_adapter(self, folder: Path) -> None:
-        """Write what else belongs into the folder; nothing by default."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write our card where the Trainer would draft one; takes `license`, `language`, `tags` and `dataset_tags`."""
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            self.write_card(folder)
-            fields = {field: kwargs[name] for name, field in _CARD_FIELDS.items() if kwargs.get(name)}
-            if fields:
-                card = (folder / CARD).read_text(encoding="utf-8")
-                (folder / CARD).write_text(add_metadata(card, fields), encoding="utf-8")
-
-    def write_card(self, folder: Path) -> None:
-        """Write `README.md` into `folder`. Subclasses fill it with what was measured."""
+    def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Metrics of an evaluation, before those of the user are added."""
         raise NotImplementedError
-
-    # --- The Hub ---
-
-    # Hub id of the base, for a run whose base is a local folder.
-    hub_base_model: str | None = None
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Find out who publishes, so that a wrong token shows before the training; the first commit makes the repo."""
-        if self.is_world_process_zero():
-            name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
-            self.hub_model_id = hub_push.full_name(name, token or self.args.hub_token)
-            self.push_in_progress = None
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Future | None:
-        """Save, and publish what a trainer writes for others in one commit; see `push_adapter`.
-
-        Args:
-            commit_message: Title of the commit.
-            blocking: Whether to wait for it.
-            token: Default `args.hub_token`, else the one that is logged in.
-            revision: Branch; default `args.hub_revision`, else "main".
-            private: Default `args.hub_private_repo`; a new repo is private unless it is `False`.
-            kwargs: Further arguments of `push_adapter`, and of the card: `license`, `language`, `tags`,
-                `dataset_tags`.
-
-        Returns:
-            The commit, or a future of it if `blocking=False`; `None` on processes that do not publish.
-
-        Raises:
-            OSError: The Hub can't be reached or refuses; see `push_adapter`. The folder is saved all the same.
-            ValueError: A check failed.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**{name: kwargs.pop(name) for name in _CARD_ARGUMENTS & set(kwargs)})
-        self._finish_current_push()
-        job = self._pusher.submit(
-            hub_push.push_adapter,
-            self.args.output_dir,
-            self.hub_model_id,
-            self.args.hub_private_repo if private is None else private,
-            revision or self.args.hub_revision,
-            token or self.args.hub_token,
-            **{"base_model": self.hub_base_model, "commit_message": commit_message, **kwargs},
-        )
-        return job.result() if blocking else job
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Publish a checkpoint's adapter while the training goes on, as `args.hub_strategy` says.
-
-        "all_checkpoints" keeps each adapter in a folder of the repo too. "checkpoint" is as "every_save": the state
-        of the optimizer, which its folder would hold, is a pickle and stays on this machine.
-        """
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # Read now: the folder may be gone before they are sent.
-        files = {name: path.read_bytes() for name, path in contract_files(checkpoint_folder).items()}
-        also_in = Path(checkpoint_folder).name if self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS else None
-        job = self._pusher.submit(self._publish_checkpoint, checkpoint_folder, self.state.global_step, files, also_in)
-        running: list[Any] = [] if self.push_in_progress is None else self.push_in_progress.jobs
-        self.push_in_progress = PushInProgress([*running, job])
-
-    def _publish_checkpoint(self, source: str, step: int, files: Mapping[str, bytes], also_in: str | None) -> None:
-        try:
-            hub_push.publish(
-                files,
-                source,
-                self.hub_model_id,
-                self.args.hub_private_repo,
-                self.args.hub_revision,
-                self.args.hub_token,
-                self.hub_base_model,
-                commit_message=f"Training in progress, step {step}",
-                also_in=also_in,
-            )
-        except (OSError, ValueError) as error:  # a training of hours does not end for want of a network
-            logger.warning("The checkpoint of step %d was not published: %s", step, error)
-
-    @cached_property
-    def _pusher(self) -> ThreadPoolExecutor:
-        # One thread: commits stay in order.
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
 
 
 def check_datasets(train: Any, evaluation: Any) -> None:
@@ -387,11 +270,11 @@ def check_datasets(train: Any, evaluation: Any) -> None:
     Raises:
         PreferenceDataError: A dataset is not in the row contract, or has no rows.
     """
-    sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
-    for pairs in sets:
+    held_out = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    for pairs in (train, *held_out):
         if isinstance(pairs, Dataset | IterableDataset):
             check_columns(pairs)
-    for pairs in sets[1:]:
+    for pairs in held_out:
         if isinstance(train, Dataset) and isinstance(pairs, Dataset) and (overlap := overlapping_rows(train, pairs)):
             logger.warning(
                 "%d of %d evaluation pairs are also in the training set: their accuracy says nothing about new pairs.",
@@ -400,20 +283,8 @@ def check_datasets(train: Any, evaluation: Any) -> None:
             )
 
 
-def move_files(source: Path, destination: Path) -> None:
-    """Move each file of `source` into `destination`; the weights go last, so that a cut leaves a loadable folder."""
-    files = sorted(source.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
-    for file in files:
-        if file.is_dir():
-            shutil.copytree(file, destination / file.name, dirs_exist_ok=True)
-        else:
-            file.replace(destination / file.name)
-
-
-def refuse_to_overwrite(output_dir: str, allowed: bool) -> None:
-    """Raise a `FileExistsError` if `output_dir` already holds an adapter and writing over it is not allowed."""
-    if not allowed and (Path(output_dir) / ADAPTER_CONFIG).is_file():
-        raise FileExistsError(
-            f"{output_dir!r} already holds an adapter: choose another `output_dir`, pass `overwrite_output_dir=True` "
-            "to replace it, or pass it as `model` to train on from it."
-        )
+def map_eval_datasets(transform: Callable[[Any], Any], evaluation: Any) -> Any:
+    """Apply `transform` to an evaluation dataset, or to each of a dict of several."""
+    if isinstance(evaluation, dict):
+        return {name: transform(pairs) for name, pairs in evaluation.items()}
+    return transform(evaluation)

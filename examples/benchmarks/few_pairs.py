@@ -28,8 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
+from bt_hf.reward.cache import FeatureCache
 from bt_hf.reward.collator import PreferenceCollator
-from bt_hf.reward.frozen_prefix import FeatureCache
 from bt_hf.reward.lora import add_adapter
 from emoji import CLIP_FOLDER, STYLES, load_emoji
 from taste import preference_pairs, warmth
@@ -199,7 +199,7 @@ def part_accuracy(bench: Bench, flipped: float = 0.0, tastes: tuple[str, ...] = 
 def part_frontier(bench: Bench) -> None:
     scales = (0.25, 0.5, 1.0, 2.0, 4.0)
 
-    default = BradleyTerryConfig.alignment_weight
+    default = BradleyTerryConfig.kl_weight
     for count in (8, 64):
         rows = [("base", (0.5, bench.base_recall))]
         for weight in (0.0, 0.1, 0.3, default, 3.0, 10.0):
@@ -207,13 +207,13 @@ def part_frontier(bench: Bench) -> None:
                 bench.fit(
                     bench.pairs(taste, count, seed),
                     lambda model, taste=taste: along_scale(bench, model, taste, scales),
-                    alignment_weight=weight,
+                    kl_weight=weight,
                 )
                 for taste in STYLES
                 for seed in bench.seeds
             ]
             means = np.array(results).mean(0)  # (scales, 2)
-            rows.append((f"alignment_weight {weight:g}", means[scales.index(1.0)]))
+            rows.append((f"kl_weight {weight:g}", means[scales.index(1.0)]))
             if weight == default:
                 by_scale = [(f"default, scaled by {scale:g}", mean) for scale, mean in zip(scales, means, strict=True)]
         with_share = [(name, (*point, point[1] / bench.base_recall)) for name, point in [*rows, *by_scale]]

@@ -9,9 +9,8 @@ from peft import LoraConfig
 from torch import nn
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer
-from bt_hf.reward.cache import StoredPairs, store_pairs
+from bt_hf.reward.cache import FeatureCache, FilePairs, store_pairs
 from bt_hf.reward.collator import PreferenceCollator
-from bt_hf.reward.frozen_prefix import FeatureCache
 from tiny_adapters import PLACEMENTS, adapted
 from tiny_models import FAMILIES, SIGLIP2_MASKED, build, red_pairs
 
@@ -67,8 +66,8 @@ def test_training_ends_at_the_same_adapter_and_later_runs_find_the_files(
     # No memory is taken, so its bound does not matter.
     options = {"cache_dir": str(tmp_path / "cache"), "cache_max_gb": 1e-9}
     stored = train(tmp_path / "stored", *build("clip"), **options)
-    assert isinstance(stored.train_dataset, StoredPairs)
-    assert isinstance(stored.eval_dataset, StoredPairs)
+    assert isinstance(stored.train_dataset, FilePairs)
+    assert isinstance(stored.eval_dataset, FilePairs)
     assert stored.cache.bytes == 0
 
     def refuse(*args: object) -> None:

@@ -140,7 +140,7 @@ def test_templates_and_versions_are_found() -> None:
 
 
 def test_card_of_a_whole_model_has_no_facts_of_a_lora(tmp_path) -> None:
-    args = SimpleNamespace(warm_start=True, prior_weight=0.02, alignment_weight=0.7)
+    args = SimpleNamespace(warm_start=True, prior_weight=0.02, kl_weight=0.7)
     text = card_of(SimpleNamespace(args=args, verdict="Worse."), tmp_path).text
     assert "- weight of the alignment: 0.7" in text
     assert not re.search("warm start|prior", text)

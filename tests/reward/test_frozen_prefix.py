@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer
-from bt_hf.reward.frozen_prefix import CachedPairs, FeatureCache
+from bt_hf.reward.cache import FeatureCache, MemoryPairs
 from tiny_adapters import PLACEMENTS, adapted
 from tiny_models import CONTEXT, FAMILIES, SIGLIP2_MASKED, build, picture, red_pairs
 
@@ -156,7 +156,7 @@ def test_trainer_without_room_trains_without_a_cache(tmp_path: Path) -> None:
     args = BradleyTerryConfig(str(tmp_path), cache_max_gb=1e-9, report_to="none", use_cpu=True, disable_tqdm=True)
     trainer = BradleyTerryTrainer(model, args, train_dataset=red_pairs(4), processing_class=processor)
     assert trainer.cache is None
-    assert not isinstance(trainer.train_dataset, CachedPairs)
+    assert not isinstance(trainer.train_dataset, MemoryPairs)
 
 
 def test_batches_are_padded_to_their_own_longest() -> None:

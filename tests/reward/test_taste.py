@@ -8,8 +8,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_softmax
 from torch.nn.functional import normalize
 
-from bt_hf.reward import encoders
-from bt_hf.reward import taste as warm_start
+from bt_hf.reward import encoders, taste
 from bt_hf.reward.lora import add_adapter, default_lora_config
 from bt_hf.reward.taste import fit_shift, text_lora, vocabulary_texts, write_shift
 from tiny_models import build
@@ -52,7 +51,7 @@ def best_shift(
 )
 def test_fit_against_another_optimiser(prior: float, alignment: float, smoothing: float, bank: int) -> None:
     data = problem()
-    options = {"prior_weight": prior, "alignment_weight": alignment, "label_smoothing": smoothing, "bank_size": bank}
+    options = {"prior_weight": prior, "kl_weight": alignment, "label_smoothing": smoothing, "bank_size": bank}
     shift = fit_shift(**data, scale=8.0, **options)
     expected = best_shift(data, 8.0, prior, alignment, smoothing, bank)
     assert np.linalg.norm(expected) > 0.05
@@ -63,15 +62,15 @@ def test_only_ties_that_the_base_calls_ties_too_give_no_shift() -> None:
     """Each text lies half way between its two images, so the base prefers neither."""
     data = problem()
     data |= {"preference": torch.full((14,), 0.5), "text": normalize(data["chosen"] + data["rejected"], dim=-1)}
-    shift = fit_shift(**data, scale=8.0, prior_weight=0.1, alignment_weight=1.0)
+    shift = fit_shift(**data, scale=8.0, prior_weight=0.1, kl_weight=1.0)
     torch.testing.assert_close(shift, torch.zeros_like(shift), atol=1e-9, rtol=0)
     data["preference"] = torch.full((14,), 0.6)
-    assert fit_shift(**data, scale=8.0, prior_weight=0.1, alignment_weight=1.0).norm() > 1e-3
+    assert fit_shift(**data, scale=8.0, prior_weight=0.1, kl_weight=1.0).norm() > 1e-3
 
 
 def test_stronger_prior_is_more_cautious() -> None:
     sizes = [
-        fit_shift(**problem(), scale=8.0, prior_weight=prior, alignment_weight=0.0).norm().item()
+        fit_shift(**problem(), scale=8.0, prior_weight=prior, kl_weight=0.0).norm().item()
         for prior in (0.01, 0.1, 1, 10, 100)
     ]
     assert sizes == sorted(sizes, reverse=True)
@@ -85,7 +84,7 @@ def test_weight_is_as_good_as_a_copy() -> None:
     weighted = data | {"weight": torch.where(first, 2.0, 1.0)}
     copied = {name: torch.cat([value, value[first]]) for name, value in data.items()}
     copied["weight"] = torch.ones(21)
-    shifts = [fit_shift(**d, scale=8.0, prior_weight=0.1, alignment_weight=0.0) for d in (weighted, copied)]
+    shifts = [fit_shift(**d, scale=8.0, prior_weight=0.1, kl_weight=0.0) for d in (weighted, copied)]
     torch.testing.assert_close(*shifts, atol=1e-6, rtol=1e-6)
 
 
@@ -150,7 +149,7 @@ def test_nothing_is_written_where_no_shift_can_be_expressed() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rows = torch.randn(40, 16)
     error = write_shift(model, layer, torch.ones(12).double(), torch.cat([rows, -rows]))
-    assert error > warm_start.TOLERANCE
+    assert error > taste.TOLERANCE
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

@@ -31,7 +31,7 @@ from bt_hf.reward.collator import PreferenceCollator
 from tiny_models import CONTEXT, FAMILIES, build, red_pairs, save
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-PLAIN = {"warm_start": False, "alignment_weight": 0.0}
+PLAIN = {"warm_start": False, "kl_weight": 0.0}
 
 
 def make_trainer(
@@ -83,7 +83,7 @@ def test_learns_what_the_base_does_not_know(family: str, warm_start: bool, tmp_p
         warm_start=warm_start,
         learning_rate=2e-2,
         num_train_epochs=30,
-        alignment_weight=0.0,
+        kl_weight=0.0,
     )
     before = trainer.evaluate(against)
     assert before["eval_accuracy"] == before["eval_base_accuracy"] == 0
@@ -169,7 +169,7 @@ def test_double_weight_is_a_copy(warm_start: bool, tmp_path: Path) -> None:
             tmp_path,
             train,
             warm_start=warm_start,
-            alignment_weight=0.0,
+            kl_weight=0.0,
             learning_rate=1e-2,
             num_train_epochs=3,
             prior_weight=0.1,
@@ -276,7 +276,7 @@ def test_deepspeed_casts_the_model_and_inputs_follow(tmp_path: Path) -> None:
 def test_bf16_alignment_of_an_untouched_model_is_zero(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, bf16=True, warm_start=False, num_train_epochs=1, logging_steps=1)
     trainer.train()
-    assert logged(trainer, "alignment")[0] == pytest.approx(0, abs=1e-6)
+    assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_same_seed_same_adapter(tmp_path: Path) -> None:
@@ -413,7 +413,7 @@ def test_any_peft_config(name: str, tmp_path: Path) -> None:
         peft_config=CONFIGS[name],
         learning_rate=2e-2,
         num_train_epochs=12,
-        alignment_weight=0.1,
+        kl_weight=0.1,
     )
     before = trainer.evaluate(pairs)
     trainer.train()
@@ -539,7 +539,7 @@ def test_custom_callbacks_see_logs(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, num_train_epochs=4, logging_steps=2, callbacks=[Watch()])
     trainer.train()
     first = Watch.logs[0]
-    assert {"loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "alignment"} <= first.keys()
+    assert {"loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "kl"} <= first.keys()
     assert first["margin"] == pytest.approx(first["reward_chosen"] - first["reward_rejected"], abs=1e-4)
     assert 0 <= first["accuracy"] <= 1
 
@@ -607,7 +607,7 @@ def test_more_alignment_keeps_more_of_the_base(tmp_path: Path) -> None:
         trainer = make_trainer(
             tmp_path,
             pairs.add_column("preference", [0.0] * 16),
-            alignment_weight=weight,
+            kl_weight=weight,
             learning_rate=5e-3,
             num_train_epochs=30,
         )
@@ -696,8 +696,8 @@ def test_contradictions(tmp_path: Path) -> None:
         make_trainer(tmp_path, full_finetuning=True, peft_config=LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"`label_smoothing` should be in \[0, 0.5\], but got 0.6"):
         make_trainer(tmp_path, label_smoothing=0.6)
-    with pytest.raises(ValueError, match="`alignment_weight` should be at least 0, but got -1"):
-        make_trainer(tmp_path, alignment_weight=-1)
+    with pytest.raises(ValueError, match="`kl_weight` should be at least 0, but got -1"):
+        make_trainer(tmp_path, kl_weight=-1)
 
 
 def test_wrong_columns_and_no_rows(tmp_path: Path) -> None:

@@ -64,7 +64,10 @@ def follow(trainer: BradleyTerryTrainer | PreferenceLoRATrainer) -> list[list]:
 
     def compute_loss(model: torch.nn.Module, inputs: dict, *args: object, **kwargs: object) -> torch.Tensor:
         prompts, weights = inputs.pop("prompts"), inputs["weight"].tolist()
-        seen.extend([prompt, weight, trainer.position.passes] for prompt, weight in zip(prompts, weights, strict=True))
+        seen.extend(
+            [prompt, weight, trainer.position.epochs_completed]
+            for prompt, weight in zip(prompts, weights, strict=True)
+        )
         return loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss, trainer.data_collator = compute_loss, collate_with_prompts

@@ -50,7 +50,7 @@ def train(folder: Path, batch: int, case: str, resume: Path | None = None) -> di
     trainer.train(resume_from_checkpoint=resume and str(resume))
     metrics = trainer.evaluate()
     trainer.save_model()
-    names = ("loss", "accuracy", "margin", "alignment")
+    names = ("loss", "accuracy", "margin", "kl")
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "world_size": trainer.accelerator.num_processes,

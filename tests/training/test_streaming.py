@@ -24,7 +24,7 @@ CASES: list[dict[str, Any]] = [
         "name": "workers",
         "kind": "reward",
         "data": "four",
-        "options": {"max_steps": 6, "dataloader_num_workers": 2, "alignment_weight": 0},
+        "options": {"max_steps": 6, "dataloader_num_workers": 2, "kl_weight": 0},
     },
     {
         "name": "lora",
