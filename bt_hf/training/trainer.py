@@ -119,8 +119,8 @@ class PreferenceTrainer(PublishingTrainer):
             epochs, steps = saved["args"]["epochs_completed"], saved["args"]["steps"]
             if self.args.ignore_data_skip:
                 steps = 0
-            if steps:
-                Position.check_batches(saved["attributes"]["batches"], self.args)
+            if steps:  # older checkpoints don't say with which arguments
+                Position.check_batches(saved["attributes"].get("batches", {}), self.args)
             batches = steps * self.args.gradient_accumulation_steps
         self.position.start_from(epochs, steps)
         return epochs, batches

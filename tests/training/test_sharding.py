@@ -57,7 +57,7 @@ def test_a_divided_run_leaves_a_folder_for_peft_and_diffusers(divided: Path) -> 
 
 
 def test_validation_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PreferenceLoRATrainer, "divided", True)
+    monkeypatch.setattr(PreferenceLoRATrainer, "sharded", True)
     with pytest.raises(ValueError, match="validation_prompts.*saved folder"):
         make(tmp_path, validation_prompts=["a red apple"])
 
