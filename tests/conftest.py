@@ -1,4 +1,4 @@
-"""What every test runs under: no network, few threads, the same random numbers."""
+"""Conditions of every test: no network, few threads, the same random numbers."""
 
 import os
 

@@ -16,7 +16,7 @@ FILES = sorted(path for folder in ("bt_hf", "examples", "tests") for path in (RO
 BEGINNING = re.compile(r"(what|whatever|how|of|whether|which|who|whose|that|those|as nearly)\b", re.IGNORECASE)
 # "is not valid JSON", and not "is no JSON"; "there is no file" and "is no longer" are English.
 NO_NOUN = re.compile(
-    r"(?<!there )\b(is|are|was|were) no (?!longer\b|more\b|less\b|better\b|worse\b|faster\b|slower\b)"
+    r"(?<![tT]here )\b(is|are|was|were) no (?!longer\b|more\b|less\b|better\b|worse\b|faster\b|slower\b)"
 )
 
 
@@ -76,6 +76,7 @@ def test_wording(file: Path) -> None:
         ("# Keep it,\n# of all things.\nA = 1", 0),
         ('raise ValueError("x is no JSON")', 1),
         ('raise ValueError("there is no file")', 0),
+        ('raise ValueError("There is no file")', 0),
         ('def f():\n    """Return it, which is no longer there."""', 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""Checks of preference data: columns, prompts, labels and images."""
+"""Check of preference data: columns, prompts, labels and images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LARGEST = {"preference": 1.0, "label": 1.0, "weight": float_info.max}  # the sm
 
 
 def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Checks a dataset without reading its images: its columns and, unless it is a stream, prompts and labels.
+    """Check a dataset without reading its images: its columns and, unless it is a stream, prompts and labels.
 
     Args:
         dataset: The dataset that goes to a trainer.
@@ -33,8 +33,8 @@ def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
         The same dataset.
 
     Raises:
-        PreferenceDataError: Columns are missing or of the wrong type, it has no rows, it is no single dataset, or a
-            row has no prompt or a preference or weight that is out of range.
+        PreferenceDataError: Columns are missing or of the wrong type, it has no rows, it is a dict of splits, or a row has
+            no prompt or a preference or weight that is out of range.
 
     Example:
         >>> check_columns(Dataset.from_dict({"prompt": ["a"], "chosen": ["a.png"], "rejected": ["b.png"]})).num_rows
@@ -59,7 +59,7 @@ def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
 
 
 def check_unpaired(dataset: Dataset | IterableDataset) -> None:
-    """Checks rows of one image each (prompt, completion, label), as `check_columns` checks pairs.
+    """Check rows of one image each (prompt, completion, label), as `check_columns` checks pairs.
 
     Raises:
         PreferenceDataError: Columns are missing or of the wrong type, it has no rows, or a row has no prompt or a
@@ -77,7 +77,7 @@ def check_unpaired(dataset: Dataset | IterableDataset) -> None:
 
 
 def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableDataset) -> int:
-    """Counts the rows of `eval` that are also in `train`: same prompt and same two images, in either order.
+    """Count the rows of `eval` that are also in `train`: same prompt and same two images, in either order.
 
     Images are compared by their pixels after `to_rgb`, so another file format or name does not hide a copy. Only
     training rows whose prompt is also in `eval` are decoded.
@@ -118,7 +118,7 @@ def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableD
 
 
 def warn_of_truncation(tokenizer: Callable[..., Any], prompts: Iterable[str], limit: int, reader: str) -> int:
-    """How many prompts have more than `limit` tokens; said once, as a warning that names the `reader`.
+    """Count the prompts of more than `limit` tokens, and warn once, naming the `reader`.
 
     Distinct prompts are tokenized once, 1,000 at a time: tokens of all of them would take 5 kB a prompt.
     """
@@ -143,7 +143,7 @@ def warn_of_truncation(tokenizer: Callable[..., Any], prompts: Iterable[str], li
 
 
 def _check_values(dataset: Dataset | IterableDataset, labels: tuple[str, ...], way_out: str) -> None:
-    """Checks prompts and labels of a loaded dataset, some thousand rows at a time."""
+    """Check prompts and labels of a loaded dataset, some thousand rows at a time."""
     if not isinstance(dataset, Dataset):
         return
     columns = ["prompt", *(name for name in labels if name in dataset.column_names)]
@@ -167,7 +167,7 @@ def _digest(image: Any) -> str:
 
 
 def _value_problem(row: dict[str, Any], labels: tuple[str, ...]) -> str | None:
-    """What is wrong with the prompt of a row or with those of the labels that it has, or None."""
+    """Describe a problem of a row's prompt, or of those `labels` that it has; None if there is none."""
     if not isinstance(row["prompt"], str):
         return f"prompt is not text: found {row['prompt']!r}"
     if not row["prompt"].strip():
@@ -180,7 +180,7 @@ def _value_problem(row: dict[str, Any], labels: tuple[str, ...]) -> str | None:
 
 
 def _problem(row: dict[str, Any]) -> str | None:
-    """What is wrong with a pair, as `reason: detail`, or None."""
+    """Describe a problem of a pair, as `reason: detail`; None if there is none."""
     if row.get("_problem"):
         return row["_problem"]
     if problem := _value_problem(row, ("preference", "weight")):
@@ -253,7 +253,7 @@ def _keep(row: dict[str, Any], index: int, label: str, on_bad_rows: str, warned:
     if note["_problem"] is None:
         return True
     reason = note["_problem"].partition(":")[0]
-    if reason not in warned:  # the end of a stream is not ours to see, so there is no total
+    if reason not in warned:  # a stream may never end, so there is no total
         warned.add(reason)
         place = row.get("_shard") or label
         logger.warning("%s: dropping row %d (%s), and from here on such rows", place, note["_row"], note["_problem"])

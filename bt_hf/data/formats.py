@@ -1,4 +1,4 @@
-"""The kinds of preference data that `bt_hf.data.pairs` knows: how to tell them by their columns, and to make pairs."""
+"""Formats of preference data: recognise them by their columns, and convert their rows to pairs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _number(row: dict[str, Any], name: str) -> float:
 
 
 def recognise(features: Features, label: str) -> Layout:
-    """Finds the layout by the columns, and checks their types."""
+    """Find the layout by the columns, and checks their types."""
 
     def first(*names: str) -> str | None:
         return next((name for name in names if name in features), None)
@@ -137,7 +137,7 @@ def recognise(features: Features, label: str) -> Layout:
 
 
 def check_kinds(features: Features, kinds: dict[str, str], label: str) -> None:
-    """Raises a `PreferenceDataError` where a column does not hold its kind, a key of `_KINDS`."""
+    """Raise a `PreferenceDataError` where a column does not hold its kind, a key of `_KINDS`."""
     for name, kind in kinds.items():
         if not _is_kind(features[name], kind):
             raise PreferenceDataError(
@@ -247,7 +247,7 @@ def _encode(value: Any, folder: Path | None) -> dict[str, Any] | None:
 def _expand(
     batch: dict[str, list], indices: list[int], convert: Callable, extras: tuple[str, ...], folder: Path | None
 ) -> dict[str, list]:
-    """A batch of rows of some layout -> a batch of pairs."""
+    """Convert a batch of rows of some layout to a batch of pairs."""
     pairs = []
     for position, index in enumerate(indices):
         row = {name: values[position] for name, values in batch.items()}
@@ -258,7 +258,7 @@ def _expand(
 
 
 def _pairs_of(row: dict[str, Any], convert: Callable) -> list[dict[str, Any]]:
-    """The pairs of one row; what is wrong with it travels in `_problem` to where bad rows raise or are dropped."""
+    """Convert one row to pairs; a problem travels in `_problem` to where bad rows raise or are dropped."""
     blank = dict.fromkeys(ROW_COLUMNS) | DEFAULTS | {"_problem": None}
     try:
         pairs = [blank | pair for pair in convert(row)]
@@ -295,7 +295,7 @@ def _join_groups(dataset: Dataset, layout: Layout, folder: Path | None, features
 def _stream_groups(
     dataset: IterableDataset, columns: tuple[str, ...], convert: Callable, extras: tuple[str, ...], folder: Path | None
 ) -> Iterator[dict[str, Any]]:
-    """The same for a stream, which holds the images of one prompt at a time."""
+    """Join groups of a stream, which holds the images of one prompt at a time."""
     group, prompt, images, ranks = columns
     seen: set[tuple] = set()
     # `iter`, unlike iterating, does not split among the workers of a DataLoader: here one of them reads all.

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 
 def to_rgb(image: Any, name: str = "") -> Image.Image:
-    """Returns an image upright, in mode RGB, with transparency laid over white.
+    """Return an image upright, in mode RGB, with transparency laid over white.
 
     Greyscale, 1-bit, palette, CMYK and other modes are converted; EXIF orientation is applied; of an animation the
     first frame is taken; colour profiles are ignored. 16-bit greyscale is scaled to 8 bits (65535 becomes 255).

@@ -1,4 +1,4 @@
-"""The row contract: every known kind of preference data becomes one kind of row, checked before training.
+"""Row contract: every known kind of preference data becomes one kind of row, checked before training.
 
 | column | type | meaning |
 | --- | --- | --- |
@@ -27,7 +27,7 @@ def load_preference_pairs(
     on_bad_rows: Literal["raise", "drop"] = "raise",
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Loads preference data of any known kind as checked rows of the contract above.
+    """Load preference data of any known kind as checked rows of the contract above.
 
     The kind is told by the columns:
 

@@ -1,4 +1,4 @@
-"""Opens what `bt_hf.data.pairs` is given: a Hub id, a local file or folder, or a loaded dataset."""
+"""Open what `bt_hf.data.pairs` is given: a Hub id, a local file or folder, or a loaded dataset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _READERS = {
 def open_dataset(
     source: Any, split: str | None, streaming: bool, on_bad_rows: str = "raise"
 ) -> tuple[Dataset | IterableDataset, Path | None, str]:
-    """Returns the dataset, the folder that relative image paths start from, and a name for messages."""
+    """Return the dataset, the folder that relative image paths start from, and a name for messages."""
     if isinstance(source, Dataset | IterableDataset):
         loaded, folder, label = source, None, "the dataset"
         if split is not None and str(loaded.split) != split:
@@ -101,7 +101,7 @@ def _load(path: Path, source: str, split: str | None, streaming: bool, label: st
 
 
 def features_of(dataset: Dataset | IterableDataset, label: str) -> Features:
-    """The features, from the first row where a stream does not tell them."""
+    """Return the features, from the first row where a stream does not tell them."""
     if isinstance(dataset, Dataset):
         if len(dataset) == 0:
             raise PreferenceDataError(f"{label}: has no rows; expected at least one pair")

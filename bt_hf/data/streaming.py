@@ -1,4 +1,4 @@
-"""Streams of files: read one by one, each row with the file that it is from, and files that can't be read."""
+"""Stream of files: read one by one, each row with the file that it is from, and files that can't be read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bt_hf.data.formats import PLACE, PreferenceDataError
 
 logger = logging.getLogger(__name__)
 
-# What readers raise on a first file that is damaged, cut off or gone; a `ValueError` about splits is none of these.
+# Errors of readers on a first file that is damaged, cut off or gone; not a `ValueError` about splits.
 _UNREADABLE = (OSError, EOFError, ValueError, pyarrow.ArrowInvalid, tarfile.TarError)
 
 
 def open_shards(
     builder: Any, split: str | None, label: str, on_bad_rows: str
 ) -> IterableDataset | IterableDatasetDict:
-    """Streams the files of a `datasets.DatasetBuilder`: each is a shard, which goes to one process and worker.
+    """Stream the files of a `datasets.DatasetBuilder`: each is a shard, which goes to one process and worker.
 
     Args:
         builder: From `datasets.load_dataset_builder`.
@@ -46,7 +46,7 @@ def open_shards(
             opened = builder.as_streaming_dataset(split)
             break
         except _UNREADABLE as error:
-            first = next(iter(files), None)  # whose first file `datasets` reads the columns off
+            first = next(iter(files), None)  # `datasets` reads the columns off its first file
             if first is None or "split" in str(error).lower():
                 raise
             name = os.path.basename(files[first][0])
@@ -62,7 +62,7 @@ def open_shards(
 
 
 def plain_names(dataset: Dataset) -> Dataset:
-    """A loaded dataset whose columns, if they are those of WebDataset, have the names that they get in a stream."""
+    """Rename the columns of WebDataset in a loaded dataset as in a stream; leave other datasets alone."""
     if "__key__" not in dataset.column_names:
         return dataset
     dataset = dataset.remove_columns([name for name in dataset.column_names if name.startswith("__")]).flatten()

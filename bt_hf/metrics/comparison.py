@@ -14,7 +14,7 @@ from bt_hf.metrics.intervals import normal_quantile
 
 
 class McNemarResult(NamedTuple):
-    """The pairs on which two models disagree, and the probability of so lopsided a split by luck alone."""
+    """Pairs on which two models disagree, and the probability of so lopsided a split by luck alone."""
 
     n_better: int
     n_worse: int

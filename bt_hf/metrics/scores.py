@@ -26,7 +26,7 @@ class ReliabilityBin(NamedTuple):
     pairs: int
     weight: float
     confidence: float  # mean of max(p, 1 - p)
-    agreement: float  # how often the image the model favours won
+    agreement: float  # share of pairs whose favoured image won
     agreement_low: float  # 95 % Wilson interval of `agreement`
     agreement_high: float
 

@@ -53,6 +53,6 @@ def batch_labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def count_truncated(processor: ProcessorMixin, prompts: list[str]) -> int:
-    """How many prompts are longer than the text tower's context; said once, as a warning."""
+    """Count the prompts longer than the text tower's context, and warn once."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return warn_of_truncation(tokenizer, prompts, context_length(processor), "the model")

@@ -131,7 +131,7 @@ def cross_validate(
     args = _quiet(args or BradleyTerryConfig("reward-adapter", report_to="none"))
     pairs: Any = dataset
     if args.cache_features:
-        # Which layers are frozen depends on the adapter, so one is put on while the cache is built.
+        # The adapter decides which layers are frozen, so one is put on while the cache is built.
         adapted = base if args.full_finetuning else add_adapter(base, peft_config)
         adapted.to(args.device)
         cache = FeatureCache(adapted, PreferenceCollator(processor), max_bytes=args.cache_max_gb * 1e9)

@@ -1,4 +1,4 @@
-"""Dual encoders as this library sees them: load one, check one, embed texts and images with one.
+"""Dual encoders: load, check, and embed texts and images.
 
 A dual encoder is any model of transformers whose `forward` returns `text_embeds` and `image_embeds`: CLIP, SigLIP,
 SigLIP 2, MetaCLIP 2, AltCLIP, Chinese-CLIP and models of the same build.
@@ -110,7 +110,7 @@ def load_processor(name_or_path: str | Path, token: str | None = None, revision:
 def find_processor(
     source: Any, model: nn.Module, *, revision: str | None = None, token: str | None = None
 ) -> ProcessorMixin:
-    """The processor saved beside an adapter or a model, else that of the base.
+    """Load the processor saved beside an adapter or a model, else that of the base.
 
     Args:
         source: What the user passed: Hub id, folder or loaded model.
@@ -133,7 +133,7 @@ def find_processor(
 
 
 def base_name(model: nn.Module) -> str:
-    """The Hub id or path that a model was loaded from; empty for a model built in code."""
+    """Return the Hub id or path that a model was loaded from; empty for a model built in code."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return getattr(base, "name_or_path", "") or ""
 
@@ -168,13 +168,13 @@ def tokenize(processor: ProcessorMixin, texts: list[str], **kwargs: Any) -> dict
 
 
 def fills_context(processor: ProcessorMixin) -> bool:
-    """Whether every prompt is padded to the full context: SigLIP's text towers pool the last token."""
+    """True if every prompt is padded to the full context: SigLIP's text towers pool the last token."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return any("siglip" in type(part).__name__.lower() for part in (processor, tokenizer))
 
 
 def context_length(processor: ProcessorMixin) -> int:
-    """How many tokens of a prompt the text tower reads."""
+    """Return the number of tokens of a prompt that the text tower reads."""
     tokenizer = getattr(processor, "tokenizer", processor)
     length = getattr(tokenizer, "model_max_length", 77)
     # Tokenizers without a limit say 10**30; 64 is SigLIP's context and 77 CLIP's.

@@ -42,7 +42,7 @@ def add_adapter(model: nn.Module, config: PeftConfig | None) -> PeftModel:
 
 
 def constant_direction(features: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:
-    """A vector `a` with a·x = 1 for every row x of `features`, as nearly as there is one.
+    """Solve a·x = 1 for all rows x of `features`, as nearly as possible.
 
     A bias written as a linear map. What a layer norm puts out lies on a hyperplane that does not pass through the
     origin (sum of (x - beta) / gamma = 0), so behind one such a vector exists, and LoRA can shift its output by a

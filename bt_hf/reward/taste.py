@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from bt_hf.losses import bradley_terry_loss, retrieval_kl
 from bt_hf.reward.lora import OUTPUT_LAYERS, constant_direction
 
-# A shift that varies more than this from text to text is no shift.
+# Largest relative variation from text to text at which a shift still counts as constant.
 TOLERANCE = 0.2
 
 

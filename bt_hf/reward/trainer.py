@@ -223,7 +223,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
     def _embed(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return normalised text (B, D) and image (2B, D) embeddings, through the model's own `forward`."""
         inputs = {name: value for name, value in inputs.items() if name not in ("preference", "weight")}
-        if self.is_deepspeed_enabled:  # which casts the model, but not what it reads
+        if self.is_deepspeed_enabled:  # DeepSpeed casts the model, but not its inputs
             dtype = next(model.parameters()).dtype
             inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
         recall = self.cache.recall(inputs) if self.cache is not None else nullcontext(inputs)

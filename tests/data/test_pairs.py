@@ -463,7 +463,7 @@ def test_check_columns_reads_labels(column, value, message):
     with pytest.raises(PreferenceDataError, match=f"row 2 of the dataset: {message}.*load_preference_pairs"):
         check_columns(many(column, value, good))
     check_columns(many(column, value, good).select([0, 1, 3]))
-    check_columns(Dataset.from_dict(rows(preference=[0, 1], weight=[0, 7], label=[5, 5])))  # the last one is no label
+    check_columns(Dataset.from_dict(rows(preference=[0, 1], weight=[0, 7], label=[5, 5])))  # the last is not a label
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tiny_pipelines import build as build_pipeline
 from tiny_pipelines import save as save_pipeline
 
 EXAMPLES = CONFIGS.parent
-# How accelerate starts each, and with how many processes.
+# Kind of launch of each config, and its number of processes.
 EXPECTED = {
     "two_cpu_processes": ("multi_gpu", 2),
     "one_gpu": (None, 1),
@@ -55,7 +55,7 @@ def test_accelerate_reads_the_config(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, (how, _) in EXPECTED.items() if how == "use_deepspeed"])
 def test_deepspeed_and_the_arguments_agree(name: str, tmp_path: Path) -> None:
-    """What transformers does before it calls DeepSpeed, of which no more is needed than to be there."""
+    """Run transformers' part before it calls DeepSpeed, which only needs to be importable."""
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "__init__.py").touch()
     (tmp_path / "deepspeed-1.0.dist-info").mkdir()

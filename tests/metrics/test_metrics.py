@@ -196,7 +196,7 @@ def test_paired_difference_published_example():
 
 
 def test_paired_difference_covers_the_truth():
-    """Of all outcomes of 20 pairs with a true difference of 0.4 - 0.1, the interval holds it in about 95 %."""
+    """The interval holds the true difference of 0.4 - 0.1 in about 95 % of all outcomes of 20 pairs."""
     covered = 0.0
     for better in range(21):
         for worse in range(21 - better):

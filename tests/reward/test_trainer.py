@@ -149,7 +149,7 @@ def test_first_logged_loss_is_the_equation(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, pairs, label_smoothing=0.1, logging_steps=1, num_train_epochs=1, **PLAIN)
     trainer.train()
     assert logged(trainer, "loss")[0] == pytest.approx(expected, abs=1e-5)
-    # Of the other means, a row of weight 0 is no part, and the others count alike.
+    # A row of weight 0 has no part in the other means, and the others count alike.
     chosen, rejected = logits[rows, rows], logits[rows, 6 + rows]
     counts = np.array(weight) > 0
     for name, values in {"reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected}.items():
@@ -282,7 +282,7 @@ def test_bf16_alignment_of_an_untouched_model_is_zero(tmp_path: Path) -> None:
 def test_same_seed_same_adapter(tmp_path: Path) -> None:
     ends = []
     for seed in (1, 1, 2):
-        torch.rand(seed + len(ends))  # whatever the program did before
+        torch.rand(seed + len(ends))  # independent of what the program did before
         trainer = make_trainer(tmp_path, seed=seed, num_train_epochs=1)
         trainer.train()
         ends.append(adapter(trainer))

@@ -1,4 +1,4 @@
-"""What each process of `test_fsdp.py` runs: both trainers, with their weights divided by FSDP2, on CPUs."""
+"""Script of each process of `test_sharding.py`: both trainers, with their weights divided by FSDP2, on CPUs."""
 
 import json
 import sys

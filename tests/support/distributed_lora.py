@@ -1,4 +1,4 @@
-"""What each process of `test_lora_distributed.py` runs: train tiny preference LoRAs, and write down how it went."""
+"""Script of each process of `diffusion/test_distributed.py`: train tiny preference LoRAs, and write a report."""
 
 import json
 import os

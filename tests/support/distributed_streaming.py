@@ -1,4 +1,4 @@
-"""What each process of `test_streaming_trainers.py` runs: train or evaluate on streams, and write down how it went."""
+"""Script of each process of `training/test_streaming.py`: train or evaluate on streams, and write down how it went."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def make(kind: str, folder: Path, data: Path, **options: object) -> BradleyTerry
 
 
 def measure(trainer: BradleyTerryTrainer | PreferenceLoRATrainer, data: Path) -> dict:
-    """What an evaluation on a stream of the files in `data` gives, and the margins that it saw."""
+    """Evaluate on a stream of the files in `data`: the metrics, and the margins behind them."""
     metrics = trainer.evaluate(load_preference_pairs(data, streaming=True))
     return {**metrics, "margins": trainer.last_evaluation["margins"].tolist()}
 

@@ -1,4 +1,4 @@
-"""What each process of `test_distributed.py` runs: train a tiny CLIP, and write down how it went."""
+"""Script of each process of `training/test_distributed.py`: train a tiny CLIP, and write down how it went."""
 
 import json
 import os

@@ -211,7 +211,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, ProcessorMixin]]] = {
     "altclip": make_altclip,
     "chinese_clip": make_chinese_clip,
 }
-# What the classes do if a checkpoint does not say otherwise: pad on the left, and give a mask.
+# Defaults of the classes: pad on the left, and give a mask.
 SIGLIP2_MASKED = partial(make_siglip2, padding_side="left", model_input_names=["input_ids", "attention_mask"])
 
 

@@ -223,7 +223,7 @@ def make_flux(guidance_embeds: bool = True) -> DiffusionPipeline:
 
 
 def flux2_parts(text_width: int, guidance_embeds: bool) -> dict[str, Any]:
-    """What klein and dev have in common."""
+    """Parts that klein and dev have in common."""
     autoencoder = vae(4, AutoencoderKLFlux2)
     autoencoder.bn.running_mean.normal_()
     autoencoder.bn.running_var.uniform_(0.5, 2.0)

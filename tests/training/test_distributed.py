@@ -40,7 +40,7 @@ def test_two_processes_are_one_with_twice_the_batch(case: str, two_processes: Pa
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-5)
 
-    # What is logged and measured is that of all pairs, not of one process.
+    # Logs and metrics are those of all pairs, not of one process.
     assert len(one["steps"]) == len(ranks[0]["steps"]) == 6
     for step, other in zip(one["steps"], ranks[0]["steps"], strict=True):
         np.testing.assert_allclose(list(step.values()), list(other.values()), atol=1e-4)

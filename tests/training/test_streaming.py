@@ -53,7 +53,7 @@ PASSES = {
     "workers": 1,
     "lora": 2,
     "kto": 1,
-}  # that are complete: the files' order decides how long one is
+}  # complete ones: the files' order decides how long one is
 
 
 def write(folder: Path) -> Path:
@@ -93,7 +93,7 @@ def test_two_processes_see_each_row_once_a_pass(case: str, two_processes: Path) 
     ranks = [json.loads((two_processes / f"{case}-{rank}.json").read_text()) for rank in (0, 1)]
     assert [facts["world_size"] for facts in ranks] == [2, 2]
     data = next(found["data"] for found in CASES if found["name"] == case)
-    prompts = list(red_pairs(sum(DATA[data]))["prompt"]) * (2 if case == "kto" else 1)  # which takes single images
+    prompts = list(red_pairs(sum(DATA[data]))["prompt"]) * (2 if case == "kto" else 1)  # it takes single images
     for done in range(PASSES[case]):
         seen = [Counter(row for row, weight, number in facts["seen"] if weight and number == done) for facts in ranks]
         assert seen[0] + seen[1] == Counter(prompts)
