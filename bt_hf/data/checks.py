@@ -33,8 +33,8 @@ def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
         The same dataset.
 
     Raises:
-        PreferenceDataError: Columns are missing or of the wrong type, it has no rows, it is a dict of splits, or a row has
-            no prompt or a preference or weight that is out of range.
+        PreferenceDataError: Columns are missing or of the wrong type, no rows, a dict of splits, or a row
+            that has no prompt or a preference or weight that is out of range.
 
     Example:
         >>> check_columns(Dataset.from_dict({"prompt": ["a"], "chosen": ["a.png"], "rejected": ["b.png"]})).num_rows

@@ -100,11 +100,11 @@ def contact_sheet(
 
 
 def _font(pixels: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which Matplotlib brings: the font of the plots, and it writes far more alphabets than Pillow's."""
+    """Load DejaVu Sans, which Matplotlib brings and which writes many alphabets; without it, the font of Pillow."""
     try:
         from matplotlib import get_data_path
-    except ImportError as error:
-        raise ImportError('The contact sheet needs Matplotlib: pip install "bt-hf[plots]"') from error
+    except ImportError:
+        return ImageFont.load_default(pixels)
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", name)), pixels)
 
