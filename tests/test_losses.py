@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bt_hf import bradley_terry_loss, losses
-from bt_hf.losses import retrieval_kl
+from bt_hf.losses import agreement, retrieval_kl
 
 
 def test_hand_derived_numbers() -> None:
@@ -125,13 +125,20 @@ def test_pickscore_parity() -> None:
         torch.testing.assert_close(own, their, atol=1e-6, rtol=1e-6)
 
 
-def test_alignment_by_hand() -> None:
+def test_retrieval_kl_by_hand() -> None:
     """Base (1/2, 1/2) and adapted (3/4, 1/4): KL = ln(1/2 : 3/4)/2 + ln(1/2 : 1/4)/2 = ln(4/3)/2."""
     reward, reference = torch.tensor([[math.log(3), 0.0]]), torch.tensor([[5.0, 5.0]])
     torch.testing.assert_close(retrieval_kl(reward, reference), torch.tensor([math.log(4 / 3) / 2]))
 
 
-def test_alignment_is_zero_for_shifted_rewards_only() -> None:
+def test_retrieval_kl_is_zero_for_shifted_rewards_only() -> None:
     reference = torch.randn(3, 6)
     torch.testing.assert_close(retrieval_kl(reference + 4, reference), torch.zeros(3), atol=1e-6, rtol=0)
     assert (retrieval_kl(reference.flip(1), reference) > 0.01).all()
+
+
+def test_agreement_counts_a_margin_of_zero_half_whatever_the_preference() -> None:
+    margin = torch.tensor([2.0, -2.0, 0.0, 2.0, -2.0, 0.0])
+    preference = torch.tensor([1.0, 0.8, 0.7, 0.0, 0.2, 0.3])
+    assert agreement(margin, preference).tolist() == [1.0, 0.0, 0.5, 0.0, 1.0, 0.5]
+    assert agreement(margin.double(), preference).dtype == torch.double

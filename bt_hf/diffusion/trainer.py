@@ -424,6 +424,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def save_beside_adapter(self, folder: Path) -> None:
         save_lora(self.family, type(self.pipeline), self.accelerator.unwrap_model(self.model), folder)
+
+    def draw_pictures(self, folder: Path) -> None:
         self.validation.save(folder)
 
     def write_card(self, folder: Path) -> None:

@@ -92,6 +92,8 @@ class SavingTrainer(Trainer):
                     self.draw_pictures(scratch)
                 except Exception as error:  # the weights are safe, and a training goes on without pictures
                     logger.warning("The pictures of the card were not drawn: %s", error)
+                    for half in scratch.iterdir():
+                        half.unlink()
             for file in (folder / CARD, *folder.glob("*.png")):  # the card is renewed, and shows what is beside it
                 if file.is_file() and not (scratch / file.name).exists():
                     shutil.copy(file, scratch)

@@ -34,7 +34,7 @@ def test_folds_hold_whole_prompts_and_are_balanced() -> None:
     assert len(folds) == len(prompts)
     for prompt in set(prompts):
         assert len({fold for fold, name in zip(folds, prompts, strict=True) if name == prompt}) == 1
-    assert sorted(Counter(folds.tolist()).values()) == [5, 6, 6, 7] or max(Counter(folds.tolist()).values()) == 7
+    assert sorted(Counter(folds.tolist()).values()) == [5, 6, 6, 7]  # 24 rows, of which 7 must stay together
 
 
 def test_distinct_prompts_differ_by_one_at_most() -> None:
