@@ -12,29 +12,38 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bt_hf"
 
-# A file imports its own part (the file, or everything in its folder) and parts of lower floors, nothing else.
-FLOORS = {
-    "losses": 0,
-    "data": 0,
-    "metrics": 0,
-    "hub": 1,
-    "plots": 1,
-    "evaluate_modules": 1,
-    "training": 2,
-    "reward": 3,
-    "diffusion": 3,
-    "cli": 4,
-    "__init__": 5,
+# The house: its floors from the ground up. What stands on one floor does not import each other, and never upwards.
+WINGS = ["losses data metrics", "hub plots evaluate_modules", "training", "reward diffusion", "cli", "__init__"]
+# The floors inside each wing, in the same way; folders are wings in a wing.
+ROOMS = {
+    "cli": ["__init__", "__main__ pairs pull push score training", "lora reward"],
+    "data": ["__init__ fingerprint formats images", "cache streaming", "reading", "checks", "pairs"],
+    "diffusion": [
+        "__init__ callbacks card collator config losses noise",
+        "families pair_loss",
+        "encoder errors loading",
+        "cache validation_images generation",
+        "trainer",
+    ],
+    "diffusion.families": ["__init__ schedules", "base", "sd sd3", "flux sana sdxl", "flux2"],
+    "diffusion.generation": ["__init__ pair_folder", "candidates", "generate"],
+    "evaluate_modules": ["preference_accuracy preference_calibration preference_log_loss"],
+    "hub": ["__init__ card_sections checks contract retries", "cards pull push"],
+    "metrics": ["columns", "intervals", "comparison scores", "__init__"],
+    "plots": ["style", "curves sheet", "__init__"],
+    "reward": [
+        "__init__ config encoders frozen_prefix lora",
+        "card collator taste",
+        "cache scorer",
+        "trainer",
+        "cross_validation",
+    ],
+    "training": ["__init__ config dataloaders resume sharding shutdown", "saving", "publishing", "trainer"],
 }
 SLOW_IMPORTS = ["torch", "transformers", "diffusers", "trl"]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 all_files = pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
-
-
-def part_of(module: str) -> str:
-    """The part that a module belongs to: `bt_hf.reward.scorer` -> `reward`, `bt_hf` -> `__init__`."""
-    return (module.split(".") + ["__init__"])[1]
 
 
 def module_of(file: Path) -> str:
@@ -55,14 +64,35 @@ def imported_modules(source: str, module: str) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
+def floors_of(wing: str) -> dict[str, int]:
+    """Floor of each room of a wing, "" for the whole house."""
+    floors = ROOMS[wing] if wing else WINGS
+    return {room: floor for floor, rooms in enumerate(floors) for room in rooms.split()}
+
+
+def steps(importer: str, imported: str) -> tuple[str, str, str]:
+    """The innermost wing that two modules share, and their rooms in it, which are the same inside one room."""
+    ours, theirs = (f"{module}.__init__".split(".")[1:] for module in (importer, imported))
+    wing: list[str] = []
+    while ours[0] == theirs[0] and ".".join([*wing, ours[0]]) in ROOMS:
+        wing.append(ours[0])
+        ours, theirs = ours[1:], theirs[1:]
+    known = floors_of(".".join(wing))
+    # `from bt_hf import losses` names a room, `from bt_hf import BradleyTerryTrainer` a name of `__init__`.
+    return ".".join(wing), ours[0], theirs[0] if theirs[0] in known else "__init__"
+
+
 def forbidden_imports(source: str, module: str) -> list[str]:
     """The imports of a source that do not go downwards."""
-    part = part_of(module)
-    return [
-        name
-        for name in imported_modules(source, module)
-        if name.split(".")[0] == "bt_hf" and part_of(name) != part and FLOORS.get(part_of(name), 5) >= FLOORS[part]
-    ]
+    found = []
+    for name in imported_modules(source, module):
+        if name.split(".")[0] != "bt_hf":
+            continue
+        wing, ours, theirs = steps(module, name)
+        floors = floors_of(wing)
+        if ours != theirs and floors[theirs] >= floors[ours]:
+            found.append(name)
+    return found
 
 
 def run_python(code: str) -> Any:
@@ -74,15 +104,27 @@ def run_python(code: str) -> Any:
 
 @all_files
 def test_every_file_has_a_floor(file: Path) -> None:
-    part = part_of(module_of(file))
-    assert part in FLOORS, f"bt_hf/{file.relative_to(PACKAGE)} has no floor: add {part!r} to FLOORS in {__file__}."
+    wing: list[str] = []
+    for room in file.relative_to(PACKAGE).with_suffix("").parts:
+        name = ".".join(wing)
+        if name and name not in ROOMS:
+            return  # inside a folder that counts as one room
+        assert room in floors_of(name), f"{file} has no floor: add {room!r} to {name or 'WINGS'} in {__file__}."
+        wing.append(room)
+
+
+def test_every_floor_has_its_rooms() -> None:
+    for wing in ["", *ROOMS]:
+        folder = PACKAGE.joinpath(*wing.split(".")) if wing else PACKAGE
+        for room in floors_of(wing):
+            assert (folder / room).is_dir() or (folder / f"{room}.py").is_file(), f"{wing}.{room} does not exist"
 
 
 @all_files
 def test_imports_go_downwards(file: Path) -> None:
     module = module_of(file)
     forbidden = forbidden_imports(file.read_text(encoding="utf-8"), module)
-    assert not forbidden, f"{module} (floor {FLOORS[part_of(module)]}) may import lower floors only, not {forbidden}."
+    assert not forbidden, f"{module} may import lower floors only, not {forbidden}."
 
 
 def test_plots_leaves_pyplot_alone() -> None:
@@ -97,6 +139,9 @@ def test_plots_leaves_pyplot_alone() -> None:
     [
         ("bt_hf.training.trainer", "from bt_hf.losses import bradley_terry_loss", []),
         ("bt_hf.reward.trainer", "from bt_hf import data\nfrom .config import BradleyTerryConfig", []),
+        ("bt_hf.reward.config", "from .trainer import x", ["bt_hf.reward.trainer.x"]),
+        ("bt_hf.diffusion.families.base", "from bt_hf.diffusion.families import sd", ["bt_hf.diffusion.families.sd"]),
+        ("bt_hf.diffusion.families.sd", "from bt_hf.diffusion.config import x", []),
         ("bt_hf.losses", "def f():\n    from bt_hf import training", ["bt_hf.training"]),
         ("bt_hf.data.pairs", "import bt_hf.metrics", ["bt_hf.metrics"]),
         ("bt_hf.diffusion.trainer", "from ..reward.scorer import x", ["bt_hf.reward.scorer.x"]),
