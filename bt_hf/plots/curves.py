@@ -2,7 +2,7 @@
 
 The plots are drawn on `matplotlib.figure.Figure` objects of their own, without pyplot: no global state, no window, and
 safe in threads. The colours are those of Okabe and Ito, which people with any colour vision can tell apart
-(https://jfly.uni-koeln.de/color/). Needs Matplotlib: `pip install "bt-hf[plots]"`.
+(https://jfly.uni-koeln.de/color/). Needs Matplotlib, the extra `plots`.
 
 Example:
     >>> from bt_hf.plots import plot_accuracy_by_pairs
@@ -205,7 +205,7 @@ def _new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('The plots need Matplotlib: pip install "bt-hf[plots]"') from error
+        raise ImportError("The plots need Matplotlib: `pip install matplotlib`, which is the extra `bt-hf[plots]`.") from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
