@@ -19,7 +19,7 @@ MAP = re.compile(r"(?<=<!-- map -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def wings() -> dict[str, list[Path]]:
-    """Files of each wing: the folders and lone files of the package."""
+    """Files by wing: the folders and lone files of the package."""
     found: dict[str, list[Path]] = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         place = file.relative_to(PACKAGE)
@@ -55,7 +55,7 @@ def floors(arrows: dict[str, set[str]]) -> list[list[str]]:
 
 
 def rooms(wing: str, files: list[Path]) -> list[str]:
-    """Names of the files of a wing, or the folders that it has inside."""
+    """List the files of a wing, or the folders that it has inside."""
     names = {file.relative_to(PACKAGE / wing).parts[0] for file in files if (PACKAGE / wing).is_dir()}
     return sorted(name.removesuffix(".py") + ("" if name.endswith(".py") else "/") for name in names - {"__init__.py"})
 
@@ -87,27 +87,24 @@ def draw(house: list[list[str]], files: dict[str, list[Path]], arrows: dict[str,
         width = 12 / len(names)
         for place, wing in enumerate(names):
             left, bottom = place * width + 0.15, 2.0 * floor
-            axes.add_patch(
-                FancyBboxPatch(
-                    (left, bottom), width - 0.3, 1.2, "round,pad=0.05", fc="#f2f5f9", ec="#0072B2", zorder=2
-                )
-            )
+            box = FancyBboxPatch((left, bottom), width - 0.3, 1.2, "round,pad=0.05", zorder=2)
+            box.set(facecolor="#f2f5f9", edgecolor="#0072B2")
+            axes.add_patch(box)
             axes.text(left + 0.1, bottom + 1.0, wing, weight="bold", va="center", zorder=4)
             text, line = [], ""
             for name in rooms(wing, files[wing]):
                 if len(line) + len(name) > 9.2 * width:
                     text, line = [*text, line], ""
                 line += name + "  "
-            axes.text(
-                left + 0.1, bottom + 0.8, "\n".join([*text, line]), fontsize=7.5, va="top", color="#444", zorder=4
-            )
+            listed = "\n".join([*text, line])
+            axes.text(left + 0.1, bottom + 0.8, listed, fontsize=7.5, va="top", color="#444444", zorder=4)
             middles[wing] = (left + width / 2 - 0.15, bottom)
     for wing, below in arrows.items():
         for other in below:
             (x, y), (to_x, to_y) = middles[wing], middles[other]
-            axes.annotate(
-                "", (to_x, to_y + 1.27), (x, y - 0.06), arrowprops={"arrowstyle": "->", "color": "#767676", "lw": 0.8}
-            )
+            style = {"arrowstyle": "->", "color": "#767676", "lw": 0.8}
+            # Behind the boxes: an arrow that passes a floor hides nothing.
+            axes.annotate("", (to_x, to_y + 1.27), (x, y - 0.06), arrowprops=style, zorder=1)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, metadata={"Date": None})
 

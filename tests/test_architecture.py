@@ -127,6 +127,13 @@ def test_imports_go_downwards(file: Path) -> None:
     assert not forbidden, f"{module} may import lower floors only, not {forbidden}."
 
 
+def test_the_map_in_the_documents_is_current() -> None:
+    run = subprocess.run(
+        [sys.executable, "docs/draw_architecture.py", "--check"], cwd=PACKAGE.parent, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def test_plots_leaves_pyplot_alone() -> None:
     """Pyplot keeps global state and picks a screen: a library draws on `matplotlib.figure.Figure` instead."""
     file = PACKAGE / "plots" / "curves.py"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for folder in ("bt_hf", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("bt_hf", "docs", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 # A docstring or comment begins with a verb or the field's noun.
 BEGINNING = re.compile(r"(what|whatever|how|of|whether|which|who|whose|that|those|as nearly)\b", re.IGNORECASE)
