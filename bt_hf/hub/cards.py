@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
 from bt_hf.hub.card_sections import keep_owner_text
-from bt_hf.hub.checks import hub_id
+from bt_hf.hub.contract import hub_id
 
 
 def render_card(template: str, facts: Mapping[str, Any], data: ModelCardData) -> ModelCard:

@@ -27,7 +27,7 @@ from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.hub import push as hub_push
 from bt_hf.hub.card_sections import add_metadata
-from bt_hf.hub.checks import ADAPTER_CONFIG, CARD, contract_files
+from bt_hf.hub.contract import ADAPTER_CONFIG, CARD, contract_files
 from bt_hf.training.dataloaders import Position, share_out, share_out_evenly, without_weight
 from bt_hf.training.sharding import divide_by_layers, whole
 from bt_hf.training.shutdown import part_at_exit

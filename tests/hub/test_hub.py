@@ -22,7 +22,7 @@ from bt_hf.data.pairs import load_preference_pairs
 from bt_hf.diffusion.card import write_lora_card
 from bt_hf.diffusion.families.base import find_family, save_lora
 from bt_hf.hub.card_sections import keep_owner_text, owner_text
-from bt_hf.hub.checks import CONTRACT
+from bt_hf.hub.contract import CONTRACT_FILES
 from bt_hf.reward.card import write_reward_card
 from hub_server import READ_TOKEN, STRANGER, TOKEN, Hub, environment
 from tiny_models import build, picture, red_pairs, save
@@ -96,7 +96,7 @@ def test_push_publishes_the_contract_in_one_commit(hub: Hub, online: Path, bases
     assert hub.titles(TASTE) == ["Upload a reward adapter"]
     assert hub.repos[TASTE].private
     files = hub.files(TASTE)
-    assert set(files) <= CONTRACT
+    assert set(files) <= CONTRACT_FILES
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "reliability.png"} < set(files)
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == BASE
     assert (made / "my-taste" / "adapter_model.safetensors").read_bytes() == files["adapter_model.safetensors"]
@@ -250,7 +250,7 @@ def spoil(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("cut", "is no safetensors file .*: save the adapter again"),
+        ("cut", "is not a safetensors file .*: save the adapter again"),
         ("nan", "not finite in .*: it was cut or diverged"),
         ("shape", "_projection is 12 x 16 there, but the adapter was made for inputs of 5"),
         ("rank", "has tensors of rank 8, but its adapter_config.json says r = 3"),
@@ -382,7 +382,7 @@ def test_pull_refuses_what_is_no_adapter(hub: Hub, online: Path, bases: None, ma
     refused(PIPELINE, "holds no adapter")
     for index, (how, says) in enumerate(
         {
-            "cut": "no safetensors file",
+            "cut": "not a safetensors file",
             "pickle": "may run code",
             "language model": "task type CAUSAL_LM",
             "other layers": "not those of a dual encoder",
@@ -399,7 +399,7 @@ def test_pull_fetches_no_other_files(hub: Hub, online: Path, bases: None, made: 
     push(made)
     hub.put(TASTE, {"optimizer.pt": b"pickle", "run.py": b"raise SystemExit", "deep/adapter_model.bin": b"pickle"})
     folder = pull_adapter(TASTE)
-    assert {file.name for file in folder.rglob("*")} <= CONTRACT
+    assert {file.name for file in folder.rglob("*")} <= CONTRACT_FILES
     assert not [path for _, path, _ in hub.requests if path.endswith((".pt", ".py", ".bin"))]
 
 
@@ -570,7 +570,7 @@ def test_trainer_publishes_the_contract(hub: Hub, online: Path, bases: None, mad
     assert hub.repos["me/taste"].private
     assert hub.repos["me/taste"].tags == {"v1": commit.oid}
     files = hub.files("me/taste")
-    assert set(files) <= CONTRACT
+    assert set(files) <= CONTRACT_FILES
     data = ModelCard(files["README.md"].decode()).data
     assert (data.license, data.tags[0], data.tags[-1]) == ("mit", "bt_hf", "mine")
     assert "training_args.bin" not in {file.name for file in (tmp_path / "taste").iterdir()}
@@ -599,7 +599,7 @@ def test_trainer_with_every_strategy(
     assert not hub.titles(TASTE, "main")
     folders = {name.split("/")[0] for name in hub.files(TASTE, "run-1") if "/" in name}
     assert folders == ({"checkpoint-1", "checkpoint-2"} if strategy == "all_checkpoints" else set())
-    assert {name.split("/")[-1] for name in hub.files(TASTE, "run-1")} <= CONTRACT
+    assert {name.split("/")[-1] for name in hub.files(TASTE, "run-1")} <= CONTRACT_FILES
     assert str(made).encode() not in hub.everything()
 
 
