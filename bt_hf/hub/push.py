@@ -13,7 +13,6 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
-    ModelInfo,
     constants,
     get_token,
     hf_hub_download,
@@ -116,23 +115,12 @@ def publish(
     tag: str | None = None,
     also_in: str | None = None,
 ) -> CommitInfo:
-    """Publish files as `push_adapter` does, without a folder.
+    """Publish files without a folder. The other arguments, results and errors are those of `push_adapter`.
 
     Args:
         files: Files of the folder contract, by name.
         source: Their name in an error.
-        repo_id: "name" or "owner/name".
-        private: As in `push_adapter`.
-        revision: As in `push_adapter`.
-        token: As in `push_adapter`.
-        base_model: As in `push_adapter`.
-        create_pr: As in `push_adapter`.
-        commit_message: As in `push_adapter`.
-        tag: As in `push_adapter`.
         also_in: Folder of the repo that gets a copy without the card, such as "checkpoint-100".
-
-    Returns:
-        The commit.
     """
     if create_pr and (revision or tag):
         raise ValueError("A pull request goes to `main` and is not a commit yet: leave out `revision` and `tag`.")
@@ -142,27 +130,17 @@ def publish(
     files, base, shapes = _checked(files, kind, f"'{source}'", base_model, token)
     doing = f"publish {KINDS[kind]} as {repo_id!r}"
     repo_id = call_hub(lambda: _full_name(api, repo_id), doing)
-    files[CARD] = address_card(read_content(files[CARD]).decode(), repo_id, base).encode()
-    _validate_card(files[CARD].decode(), doing)
+    card = address_card(read_content(files[CARD]).decode(), repo_id, base)
+    _validate_card(card, doing)
+    files[CARD] = card.encode()
     if base is not None:
         check_fit(shapes, _shapes_on_hub(api, base, doing), f"'{source}'", repr(base))
-    info = _existing(api, repo_id, doing)
-    if info is None and create_pr:
-        raise FileNotFoundError(f"The Hub has no repo {repo_id!r} that a pull request could go to: look at its name.")
-    if info is None:
-        call_hub(lambda: api.create_repo(repo_id, private=private is not False, exist_ok=True), doing)
-    elif private is not None and bool(info.private) != private:
-        state = "private" if info.private else "public"
-        raise ValueError(
-            f"{repo_id!r} exists and is {state}, but `private={private}` was asked for: leave `private` out to "
-            "publish there as it is, or change the repo's settings, or choose another name."
-        )
-    branch = revision or constants.DEFAULT_REVISION
-    copied = [name for name in files if also_in and name != CARD and not name.endswith(".png")]
-    copies = {f"{also_in}/{name}": files[name] for name in copied}
+    _make_repo(api, repo_id, private, create_pr, doing)
     if revision is not None:
         _make_branch(api, repo_id, revision, doing)
-    title = commit_message or f"Upload {KINDS[kind]}"
+    branch, title = revision or constants.DEFAULT_REVISION, commit_message or f"Upload {KINDS[kind]}"
+    copied = [name for name in files if also_in and name != CARD and not name.endswith(".png")]
+    copies = {f"{also_in}/{name}": files[name] for name in copied}
     if create_pr:
         doing += " (the pull request may have been opened: look there before trying again)"
     commit = call_hub(
@@ -218,12 +196,7 @@ def _commit(
         same = not gone and all(
             name in remote and content_hash(content, remote[name]) == remote[name] for name, content in files.items()
         )
-        taken = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
-        if tag in taken and not (same and taken[tag] == info.sha):
-            raise FileExistsError(
-                f"{repo_id!r} has a tag {tag!r} already, and a tag does not move: choose another name for this one. "
-                "Nothing was published."
-            )
+        _check_tag(api, repo_id, tag, info.sha if same else None)
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
         for name, content in files.items()
@@ -242,6 +215,16 @@ def _commit(
         )
 
 
+def _check_tag(api: HfApi, repo_id: str, tag: str, allowed: str | None) -> None:
+    """Raise a `FileExistsError` if the tag stands for another commit than the one that is allowed."""
+    taken = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+    if tag in taken and taken[tag] != allowed:
+        raise FileExistsError(
+            f"{repo_id!r} has a tag {tag!r} already, and a tag does not move: choose another name for this one. "
+            "Nothing was published."
+        )
+
+
 def _with_text_of_hub(card: Content, repo_id: str, commit: str, token: str | bool | None) -> bytes:
     """Add the owner's text on the Hub's page to our card, if nobody wrote anything into ours."""
     ours = read_content(card).decode()
@@ -252,12 +235,23 @@ def _with_text_of_hub(card: Content, repo_id: str, commit: str, token: str | boo
         return keep_owner_text(ours, Path(there).read_text(encoding="utf-8")).encode()
 
 
-def _existing(api: HfApi, repo_id: str, doing: str) -> ModelInfo | None:
-    """Look a repo up; `None` if there is none."""
+def _make_repo(api: HfApi, repo_id: str, private: bool | None, create_pr: bool, doing: str) -> None:
+    """Create a repo unless there is one; see `push_adapter`."""
     try:
-        return call_hub(lambda: api.model_info(repo_id), doing, through=(RepositoryNotFoundError,))
+        info = call_hub(lambda: api.model_info(repo_id), doing, through=(RepositoryNotFoundError,))
     except RepositoryNotFoundError:
-        return None
+        if create_pr:
+            raise FileNotFoundError(
+                f"The Hub has no repo {repo_id!r} that a pull request could go to: look at its name."
+            ) from None
+        call_hub(lambda: api.create_repo(repo_id, private=private is not False, exist_ok=True), doing)
+        return
+    if private is not None and bool(info.private) != private:
+        state = "private" if info.private else "public"
+        raise ValueError(
+            f"{repo_id!r} exists and is {state}, but `private={private}` was asked for: leave `private` out to "
+            "publish there as it is, or change the repo's settings, or choose another name."
+        )
 
 
 def _make_branch(api: HfApi, repo_id: str, branch: str, doing: str) -> None:
