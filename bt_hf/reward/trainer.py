@@ -20,7 +20,7 @@ from bt_hf.metrics import preference_metrics
 from bt_hf.reward import encoders
 from bt_hf.reward import taste as warm_start
 from bt_hf.reward.cache import store_pairs
-from bt_hf.reward.card import write_reward_card
+from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.frozen_prefix import CachedPairs, FeatureCache
@@ -304,7 +304,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         return metrics | (self._user_metrics(prediction) if self._user_metrics else {})
 
     def write_card(self, folder: Path) -> None:
-        write_reward_card(folder, self)
+        write_reward_card(folder, reward_facts(self, self.args, self.verdict))
 
 
 def _adapt(model: Any, full_finetuning: bool, peft_config: PeftConfig | None) -> tuple[nn.Module, bool]:
