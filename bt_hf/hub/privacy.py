@@ -52,7 +52,7 @@ def _text(name: str, data: bytes) -> str:
 
 
 def with_base(files: Mapping[str, Content], base_model: str | None, source: str) -> tuple[dict[str, Content], str]:
-    """Make an adapter's files name their base by its Hub id.
+    """Write the Hub id of the base into an adapter's files.
 
     Args:
         files: Files of an adapter.
