@@ -44,9 +44,7 @@ def test_renewing_a_card() -> None:
     )
     kept = keep_owner_text(new, old)
     assert ModelCard(kept).data.tags == ["b", "x"]  # generated tags go, added ones stay
-    assert kept.endswith(
-        "<!-- begin summary; tags: b -->\n2\n<!-- end summary -->\nmine\n"
-    )  # no usage: it was taken out
+    assert kept.endswith("<!-- begin summary; tags: b -->\n2\n<!-- end summary -->\nmine\n")  # no usage, as before
     assert keep_owner_text(new, new) == new
     assert keep_owner_text(new, "My own card.") == "My own card."
     assert keep_owner_text(new, "# Draft\n[More Information Needed]\n") == new

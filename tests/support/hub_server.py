@@ -109,16 +109,16 @@ class Account:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with some requests.
+    """Fault that happens to some requests.
 
     Attributes:
-        method: Of the request.
+        method: Method of the request.
         path: Regular expression that is searched for in its path.
-        first: Which of the matching requests is the first one that it happens to, from 1.
-        times: How many it happens to.
+        first: Number of the first matching request that it happens to, from 1.
+        times: Number of requests that it happens to.
         status: Answer with this status, and do nothing.
-        headers: Of that answer.
-        body: Of that answer.
+        headers: Headers of that answer.
+        body: Body of that answer.
         cut: "before" the request is looked at, "within" its body, or "after" it was done and before the answer.
         keep: Cut the connection after this many bytes of the answer's body.
         corrupt: Change what arrives: "request" or "response".
@@ -439,7 +439,7 @@ class Hub:
         return JSONResponse(entries)
 
     def _split(self, repo: Repo, rest: str) -> tuple[str, Commit, str]:
-        """Split "revision/path" into the longest known revision, its commit, and the path; a revision may have slashes."""
+        """Split "revision/path" at the longest known revision, which may have slashes, into commit id, commit and path."""
         parts = unquote(rest).split("/")
         for count in range(len(parts), 0, -1):
             if (oid := repo.find("/".join(parts[:count]))) is not None:
