@@ -439,7 +439,7 @@ class Hub:
         return JSONResponse(entries)
 
     def _split(self, repo: Repo, rest: str) -> tuple[str, Commit, str]:
-        """Split "revision/path" at the longest known revision, which may have slashes, into commit id, commit and path."""
+        """Split "revision/path" at the longest known revision: its commit id, its commit, and the path."""
         parts = unquote(rest).split("/")
         for count in range(len(parts), 0, -1):
             if (oid := repo.find("/".join(parts[:count]))) is not None:
