@@ -28,7 +28,7 @@ ROOMS = {
     "diffusion.families": ["__init__ schedules", "base", "sd sd3", "flux sana sdxl", "flux2"],
     "diffusion.generation": ["__init__ pair_folder", "candidates", "generate"],
     "evaluate_modules": ["preference_accuracy preference_calibration preference_log_loss"],
-    "hub": ["__init__ card_sections checks contract retries", "cards pull push"],
+    "hub": ["__init__ contract", "card_sections checks facts privacy retries", "cards", "pull push"],
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [

@@ -22,7 +22,7 @@ from bt_hf.data.checks import check_unpaired
 from bt_hf.diffusion import losses
 from bt_hf.diffusion.cache import LatentPairs, cache_pairs
 from bt_hf.diffusion.callbacks import CollapseGuard, Guard, OverfittingGuard, WinnerErrorGuard
-from bt_hf.diffusion.card import write_lora_card
+from bt_hf.diffusion.card import lora_facts, write_lora_card
 from bt_hf.diffusion.collator import UNPAIRED, DiffusionCollator
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.encoder import PairEncoder
@@ -429,7 +429,17 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self.validation.save(folder)
 
     def write_card(self, folder: Path) -> None:
-        write_lora_card(folder, self)
+        facts = lora_facts(
+            self,
+            self.args,
+            base=self.base_name,
+            family=self.family,
+            pipeline=type(self.pipeline),
+            size=self.size,
+            beta=self.beta,
+            warnings=self.warnings_seen,
+        )
+        write_lora_card(folder, facts)
 
 
 class _Begin(TrainerCallback):

@@ -1,10 +1,10 @@
-"""The parts of a model card that are generated, between comments that a reader does not see.
+"""Generated parts of a model card, between comments that a reader does not see.
 
     <!-- begin usage -->
     ...
     <!-- end usage -->
 
-Whatever stands outside of such a pair is its owner's, and is kept when the card is renewed.
+Text outside of such a pair is its owner's, and is kept when the card is renewed.
 """
 
 import re
@@ -18,11 +18,11 @@ _FRONT_MATTER = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
 _PART = re.compile(r"<!-- begin (\w+)[^>]*-->\n.*?<!-- end \1 -->\n?", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _TAGS = re.compile(r"<!-- begin summary; tags: ([^>]*) -->")
-# In cards that PEFT and the Trainer draft: nobody wrote them.
+# Placeholder in the drafts of PEFT and the Trainer, which nobody wrote.
 _DRAFT = re.compile(r"More Information Needed", re.IGNORECASE)
-# What a run measured: without it in the new card, the old one's would be a claim about another model.
+# Numbers of the old run would be a claim about another model.
 _NEVER_KEPT = ("model-index",)
-# In the code of a card: where the repo stands, and where its base does.
+# Addresses of the repo and of its base in the code of a card.
 _ADDRESS = re.compile(
     r"((?:PreferenceScorer|AutoProcessor)\.from_pretrained\(|PeftModel\.from_pretrained\([\w.]+, |"
     r'load_lora_weights\()"[^"\n]*"'
@@ -32,12 +32,12 @@ _BASE_NOTE = re.compile(r"\n?<!-- begin base -->\n.*?<!-- end base -->\n", re.DO
 
 
 def owner_text(card: str) -> str:
-    """What stands in a card outside of its generated parts; a card without parts is all its owner's."""
+    """Return the text of a card outside of its generated parts; a card without parts is all its owner's."""
     return _COMMENT.sub("", _PART.sub("", _body(card))).strip()
 
 
 def has_parts(card: str) -> bool:
-    """Whether a card has generated parts."""
+    """True if a card has generated parts."""
     return bool(_PART.search(card))
 
 
@@ -45,12 +45,12 @@ def keep_owner_text(new: str, old: str) -> str:
     """Renew the generated parts of a card, and leave the rest as its owner wrote it.
 
     Args:
-        new: The card as generated now.
-        old: The card that is there. One without generated parts, if it says anything, is kept as it is, unless it is
-            a draft of PEFT or the Trainer. A part that its owner took out stays out.
+        new: Generated card.
+        old: Existing card. One with text but without generated parts is kept as it is, unless it is a draft of PEFT
+            or the Trainer. A part that its owner took out stays out.
 
     Returns:
-        The card. Of the metadata the run's own fields are renewed; further fields and tags are kept.
+        The card. In its metadata the run's own fields are renewed; further fields and tags are kept.
     """
     if not has_parts(old) and _DRAFT.search(old):
         return new
@@ -62,7 +62,7 @@ def keep_owner_text(new: str, old: str) -> str:
 
 
 def add_metadata(card: str, fields: Mapping[str, Any]) -> str:
-    """A card with further fields in its metadata; tags are added to those that it has."""
+    """Add fields to the metadata of a card; tags are added to those that it has."""
     data = ModelCard(card).data.to_dict()
     for name, value in fields.items():
         if name == "tags":
@@ -72,11 +72,11 @@ def add_metadata(card: str, fields: Mapping[str, Any]) -> str:
 
 
 def address_card(card: str, repo_id: str, base_model: str | None) -> str:
-    """Make the code of a card's usage part say where the model and its base can be found.
+    """Write the addresses of a model and its base into the code of a card's usage part.
 
     Args:
         card: A card, whose run may have known neither.
-        repo_id: Where the card is published.
+        repo_id: Repo in which the card is published.
         base_model: Hub id of the base; `None` for a model without one, which is its own base.
     """
 
@@ -95,11 +95,12 @@ def address_card(card: str, repo_id: str, base_model: str | None) -> str:
 
 
 def _body(card: str) -> str:
+    """Return a card without its front matter."""
     return _FRONT_MATTER.sub("", card)
 
 
 def _merge_metadata(new: str, old: str) -> str:
-    """The front matter of `new`, with what the owner of `old` added to it."""
+    """Return the front matter of `new`, with the additions of the owner of `old`."""
     ours = ModelCard(new).data.to_dict()
     theirs = ModelCard(old, ignore_metadata_errors=True).data.to_dict()
     generated = _TAGS.search(old)
@@ -114,4 +115,5 @@ def _merge_metadata(new: str, old: str) -> str:
 
 
 def _dump(data: dict[str, object]) -> str:
+    """Write metadata as YAML."""
     return yaml_dump(data, sort_keys=False).strip() + "\n"

@@ -1,4 +1,4 @@
-"""Fetch a published adapter: all of it or nothing, checked before anything of it is used."""
+"""Fetch a published adapter completely or not at all, and check it before use."""
 
 import logging
 import os
@@ -9,9 +9,18 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
-from bt_hf.hub import checks as hub_checks
-from bt_hf.hub.checks import KINDS, in_contract
-from bt_hf.hub.retries import asking, check_repo_id, digest, expected_digest
+from bt_hf.hub.checks import Shapes, check_fit, check_weights, content_hash, expected_hash, file_shapes
+from bt_hf.hub.contract import (
+    ADAPTER_CONFIG,
+    CONTRACT_FILES,
+    KINDS,
+    check_repo_id,
+    contract_files,
+    find_kind,
+    in_contract,
+    read_config,
+)
+from bt_hf.hub.retries import call_hub
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +35,7 @@ def pull_adapter(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Fetch a published adapter into the cache of `huggingface_hub`, and check it; no code of the repo is run.
+    """Fetch a published adapter into the cache of `huggingface_hub`, and check it. No code of the repo is run.
 
     Only safetensors, known text files and the card's pictures are fetched, and each is compared with the hash that the
     Hub announced. A branch or tag stands for the new files only once all of them are there and right.
@@ -37,8 +46,8 @@ def pull_adapter(
         token: Access token for the Hub; default: the one that is logged in.
         base_model: Base that the adapter will be put on: a loaded model or a folder, whose shapes are compared, or a
             Hub id, which must be the one that the adapter names.
-        kind: What it must be, "reward" or "lora"; default: either.
-        cache_dir: Default: that of `huggingface_hub`.
+        kind: Required kind, "reward" or "lora"; default: either.
+        cache_dir: Cache folder; default: that of `huggingface_hub`.
         local_files_only: Use what is in the cache, as with `HF_HUB_OFFLINE=1`.
 
     Returns:
@@ -47,9 +56,16 @@ def pull_adapter(
     Raises:
         ConnectionError: The Hub can't be reached and the cache does not have it.
         FileNotFoundError: There is no such repo or revision.
-        OSError: What arrives is not what was announced.
+        OSError: A file that arrives is not the one that was announced.
         PermissionError: The token is wrong or may not read it.
-        ValueError: It is no adapter, or pickled, or not of this kind, or it does not fit the base.
+        ValueError: It is not an adapter, or pickled, or not of this kind, or it does not fit the base.
+
+    Example:
+        ```python
+        from bt_hf import PreferenceScorer, pull_adapter
+
+        scorer = PreferenceScorer.from_pretrained(pull_adapter("me/my-taste", kind="reward"))
+        ```
     """
     if kind not in (None, "reward", "lora"):
         raise ValueError(f"`kind` should be 'reward', 'lora' or None, but got {kind!r}.")
@@ -64,7 +80,7 @@ def pull_adapter(
         return folder
     api = HfApi(token=token)
     try:
-        info = asking(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), doing)
+        info = call_hub(lambda: api.model_info(repo_id, revision=revision, files_metadata=True), doing)
     except ConnectionError as error:
         try:
             folder = _from_cache(repo_id, revision, cache)
@@ -73,8 +89,8 @@ def pull_adapter(
         logger.warning("%s This is the copy in the cache, commit %s.", error, folder.name[:8])
         check_incoming(folder, repr(repo_id), base_model, kind)
         return folder
-    expected = {sibling.rfilename: expected_digest(sibling) for sibling in info.siblings or ()}
-    found = hub_checks.find_kind(expected, repr(repo_id))
+    expected = {sibling.rfilename: expected_hash(sibling) for sibling in info.siblings or ()}
+    found = find_kind(expected, repr(repo_id))
     _check_kind(found, kind, repr(repo_id))
     wanted = {name: announced for name, announced in expected.items() if in_contract(name)}
     commit = str(info.sha)
@@ -86,24 +102,24 @@ def pull_adapter(
 
 
 def check_incoming(folder: Path, source: str, base_model: str | Path | nn.Module | None, kind: str | None) -> None:
-    """Raise a `ValueError` unless `folder` holds an adapter of this kind that fits the base. See `pull_adapter`."""
-    files = hub_checks.contract_files(folder)
-    found = hub_checks.find_kind((file.name for file in folder.iterdir()), source)
+    """Raise a `ValueError` unless `folder` holds an adapter of this kind that fits the base; see `pull_adapter`."""
+    files = contract_files(folder)
+    found = find_kind((file.name for file in folder.iterdir()), source)
     _check_kind(found, kind, source)
-    shapes = hub_checks.check_weights(files, found, source)
+    shapes = check_weights(files, found, source)
     if found == "model":
         return
-    named = hub_checks.read_config(files[hub_checks.ADAPTER_CONFIG], source).get("base_model_name_or_path")
+    named = read_config(files[ADAPTER_CONFIG], source).get("base_model_name_or_path")
     if base_model is None:
         return
     if isinstance(base_model, nn.Module):
-        base: Mapping[str, tuple[int, ...]] = {key: tuple(value.shape) for key, value in base_model.named_parameters()}
-        hub_checks.check_fit(shapes, base, source, type(base_model).__name__)
+        base: Shapes = {key: tuple(value.shape) for key, value in base_model.named_parameters()}
+        check_fit(shapes, base, source, type(base_model).__name__)
     elif Path(base_model).is_dir():
         weights = [
             file for part in (".", "unet", "transformer") for file in Path(base_model, part).glob("*.safetensors")
         ]
-        hub_checks.check_fit(shapes, hub_checks.file_shapes(weights), source, f"'{base_model}'")
+        check_fit(shapes, file_shapes(weights), source, f"'{base_model}'")
     elif str(base_model) != named:
         raise ValueError(
             f"{source} was trained on {named!r}, not on '{base_model}': leave `base_model` out, or pass a folder or a "
@@ -112,6 +128,7 @@ def check_incoming(folder: Path, source: str, base_model: str | Path | nn.Module
 
 
 def _check_kind(found: str, wanted: str | None, source: str) -> None:
+    """Raise a `ValueError` if an adapter is not of the kind that is wanted."""
     if found == "model" or wanted not in (None, found):
         use = {
             "reward": "`PreferenceScorer.from_pretrained` loads it",
@@ -123,8 +140,9 @@ def _check_kind(found: str, wanted: str | None, source: str) -> None:
 
 
 def _from_cache(repo_id: str, revision: str, cache: Path) -> Path:
+    """Find the files of a revision in the cache, without asking the Hub."""
     try:
-        names = sorted(hub_checks.CONTRACT) + ["model*.safetensors"]
+        names = [*sorted(CONTRACT_FILES), "model*.safetensors"]
         return Path(
             snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=names, local_files_only=True)
         )
@@ -137,12 +155,12 @@ def _from_cache(repo_id: str, revision: str, cache: Path) -> Path:
 def _download(
     repo_id: str, commit: str, wanted: Mapping[str, str | None], token: str | None, cache: Path, doing: str
 ) -> Path:
-    """Fetch files of one commit, and compare each with its hash; what is wrong is thrown away and fetched again."""
+    """Fetch files of one commit and compare each with its hash; a damaged file is fetched once more."""
     damaged: list[str] = []
     for _ in range(2):
         folder = Path(
-            asking(
-                # By commit: a name of it would point to half a state while files arrive.
+            call_hub(
+                # By commit: a branch would point to half a state while files arrive.
                 lambda: snapshot_download(
                     repo_id, revision=commit, token=token, cache_dir=cache, allow_patterns=list(wanted)
                 ),
@@ -153,7 +171,7 @@ def _download(
         damaged = [
             name
             for name, announced in wanted.items()
-            if announced and digest(hub_checks.read(folder / name), announced) != announced
+            if announced and content_hash(folder / name, announced) != announced
         ]
         for name in damaged:
             file = folder / name
@@ -168,7 +186,7 @@ def _download(
 
 
 def _remember(path: Path, commit: str) -> None:
-    """Let a branch or tag of the cache stand for a commit, in one step.
+    """Point a branch or tag of the cache to a commit, in one step.
 
     The layout is that of https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
     """

@@ -1,55 +1,58 @@
-"""Ask the Hub: again while it is busy or out of reach, and in the end with one line that says what is wrong."""
+"""Call the Hub, retry while it is busy or out of reach, and raise errors that a user can act on."""
 
-import hashlib
 import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from huggingface_hub import get_session
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TRIES = 5
-LONGEST_WAIT = 300.0  # seconds; a Hub that asks for more is asked again by hand
+LONGEST_WAIT = 300.0  # seconds; if the Hub asks for more, the user tries again later
 _TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-# The client itself tries these again, as often as we do.
-_TRIED_BY_CLIENT = ("/preupload/", "/info/lfs/")
+# The client itself retries these, as often as we do.
+_RETRIED_BY_CLIENT = ("/preupload/", "/info/lfs/")
 
 
-def asking(
-    ask: Callable[[], T],
+def call_hub(
+    request: Callable[[], T],
     doing: str,
     through: Sequence[type[Exception]] = (),
     only_refused: bool = False,
     when_cut: bool = True,
 ) -> T:
-    """Ask the Hub, again after a while if it is busy, failing or out of reach; then say what is wrong, in one line.
+    """Call the Hub, and retry if it is busy, failing or out of reach.
 
     Args:
-        ask: Asks; it may be asked again after any failure.
+        request: Sends the request; it may be called again after any failure.
         doing: Completes "Could not ...".
-        through: Errors that are the caller's to understand.
-        only_refused: Ask again only if the Hub said that it did nothing.
-        when_cut: Ask again after a cut connection; the client itself does in downloads.
+        through: Errors to raise as they are, for the caller.
+        only_refused: Retry only if the Hub said that it did nothing.
+        when_cut: Retry after a cut connection. In downloads the client itself does.
+
+    Returns:
+        The result of `request`.
+
+    Raises:
+        Exception: In the end, an error of one line that says what to do, see `raise_readable`.
     """
     for attempt in range(1, TRIES + 1):
         try:
-            return ask()
+            return request()
         except Exception as error:
             wait = _wait_before_next(error, attempt, only_refused, when_cut)
             if attempt < TRIES and wait is not None:
@@ -60,14 +63,13 @@ def asking(
                 continue
             if isinstance(error, tuple(through)):
                 raise
-            explain(error, doing)
+            raise_readable(error, doing)
     raise AssertionError("unreachable")
 
 
 def _wait_before_next(error: Exception, attempt: int, only_refused: bool, when_cut: bool) -> float | None:
-    """Seconds after which another try is worth it; `None` if none is."""
-    request = getattr(getattr(error, "response", None), "request", None) or _request(error)
-    if any(part in str(getattr(request, "url", "")) for part in _TRIED_BY_CLIENT):
+    """Return the seconds to wait before the next try; `None` if another try is useless."""
+    if any(part in _url(error) for part in _RETRIED_BY_CLIENT):
         return None
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
@@ -81,23 +83,30 @@ def _wait_before_next(error: Exception, attempt: int, only_refused: bool, when_c
     return None
 
 
-def _request(error: Exception) -> Any:
+def _url(error: Exception) -> str:
+    """Return the address of the request that failed; empty if it is unknown."""
     try:
-        return error.request  # type: ignore[attr-defined]
+        request = getattr(getattr(error, "response", None), "request", None)
+        return str((request or error.request).url)  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):  # httpx raises the latter where there is none
-        return None
+        return ""
 
 
 def _transport_error() -> type[Exception]:
-    """What a cut connection raises: huggingface_hub 1 talks through httpx, 2 through httpx2."""
+    """Return the error of a cut connection: huggingface_hub 1 talks through httpx, 2 through httpx2."""
     error: type[Exception] = sys.modules[type(get_session()).__module__.partition(".")[0]].TransportError
     return error
 
 
-def explain(error: Exception, doing: str) -> NoReturn:
-    """Raise what a user can do something with, from what the client raised."""
+def raise_readable(error: Exception, doing: str) -> NoReturn:
+    """Raise a built-in error of one line that says what to do, from an error of the client.
+
+    Args:
+        error: The client's error.
+        doing: Completes "Could not ...".
+    """
     could_not = f"Could not {doing}: "
-    # The client wraps what happened to an upload and to a download.
+    # The client wraps errors of uploads and downloads.
     inner = (
         error.__cause__ if isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__ else error
     )
@@ -119,7 +128,7 @@ def explain(error: Exception, doing: str) -> NoReturn:
     if isinstance(inner, EntryNotFoundError):
         raise FileNotFoundError(could_not + "a file that was just listed is gone. Try again.") from error
     if isinstance(inner, HfHubHTTPError):
-        _explain_status(inner, could_not)
+        _raise_for_status(inner, could_not)
     if isinstance(inner, (_transport_error(), json.JSONDecodeError)):
         raise ConnectionError(
             could_not + f"the connection to the Hub was cut ({_cause(inner)}). Try again: it goes on from there."
@@ -129,7 +138,8 @@ def explain(error: Exception, doing: str) -> NoReturn:
     raise error
 
 
-def _explain_status(error: HfHubHTTPError, could_not: str) -> NoReturn:
+def _raise_for_status(error: HfHubHTTPError, could_not: str) -> NoReturn:
+    """Raise a built-in error for an HTTP status."""
     status, says = error.response.status_code, _cause(error)
     if status == 401:
         raise PermissionError(could_not + "the Hub does not know this token. Run `hf auth login`, or pass `token`.")
@@ -151,7 +161,7 @@ def _explain_status(error: HfHubHTTPError, could_not: str) -> NoReturn:
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong, without addresses: those of the storage are signed."""
+    """Name the cause of an error without addresses, since those of the storage are signed."""
     if isinstance(error, HfHubHTTPError):
         message = error.response.headers.get("X-Error-Message") or error.server_message
         return f"{error.response.status_code}{', ' + one_line(message) if message else ''}"
@@ -159,24 +169,5 @@ def _cause(error: Exception) -> str:
 
 
 def one_line(text: object) -> str:
+    """Join the lines of a text."""
     return " ".join(str(text).split())
-
-
-def expected_digest(sibling: Any) -> str | None:
-    """The hash that the Hub announces of a file: SHA-256 of a large one, git's SHA-1 of a small one."""
-    return sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id
-
-
-def digest(data: bytes, like: str | None) -> str:
-    """The hash of a file's content, of the kind that `like` is."""
-    if like is not None and len(like) == 64:
-        return hashlib.sha256(data).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` unless it is "name" or "owner/name"."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"`repo_id` should be 'name' or 'owner/name', but got {repo_id!r}.") from error

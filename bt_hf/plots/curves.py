@@ -205,7 +205,9 @@ def _new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The plots need Matplotlib: `pip install matplotlib`, which is the extra `bt-hf[plots]`.") from error
+        raise ImportError(
+            "The plots need Matplotlib: `pip install matplotlib`, which is the extra `bt-hf[plots]`."
+        ) from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

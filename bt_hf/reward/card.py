@@ -1,132 +1,84 @@
-"""The card of a reward: what is known about a run, and nothing that is not."""
+"""Model card of a reward, from the facts of its training."""
 
-import math
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from peft import PeftModel
+from transformers import Trainer
 
-from bt_hf.hub.cards import (
-    adapter_config,
-    count_pairs,
-    eval_result,
-    render_card,
-    run_facts,
-    save_card,
-    trained_model,
-    training_facts,
-    versions,
-)
+from bt_hf.hub.cards import card_metadata, eval_result, write_card
+from bt_hf.hub.facts import AdapterFacts, Evaluation, Option, RunFacts, schedule_options
 from bt_hf.reward import encoders
+from bt_hf.reward.config import BradleyTerryConfig
 
-DIAGRAM, CURVE = "reliability.png", "training_curve.png"
-_TAGS = ("preference", "reward-model", "bradley-terry")
-_OPTIONS = {
-    "seed": "seed",
-    "epochs": "num_train_epochs",
-    "pairs in a batch": "train_batch_size",
-    "gradient accumulation": "gradient_accumulation_steps",
-    "peak learning rate": "learning_rate",
-    "schedule": "lr_scheduler_type",
-    "label smoothing": "label_smoothing",
-    "warm start": "warm_start",
-    "weight of the prior": "prior_weight",
-    "weight of the alignment": "kl_weight",
-}
-# What only a LoRA has.
-_OF_LORA = ("warm start", "weight of the prior")
+_METRICS = ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
+_OF_BOTH = (*_METRICS, *(f"base_{name}" for name in _METRICS))
 
 
-def write_reward_card(folder: Path, trainer: Any) -> None:
-    """Write `README.md` into `folder`, from what `trainer` (a `BradleyTerryTrainer`) knows so far.
+@dataclass(frozen=True, kw_only=True)
+class RewardFacts(RunFacts):
+    """Facts of a reward's training, for the template `reward_adapter.md`.
 
-    The card shows `reliability.png` and `training_curve.png` if they are in `folder`.
+    Attributes:
+        family: Model type of the dual encoder, such as "clip".
+        padding: Argument `padding` of its processor, as it was trained.
+        verdict: Result of cross-validation in one sentence.
     """
-    pictures = {"reliability": DIAGRAM, "curve": CURVE}
-    facts = reward_facts(trainer) | {fact: name for fact, name in pictures.items() if (folder / name).is_file()}
-    save_card(render_card("reward_adapter.md", facts, reward_metadata(facts)), folder)
+
+    family: str
+    padding: str
+    verdict: str | None
 
 
-def reward_facts(trainer: Any) -> dict[str, Any]:
-    """The values of the template `reward_adapter.md`. What is not known is left out, or empty."""
-    model = trained_model(trainer)
-    adapter = isinstance(model, PeftModel)
-    lora = adapter and "LORA" in str(getattr(adapter_config(model), "peft_type", ""))
-    options = {fact: name for fact, name in _OPTIONS.items() if lora or fact not in _OF_LORA}
-    evaluations = _evaluations(getattr(getattr(trainer, "state", None), "log_history", None) or [])
-    held_out = count_pairs(getattr(trainer, "eval_dataset", None))
-    if held_out and len(evaluations) == 1:
-        evaluations[0]["title"] = f"{held_out} held-out pairs"
-    processor = type(getattr(trainer, "processing_class", None)).__name__.lower()
-    return {
-        **run_facts(trainer, "reward", encoders.base_name(model) if model is not None else None),
-        "adapter": adapter,
-        "lora": lora,
-        "family": getattr(getattr(model, "config", None), "model_type", None),
-        # As the model was trained: see `encoders.tokenize`.
-        "padding": '"max_length"' if "siglip" in processor else "True",
-        "verdict": getattr(trainer, "verdict", None),
-        "evaluations": evaluations,
-        "training": training_facts(trainer, options),
-        "versions": versions(("torch", "transformers", *(("peft",) if adapter else ()), "datasets")),
-    }
+def reward_facts(trainer: Trainer, args: BradleyTerryConfig, verdict: str | None) -> RewardFacts:
+    """Read the facts of a `BradleyTerryTrainer` as it stands.
 
-
-def reward_metadata(facts: Mapping[str, Any]) -> ModelCardData:
-    """The metadata of the card, for the Hub's search and its widgets."""
-    known: dict[str, Any] = {}
-    tags = ["bt_hf", *([facts["family"]] if facts["family"] else []), *_TAGS, *(["lora"] if facts["lora"] else [])]
-    if facts["base_model"]:
-        known["base_model"] = facts["base_model"]
-        known["base_model_relation"] = "adapter" if facts["adapter"] else "finetune"
-    if facts["evaluations"]:
-        known["model_name"] = facts["name"]
-        known["eval_results"] = [result for evaluation in facts["evaluations"] for result in _results(evaluation)]
-    return ModelCardData(
-        library_name="peft" if facts["adapter"] else "transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=tags,
-        **known,
+    Args:
+        trainer: The trainer.
+        args: Its options.
+        verdict: Result of cross-validation in one sentence; `None` without one.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapter = AdapterFacts.of(model)
+    options: dict[str, Option] = {**schedule_options(trainer), "label smoothing": args.label_smoothing}
+    if adapter and adapter.is_lora:
+        options |= {"warm start": args.warm_start, "weight of the prior": args.prior_weight}
+    options["weight of the KL term"] = args.kl_weight
+    processor = type(trainer.processing_class).__name__.lower()
+    return RewardFacts.from_trainer(
+        trainer,
+        base=encoders.base_name(model),
+        options=options,
+        metrics=_OF_BOTH,
+        libraries=("torch", "transformers", *(("peft",) if adapter else ()), "datasets"),
+        family=model.config.model_type,
+        padding='"max_length"' if "siglip" in processor else "True",  # see `encoders.tokenize`
+        verdict=verdict,
     )
 
 
-def _evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The last evaluation on each data set: its title, its numbers, and the rows of its table."""
-    last: dict[str, Mapping[str, Any]] = {}
-    for entry in log_history:
-        for key in entry:
-            prefix = key.removesuffix("accuracy")
-            # `eval_base_accuracy` has no base beside it, so this finds those of the trained model only.
-            if prefix != key and prefix.startswith("eval_") and f"{prefix}base_accuracy" in entry:
-                last[prefix] = entry
-    found = []
-    for prefix, entry in last.items():
-        title = f"the held-out pairs {name}" if (name := prefix[len("eval_") : -1]) else "held-out pairs"
-        rows: list[dict[str, Any]] = []
-        for who, start in (("this model", prefix), ("its base", f"{prefix}base_")):
-            accuracy, low, high, log_loss = (
-                entry.get(start + key, math.nan) for key in ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
-            )
-            rows.append(
-                {
-                    "name": who,
-                    "accuracy": f"{accuracy:.3f}",
-                    "interval": f"{low:.3f} to {high:.3f}",
-                    "log_loss": f"{log_loss:.3f}",
-                    "numbers": {"accuracy": accuracy, "low": low, "high": high, "log_loss": log_loss},
-                }
-            )
-        # Without a number, such as for ties alone, there is nothing to claim.
-        if all(math.isfinite(number) for row in rows for number in row["numbers"].values()):
-            found.append({"title": title, "subset": name or None, "rows": rows})
-    return found
+def write_reward_card(folder: Path, facts: RewardFacts) -> None:
+    """Write `README.md` into `folder`; it shows `reliability.png` and `training_curve.png` if they are there."""
+    write_card(folder, "reward_adapter.md", facts, reward_metadata(facts))
 
 
-def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    numbers, base = (row["numbers"] for row in evaluation["rows"])
-    title, subset = evaluation["title"], evaluation["subset"]
+def reward_metadata(facts: RewardFacts) -> ModelCardData:
+    """Build the metadata of the card, for the Hub's search and its widgets."""
+    tags = ["bt_hf", facts.family, "preference", "reward-model", "bradley-terry"]
+    return card_metadata(
+        facts,
+        library="peft" if facts.adapter else "transformers",
+        task="zero-shot-image-classification",
+        tags=[*tags, *(["lora"] if facts.adapter and facts.adapter.is_lora else [])],
+        results=[result for evaluation in facts.evaluations for result in _results(evaluation)],
+        relation="adapter" if facts.adapter else "finetune",
+    )
+
+
+def _results(evaluation: Evaluation) -> list[EvalResult]:
+    """Build the numbers of an evaluation for the metadata."""
+    title, subset, numbers = evaluation.title, evaluation.subset, evaluation.numbers
+    low, high = numbers["accuracy_low"], numbers["accuracy_high"]
     return [
         eval_result(
             title,
@@ -134,9 +86,9 @@ def _results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
             "Accuracy",
             numbers["accuracy"],
             subset,
-            low_95=numbers["low"],
-            high_95=numbers["high"],
-            base=base["accuracy"],
+            low_95=low,
+            high_95=high,
+            base=numbers["base_accuracy"],
         ),
-        eval_result(title, "log_loss", "Log loss", numbers["log_loss"], subset, base=base["log_loss"]),
+        eval_result(title, "log_loss", "Log loss", numbers["log_loss"], subset, base=numbers["base_log_loss"]),
     ]

@@ -22,7 +22,7 @@ from bt_hf.losses import agreement, bradley_terry_loss, retrieval_kl
 from bt_hf.metrics import preference_metrics
 from bt_hf.reward import encoders, taste
 from bt_hf.reward.cache import FeatureCache, FilePairs, MemoryPairs, store_pairs
-from bt_hf.reward.card import write_reward_card
+from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
@@ -294,7 +294,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         return metrics
 
     def write_card(self, folder: Path) -> None:
-        write_reward_card(folder, self)
+        write_reward_card(folder, reward_facts(self, self.args, self.verdict))
 
 
 def _adapt(model: Any, full_finetuning: bool, peft_config: PeftConfig | None) -> tuple[nn.Module, bool]:

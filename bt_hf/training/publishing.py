@@ -12,7 +12,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from bt_hf.hub import push as hub_push
-from bt_hf.hub.checks import contract_files
+from bt_hf.hub.contract import contract_files
 from bt_hf.training.saving import CARD_ARGUMENTS, SavingTrainer
 
 logger = logging.getLogger(__name__)

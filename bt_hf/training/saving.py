@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Trainer, set_seed
 
 from bt_hf.hub.card_sections import add_metadata
-from bt_hf.hub.checks import ADAPTER_CONFIG, CARD
+from bt_hf.hub.contract import ADAPTER_CONFIG, CARD
 from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.sharding import gathered_state_dict
 

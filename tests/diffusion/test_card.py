@@ -4,22 +4,22 @@ import ast
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from PIL import Image
 
-from bt_hf.diffusion.card import write_lora_card
-from bt_hf.diffusion.families.base import find_family, save_lora
+from bt_hf import PreferenceLoRAConfig, PreferenceLoRATrainer
+from bt_hf.diffusion.families.base import find_family
 from bt_hf.hub.cards import template_folder
+from tiny_models import red_pairs
 from tiny_pipelines import build, save
+from tiny_trainers import QUIET, make
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
-PAIRS, HELD_OUT = range(12), range(5)  # all that a card wants to know of them is how many there are
 
 
 def evaluation(prefix: str = "eval_", **numbers: float) -> dict[str, float]:
@@ -27,44 +27,34 @@ def evaluation(prefix: str = "eval_", **numbers: float) -> dict[str, float]:
     return {prefix + key: value for key, value in (known | numbers).items()}
 
 
-def trainer_of(model: PeftModel | None = None, family: object = None, **facts: object) -> SimpleNamespace:
-    args = SimpleNamespace(
-        output_dir="my-taste-lora",
-        loss_type="dpo",
-        beta="auto",
-        safeguard=True,
-        seed=42,
-        max_steps=7,
-        num_train_epochs=3.0,
-        resolution=32,
-        validation_prompts=["a red apple", 'a "zebra"'],
-    )
-    state = SimpleNamespace(global_step=7, log_history=[{"loss": 1.0}, evaluation()])
-    known = {"args": args, "beta": 1234.5, "model": model, "family": family, "state": state, "base_name": "tiny-sd"}
-    return SimpleNamespace(**known | {"train_dataset": PAIRS, "eval_dataset": HELD_OUT} | facts)
+def trainer_of(folder: Path, pipeline: object = "sd", **options: object) -> PreferenceLoRATrainer:
+    """A trainer on 12 pairs, as if it had taken 7 steps; it begins with a LoRA that does something."""
+    known = {"loss_type": "dpo", "beta": "auto", "safeguard": True, "seed": 42, "max_steps": 7}
+    known["validation_prompts"] = ["a red apple", 'a "zebra"']
+    model = build(pipeline) if pipeline in ("sd", "flux") else pipeline
+    layers = find_family(build("sd")).target_modules if pipeline != "flux" else ["to_q"]
+    config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, target_modules=layers)
+    held_out = red_pairs(5, seed=1)
+    trainer = make(folder, model, red_pairs(12), held_out, config, **{**known, **options})
+    trainer.beta, trainer.state.global_step = 1234.5, 7
+    trainer.state.log_history = [{"loss": 1.0}, evaluation()]
+    return trainer
 
 
-def card_of(trainer: object, folder: Path) -> ModelCard:
-    folder.mkdir(exist_ok=True)
-    write_lora_card(folder, trainer)
+def card_of(trainer: PreferenceLoRATrainer, folder: Path) -> ModelCard:
+    trainer.write_card(folder)
     return ModelCard.load(folder / "README.md")
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, `tiny-sd`, and what a trainer writes, `my-taste-lora`."""
+    """A folder with a base, `tiny-sd`, and the output of its trainer, `my-taste-lora`."""
     folder = tmp_path_factory.mktemp("lora-cards")
-    base = save(folder / "tiny-sd", "sd")
-    pipeline = build("sd")
-    family = find_family(pipeline)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, target_modules=family.target_modules)
-        model = get_peft_model(pipeline.unet, config)
-    model.save_pretrained(folder / "my-taste-lora")
-    save_lora(family, type(pipeline), model, folder / "my-taste-lora")
+    (folder / "my-taste-lora").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "my-taste-lora" / "before_after.png")
-    write_lora_card(folder / "my-taste-lora", trainer_of(model, family, base_name=base, pipeline=pipeline))
+    trainer = trainer_of(folder, save(folder / "tiny-sd", "sd"))
+    trainer.args.output_dir = str(folder / "my-taste-lora")
+    trainer.save_model()
     return folder
 
 
@@ -124,7 +114,8 @@ def test_code_of_the_card_runs(published: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_card_of_a_hub_model_names_it(tmp_path: Path) -> None:
-    trainer = trainer_of(base_name="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    trainer = trainer_of(tmp_path)
+    trainer.base_name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     trainer.args.hub_model_id = "me/my-taste-lora"
     card = card_of(trainer, tmp_path)
     assert card.data.base_model == "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -135,27 +126,38 @@ def test_card_of_a_hub_model_names_it(tmp_path: Path) -> None:
 
 
 def test_card_of_a_transformer_names_it(tmp_path: Path) -> None:
-    card = card_of(trainer_of(family=SimpleNamespace(name="flux", denoiser="transformer")), tmp_path)
+    card = card_of(trainer_of(tmp_path, "flux"), tmp_path)
     assert "PeftModel.from_pretrained(pipe.transformer," in card.text
     assert card.data.tags[-1] == "flux"
 
 
 @pytest.mark.parametrize(
-    "trainer",
+    ("pairs", "logged"),
     [
-        SimpleNamespace(),
-        SimpleNamespace(args=None, model=None, state=None, family=None, base_name=None, beta=None, train_dataset=None),
-        SimpleNamespace(train_dataset=iter([]), state=SimpleNamespace(log_history=[{"loss": 1.0, "step": 1}])),
-        SimpleNamespace(state=SimpleNamespace(log_history=[evaluation(accuracy=math.nan)])),
+        (None, []),
+        (red_pairs(4), []),
+        (red_pairs(4).to_iterable_dataset(), [{"loss": 1.0, "step": 1}]),
+        (None, [evaluation(accuracy=math.nan)]),
     ],
+    ids=["no pairs", "untrained", "a stream", "an evaluation of ties"],
 )
-def test_card_without_facts_makes_nothing_up(trainer: SimpleNamespace, tmp_path: Path) -> None:
+def test_card_without_facts_makes_nothing_up(pairs, logged, tmp_path: Path) -> None:
+    args = PreferenceLoRAConfig(str(tmp_path / "out"), **QUIET, max_steps=1, cache_dir=str(tmp_path / "latents"))
+    trainer = PreferenceLoRATrainer(build("sd"), args, pairs)
+    trainer.state.log_history = logged
     card = card_of(trainer, tmp_path)
     assert card.data.eval_results is None
     assert not re.search(r"More Information|None|nan|\{\{|\}\}|\n\n\n", card.content)
     assert "How good it is" not in card.text
     for code in CODE.findall(card.text):
         ast.parse(code)
+
+
+def test_renamed_attribute_raises(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    del trainer.size
+    with pytest.raises(AttributeError, match="size"):
+        card_of(trainer, tmp_path)
 
 
 def test_optional_sections_keep_their_distance(published: Path) -> None:
@@ -173,21 +175,24 @@ def test_optional_sections_keep_their_distance(published: Path) -> None:
     ],
 )
 def test_change_of_the_winners_error_in_words(numbers: dict[str, float], words: str, tmp_path: Path) -> None:
-    trainer = trainer_of(state=SimpleNamespace(log_history=[evaluation(**numbers)]))
+    trainer = trainer_of(tmp_path)
+    trainer.state.log_history = [evaluation(**numbers)]
     assert f"The denoising error of the preferred images {words}" in card_of(trainer, tmp_path).text
 
 
 def test_several_evaluations_and_warnings(tmp_path: Path) -> None:
     entry = evaluation("eval_mine_") | evaluation("eval_yours_", accuracy=0.5)
-    state = SimpleNamespace(log_history=[evaluation("eval_mine_", accuracy=0.1), entry])
-    card = card_of(trainer_of(state=state, warnings_seen=["Step 3: they become all alike."]), tmp_path)
+    trainer = trainer_of(tmp_path)
+    trainer.state.log_history = [evaluation("eval_mine_", accuracy=0.1), entry]
+    trainer.guards[0].said.append("Step 3: they become all alike.")
+    card = card_of(trainer, tmp_path)
     results = [(result.dataset_name, result.metric_value) for result in card.data.eval_results]
     assert results == [("the held-out pairs mine", 0.8), ("the held-out pairs yours", 0.5)]
     assert "- Step 3: they become all alike." in card.text
 
 
 def test_card_of_unpaired_rows_and_of_a_loss_without_beta(tmp_path: Path) -> None:
-    trainer = trainer_of()
+    trainer = trainer_of(tmp_path)
     trainer.args.loss_type = "kto"
     assert "on 12 liked or disliked images, with the loss `kto`" in card_of(trainer, tmp_path).text
     trainer.args.loss_type = "sft"
@@ -200,25 +205,26 @@ def test_template_is_found() -> None:
 
 def test_prompts_are_quoted_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "before_after.png").touch()
-    trainer = trainer_of()
+    trainer = trainer_of(tmp_path)
     trainer.args.validation_prompts = ["a dog's café", "*red* <b> a_b"]
     assert r"""prompt: "a dog's café", "\*red\* \<b\> a\_b".""" in card_of(trainer, tmp_path).text
 
 
 def test_chance_within_the_interval_is_said(tmp_path: Path) -> None:
     def text(low: float) -> str:
-        state = SimpleNamespace(log_history=[evaluation(accuracy_low=low)])
-        return card_of(trainer_of(state=state), tmp_path).text
+        trainer.state.log_history = [evaluation(accuracy_low=low)]
+        return card_of(trainer, tmp_path).text
 
+    trainer = trainer_of(tmp_path)
     assert "Chance lies within this interval" in text(0.4)
     assert "Chance lies" not in text(0.6)
 
 
-def test_training_in_words(tmp_path: Path) -> None:
+def test_training_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "training_curve.png").touch()
-    trainer = trainer_of()
-    trainer.args.loss_type, trainer.args.train_batch_size, trainer.args.label_smoothing = "kto", 32, 0.0
-    trainer.args.device = torch.device("mps")
+    trainer = trainer_of(tmp_path)
+    trainer.args.loss_type, trainer.args.per_device_train_batch_size, trainer.args.label_smoothing = "kto", 32, 0.0
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("mps"))
     trainer.state.log_history = [{"train_runtime": 20000.0}]
     text = card_of(trainer, tmp_path).text
     for fact in ("images: 12", "images in a batch: 12", "label smoothing: 0\n", "time of the steps: 5.56 h", "MPS ("):

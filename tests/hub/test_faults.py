@@ -1,6 +1,6 @@
-"""What can go wrong between this machine and the Hub: after each fault there is the old state or the new one.
+"""Faults between this machine and the Hub: after each there is the old state or the new one.
 
-A table of all of them is printed after the tests: `pytest tests/test_hub_faults.py`.
+A table of all of them is printed after the tests: `pytest tests/hub/test_faults.py`.
 """
 
 import re
@@ -23,12 +23,12 @@ NEW, OLD = "new", "old"
 
 
 class Case(NamedTuple):
-    """A fault, and what comes of it."""
+    """A fault and its outcome."""
 
     name: str
     fault: Fault
     ends: str  # in the OLD or the NEW state
-    says: str | None = None  # what the error says; `None` if there is none
+    says: str | None = None  # pattern of the error; `None` if there is none
     waits: Sequence[float] | None = None
 
 
@@ -185,13 +185,13 @@ def ids(cases: list[Case]) -> list[str]:
 
 
 def seen(error: Exception | None, waits: Sequence[float], otherwise: str = "") -> str:
-    """What the user sees."""
+    """Describe what the user sees."""
     waited = f"asked again after {', '.join(f'{wait:g} s' for wait in waits)}; " if waits else ""
     return waited + (f"{type(error).__name__}: {error}" if error else otherwise or "success")
 
 
 def nothing_leaked(hub: Hub, *folders: Path) -> None:
-    """No token was stored or written, and none was sent to the storage."""
+    """Assert that no token was stored, written or sent to the storage."""
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     stored = [hub.everything(), *(file.read_bytes() for file in files)]
     for token in (TOKEN, READ_TOKEN, STRANGER):
@@ -239,7 +239,7 @@ def test_fault_while_pulling(
     hub: Hub, published: Path, made: Path, waits: list[float], faults_seen: list, caplog, tmp_path: Path, case: Case
 ) -> None:
     def cached() -> dict[str, bytes]:
-        """What loaders find offline."""
+        """Read the files that loaders find offline."""
         folder = pull_adapter(TASTE, local_files_only=True)
         return {file.name: file.read_bytes() for file in folder.iterdir()}
 

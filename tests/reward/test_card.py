@@ -1,15 +1,19 @@
 """Cards: metadata that the Hub takes, code that runs, and nothing that is not known."""
 
 import ast
+import dataclasses
+import doctest
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from bt_hf.hub.cards import eval_result, hub_id, render_card, template_folder, versions
-from bt_hf.reward.card import write_reward_card
+from bt_hf.hub import cards
+from bt_hf.hub.cards import eval_result, render_card, template_folder
+from bt_hf.hub.contract import hub_id
+from bt_hf.hub.facts import versions
+from bt_hf.reward.card import reward_facts
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.scorer import PreferenceScorer
 from bt_hf.reward.trainer import BradleyTerryTrainer
@@ -18,9 +22,15 @@ from tiny_models import picture, red_pairs, save
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
-def card_of(trainer: object, folder: Path) -> ModelCard:
-    folder.mkdir(exist_ok=True)
-    write_reward_card(folder, trainer)
+def make(folder: Path, pairs: object = None, **options: object) -> BradleyTerryTrainer:
+    """An untrained trainer, without pairs by default."""
+    options = {"max_steps": 2, "disable_tqdm": True, "use_cpu": True, "report_to": "none", **options}
+    base = save(folder / "tiny-clip")
+    return BradleyTerryTrainer(base, BradleyTerryConfig(str(folder / "my-taste"), **options), pairs)
+
+
+def card_of(trainer: BradleyTerryTrainer, folder: Path) -> ModelCard:
+    trainer.write_card(folder)
     return ModelCard.load(folder / "README.md")
 
 
@@ -87,15 +97,19 @@ def test_card_of_a_hub_model_names_it(trained: BradleyTerryTrainer, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "trainer",
+    ("pairs", "logged"),
     [
-        SimpleNamespace(),
-        SimpleNamespace(args=None, model=None, state=None, train_dataset=None, eval_dataset=None, verdict=None),
-        SimpleNamespace(train_dataset=iter([]), state=SimpleNamespace(log_history=[{"loss": 1.0, "step": 1}])),
-        SimpleNamespace(state=SimpleNamespace(log_history=[{"eval_accuracy": 1.0, "eval_base_accuracy": 1.0}])),
+        (None, []),
+        (red_pairs(4), []),
+        (red_pairs(4).to_iterable_dataset(), [{"loss": 1.0, "step": 1}]),
+        (None, [{"eval_accuracy": 1.0, "eval_base_accuracy": 1.0}]),
     ],
+    ids=["no pairs", "untrained", "a stream", "an evaluation without intervals"],
 )
-def test_card_without_facts_makes_nothing_up(trainer: SimpleNamespace, tmp_path) -> None:
+@pytest.mark.parametrize("full_finetuning", [False, True], ids=["adapter", "whole"])
+def test_card_without_facts_makes_nothing_up(pairs, logged, full_finetuning, tmp_path) -> None:
+    trainer = make(tmp_path, pairs, full_finetuning=full_finetuning)
+    trainer.state.log_history = logged
     card = card_of(trainer, tmp_path)
     assert card.data.eval_results is None
     assert not re.search(r"More Information|None|nan|\{\{|\}\}|\n\n\n", card.content)
@@ -108,7 +122,9 @@ def test_several_evaluations_have_a_table_each(tmp_path) -> None:
     entry = {}
     for name in ("eval_base_", "eval_mine_", "eval_mine_base_", "eval_yours_", "eval_yours_base_"):
         entry |= {name + key: 0.5 for key in ("accuracy", "accuracy_low", "accuracy_high", "log_loss")}
-    card = card_of(SimpleNamespace(state=SimpleNamespace(log_history=[{}, entry])), tmp_path)
+    trainer = make(tmp_path)
+    trainer.state.log_history = [{}, entry]
+    card = card_of(trainer, tmp_path)
     assert [result.dataset_name for result in card.data.eval_results][::2] == [
         "the held-out pairs mine",
         "the held-out pairs yours",
@@ -116,15 +132,27 @@ def test_several_evaluations_have_a_table_each(tmp_path) -> None:
     assert card.text.count("| this model | 0.500 | 0.500 to 0.500 | 0.500 |") == 2
 
 
-def test_render_card_reads_its_metadata_back() -> None:
+def test_renamed_attribute_raises(trained: BradleyTerryTrainer, monkeypatch, tmp_path) -> None:
+    monkeypatch.delattr(trained, "verdict")
+    with pytest.raises(AttributeError, match="verdict"):
+        card_of(trained, tmp_path)
+
+
+def test_render_card_reads_its_metadata_back(trained: BradleyTerryTrainer) -> None:
     data = ModelCardData(
         library_name="peft",
         model_name="it's: a name",
         eval_results=[eval_result("pairs", "accuracy", "Accuracy", 0.5)],
     )
-    card = render_card("reward_adapter.md", {"name": "it's: a name"}, data)
+    facts = dataclasses.replace(reward_facts(trained, trained.args, None), name="it's: a name")
+    card = render_card("reward_adapter.md", facts, data)
     assert card.data.model_name == "it's: a name"
     assert card.data.eval_results == data.eval_results
+    assert "# it's: a name" in card.text
+
+
+def test_example_runs() -> None:
+    assert doctest.testmod(cards) == (0, 3)
 
 
 def test_hub_id_is_no_path(tmp_path) -> None:
@@ -140,16 +168,19 @@ def test_templates_and_versions_are_found() -> None:
 
 
 def test_card_of_a_whole_model_has_no_facts_of_a_lora(tmp_path) -> None:
-    args = SimpleNamespace(warm_start=True, prior_weight=0.02, kl_weight=0.7)
-    text = card_of(SimpleNamespace(args=args, verdict="Worse."), tmp_path).text
-    assert "- weight of the alignment: 0.7" in text
+    trainer = make(tmp_path, full_finetuning=True, warm_start=True, prior_weight=0.02, kl_weight=0.7)
+    trainer.verdict = "Worse."
+    text = card_of(trainer, tmp_path).text
+    assert "- weight of the KL term: 0.7" in text
     assert not re.search("warm start|prior", text)
 
 
 def test_caption_says_which_pairs_the_diagram_is_of(trained: BradleyTerryTrainer, tmp_path) -> None:
     (tmp_path / "reliability.png").touch()
     assert "for how sure it is, on 6 held-out pairs." in card_of(trained, tmp_path).text
-    assert "for how sure it is, in the cross-validation." in card_of(SimpleNamespace(verdict="Worse."), tmp_path).text
+    other = make(tmp_path)
+    other.verdict = "Worse."
+    assert "for how sure it is, in the cross-validation." in card_of(other, tmp_path).text
 
 
 def test_a_folder_that_is_saved_again_keeps_its_pictures(trained: BradleyTerryTrainer, tmp_path) -> None:

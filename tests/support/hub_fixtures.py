@@ -49,9 +49,9 @@ def hub(served: Hub) -> Hub:
 
 @pytest.fixture
 def online(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Lets the client in this process talk to `hub`, with a token and an empty cache, which is returned.
+    """Let the client in this process talk to `hub`, with a token and an empty cache, which is returned.
 
-    What the environment would set is read when huggingface_hub is imported, and the other tests are offline.
+    The environment is read when huggingface_hub is imported, and the other tests are offline.
     """
     cache = tmp_path / "hub-cache"
     for name, value in {
@@ -75,7 +75,7 @@ def online(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the client and we would have waited between tries, instead of waiting."""
+    """Record the seconds that the client and we would wait between tries, without waiting."""
     seconds: list[float] = []
     clock = SimpleNamespace(sleep=seconds.append)
     for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download", "bt_hf.hub.retries"):

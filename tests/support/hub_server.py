@@ -54,7 +54,7 @@ class File:
 
     @property
     def oid(self) -> str:
-        """What git calls it: of a large file, what it calls the pointer that stands for it."""
+        """Git's hash of the file, or of the pointer that stands for a large one."""
         data = self.content
         if self.large:
             data = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(data)}\n".encode()
@@ -63,7 +63,7 @@ class File:
 
 @dataclass(frozen=True)
 class Commit:
-    """The state of all files, and where it came from."""
+    """State of all files, with its parent."""
 
     files: Mapping[str, File]
     title: str
@@ -77,7 +77,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """Commits, and names for some of them."""
+    """Commits, branches, tags and pull requests."""
 
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Repo:
 
 @dataclass(frozen=True)
 class Account:
-    """Who a token belongs to, and whether it may write."""
+    """Owner of a token, and the right to write."""
 
     name: str
     writes: bool = True
@@ -109,16 +109,16 @@ class Account:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with some requests.
+    """Fault that happens to some requests.
 
     Attributes:
-        method: Of the request.
+        method: Method of the request.
         path: Regular expression that is searched for in its path.
-        first: Which of the matching requests is the first one that it happens to, from 1.
-        times: How many it happens to.
+        first: Number of the first matching request that it happens to, from 1.
+        times: Number of requests that it happens to.
         status: Answer with this status, and do nothing.
-        headers: Of that answer.
-        body: Of that answer.
+        headers: Headers of that answer.
+        body: Body of that answer.
         cut: "before" the request is looked at, "within" its body, or "after" it was done and before the answer.
         keep: Cut the connection after this many bytes of the answer's body.
         corrupt: Change what arrives: "request" or "response".
@@ -144,7 +144,7 @@ class Fault:
 
 
 class _Connections(H11Protocol):
-    """Remembers the transport of each connection, so that a fault can cut it."""
+    """Remember the transport of each connection, so that a fault can cut it."""
 
     open: dict[Any, asyncio.Transport] = {}
 
@@ -154,7 +154,7 @@ class _Connections(H11Protocol):
 
 
 class _Faulty:
-    """The app, with faults in front of it and a record of what was asked."""
+    """App with faults in front of it, and a record of its requests."""
 
     def __init__(self, app: Any, hub: "Hub") -> None:
         self.app, self.hub = app, hub
@@ -228,7 +228,7 @@ def _damaged(body: bytes) -> bytes:
 
 
 class Refusal(Exception):
-    """An answer that is an error, with the headers from which the client makes its exception."""
+    """Answer with an error, and with the headers from which the client makes its exception."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         self.response = JSONResponse(
@@ -276,11 +276,11 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}  # SHA-256 -> content
         self.faults: list[Fault] = []
-        self.requests: list[tuple[str, str, bool]] = []  # method, path, whether there was a token
+        self.requests: list[tuple[str, str, bool]] = []  # method, path, True if there was a token
         self.injected = 0
-        self.secret = secrets.token_hex(8)  # of the addresses that the storage takes
+        self.secret = secrets.token_hex(8)  # in the addresses that the storage accepts
 
-    # What tests look at
+    # Read by tests
 
     def state(self, repo_id: str) -> dict[str, dict[str, str]] | None:
         """Each branch, tag and pull request with the SHA-256 of its files; `None` if there is no such repo."""
@@ -293,13 +293,13 @@ class Hub:
         }
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """The contents at a revision."""
+        """Return the contents at a revision, by name."""
         repo = self.repos[repo_id]
         commit = repo.commits[repo.find(revision) or ""]
         return {path: file.content for path, file in commit.files.items() if path != ".gitattributes"}
 
     def titles(self, repo_id: str, revision: str = "main") -> list[str]:
-        """Titles of the commits, newest first, without the one that made the repo."""
+        """List the titles of the commits, newest first, without the one that made the repo."""
         repo, found = self.repos[repo_id], []
         oid = repo.find(revision)
         while oid is not None and (commit := repo.commits[oid]).parent is not None:
@@ -322,12 +322,12 @@ class Hub:
         return oid
 
     def everything(self) -> bytes:
-        """All that was ever stored, to search it."""
+        """Join everything that was ever stored, to search it."""
         commits = [commit for repo in self.repos.values() for commit in repo.commits.values()]
         parts = [content for commit in commits for file in commit.files.values() for content in (file.content,)]
         return b"\n".join([*parts, *self.large.values(), *(commit.title.encode() for commit in commits)])
 
-    # Who asks for what
+    # Authorization
 
     def account(self, request: Request) -> Account | None:
         header = request.headers.get("authorization")
@@ -439,7 +439,7 @@ class Hub:
         return JSONResponse(entries)
 
     def _split(self, repo: Repo, rest: str) -> tuple[str, Commit, str]:
-        """Name and commit of "revision/path", and the path; a revision may have slashes: the longest that is known."""
+        """Split "revision/path" at the longest known revision: its commit id, its commit, and the path."""
         parts = unquote(rest).split("/")
         for count in range(len(parts), 0, -1):
             if (oid := repo.find("/".join(parts[:count]))) is not None:
@@ -568,7 +568,7 @@ class Hub:
 
 
 def _content(request: Request, content: bytes, headers: Mapping[str, str]) -> Response:
-    """A content or the range of it that is asked for."""
+    """Answer with a content, or with the range of it that is asked for."""
     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
     if wanted is None:
         return Response(content, headers=headers)
@@ -603,7 +603,7 @@ def serving(hub: Hub) -> Iterator[Hub]:
 
 
 def environment(hub: Hub, home: Path, token: str | None = TOKEN) -> dict[str, str]:
-    """The environment of a fresh process that talks to `hub` as any user's would."""
+    """Return the environment of a fresh process that talks to `hub` as any user's would."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "PYTEST"))}
     kept |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     return kept | ({"HF_TOKEN": token} if token else {})
