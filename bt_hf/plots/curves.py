@@ -205,9 +205,7 @@ def _new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "The plots need Matplotlib: `pip install matplotlib`, which is the extra `bt-hf[plots]`."
-        ) from error
+        raise ImportError("Plots need Matplotlib, the extra bt-hf[plots]: run `pip install matplotlib`.") from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

@@ -104,7 +104,9 @@ def _font(pixels: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     try:
         from matplotlib import get_data_path
     except ImportError:
-        return ImageFont.load_default(pixels)
+        font = ImageFont.load_default(pixels)
+        assert isinstance(font, ImageFont.FreeTypeFont)  # with a size, Pillow has no other
+        return font
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", name)), pixels)
 
