@@ -7,7 +7,7 @@ never imports diffusers.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _MODULES = {
     "BradleyTerryConfig": "bt_hf.reward.config",
