@@ -103,7 +103,7 @@ def run(options: Options) -> None:
     trainer.train()
     save(trainer)
     say(f"Saved to {config.output_dir}: the LoRA and its card README.md")
-    if config.loss_type != "sft":  # which has none
+    if config.loss_type != "sft":  # the one without a beta
         say(f"beta {trainer.beta:.4g}" + (", set from the data" if config.beta == "auto" else ""))
     if held_out is not None:
         for line in _summarise(trainer.evaluate(), len(held_out)):

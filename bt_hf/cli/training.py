@@ -77,7 +77,7 @@ def parse_training(
     epilog: str,
     output_dir: str,
 ) -> tuple[Any, ...]:
-    """Parse a command that trains: its command line goes before `--config`, and that before the defaults.
+    """Parse the arguments of a command that trains, over those of `--config`, over the defaults.
 
     Args:
         command: Its name, as in `bt-hf COMMAND`.
@@ -135,10 +135,7 @@ def describe_accuracy(metrics: Mapping[str, float], prefix: str = "eval_", name:
 
 
 def save(trainer: PreferenceTrainer) -> None:
-    """Save the adapter. Everything that may fail comes after: a finished training never loses its adapter.
-
-    The Hub gets it in `finish`, with its figures.
-    """
+    """Save the adapter before anything else may fail; `finish` publishes it, with the figures on its card."""
     trainer.save_model(trainer.args.output_dir, _internal_call=True)
 
 

@@ -54,11 +54,11 @@ def add_adapter(
 
 
 def constant_direction(features: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:
-    """Fit a vector `a` with a·x = 1 for every row x of `features`: a bias written as a linear map.
+    """Solve a·x = 1 for all rows x of `features`, as nearly as possible.
 
-    The outputs of a layer norm lie on a hyperplane that does not pass through the origin (the sum of
-    (x - beta) / gamma is 0), so behind one such a vector exists, and a LoRA can shift its output by a constant without
-    a bias parameter.
+    A bias written as a linear map. What a layer norm puts out lies on a hyperplane that does not pass through the
+    origin (sum of (x - beta) / gamma = 0), so behind one such a vector exists, and LoRA can shift its output by a
+    constant without a bias parameter.
 
     Args:
         features: (N, H), inputs of a linear layer.

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import tiny_pipelines
 from bt_hf.cli import main
+from bt_hf.training.trainer import PreferenceTrainer
 
 FAST = {
     "reward": ["--cross_validate", "0", "--max_steps", "1"],
@@ -82,3 +83,21 @@ def test_card_shows_the_held_out_pairs(command: str, models: dict[str, str], tmp
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "3 held-out pairs" in card
     assert "training_curve.png" in card
+
+
+def test_hub_gets_the_card_with_its_figures(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = []
+
+    def push(self: PreferenceTrainer, *args: object, **kwargs: object) -> None:
+        cards.append((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(PreferenceTrainer, "init_hf_repo", lambda self, *args: None)
+    monkeypatch.setattr(PreferenceTrainer, "push_to_hub", push)
+    tiny_models.red_pairs(3, seed=1).save_to_disk(tmp_path / "held-out")
+    options = ["--eval_dataset", tmp_path / "held-out", "--push_to_hub", "--save_strategy", "no"]
+    assert train("reward", models["reward"], tmp_path, *options) == 0
+    assert len(cards) == 1
+    assert "3 held-out pairs" in cards[0]
+    assert "reliability.png" in cards[0]
