@@ -92,7 +92,7 @@ def main() -> None:
     folder = args.output_dir
     plot_training_curve(trainer.state.log_history, folder / "training_curve.png")
     plot_reliability(**trainer.last_evaluation, path=folder / "reliability.png")
-    trainer.create_model_card()  # which shows the figures and these two
+    trainer.create_model_card()  # now with figures and pictures
     plot_accuracy_by_pairs({"bt_hf": learning_curve(trainer, clicks)}, folder / "accuracy_by_pairs.png")
     draw_ranking(args, clicked, folder / "before_after.png")
     print(f"\nThe adapter and its card: {folder}/  The pictures:")

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 2 for an error, which is one line on stderr, 130 if interrupted.
 
     Example:
-        >>> main(["--version"])
+        >>> main(["--version"])  # doctest: +ELLIPSIS
         bt-hf 0.1...
         0
     """
