@@ -180,7 +180,7 @@ def draw_plots(
             plots.plot_reliability(**judged, path=folder / "reliability.png")
             drawn.append(folder / "reliability.png")
     except ImportError:
-        print('No plots without Matplotlib: pip install "bt-hf[plots]"')
+        print("No plots without Matplotlib: pip install matplotlib")
     return drawn
 
 
