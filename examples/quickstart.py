@@ -40,11 +40,10 @@ from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
 from taste import preference_pairs
 
-# How to draw with the tiny pipeline.
+# Options of the tiny pipeline's call.
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
 
-# What the pipeline draws for the reward to choose from: its words for styles vary it, and which of them the person
-# likes is for the reward to find out.
+# Words for styles vary the drawings that the reward chooses from; it has to find out which of them the person likes.
 TEMPLATES = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
 
 # Held-out captions that the tiny pipeline draws so that one can see what they are: most others are beyond it.
@@ -63,8 +62,8 @@ def main() -> None:
     logging.set_verbosity_error()
     began = time.perf_counter()
 
-    # 1. The clicks, on drawings that the base was not pretrained on, as a user's are; and what to measure on: the same
-    # person's pairs of all other such concepts.
+    # 1. The clicks, on drawings that the base was not pretrained on, as a user's are. To measure on: the same person's
+    # pairs of all other such concepts.
     clicks = preference_pairs(args.taste, args.pairs, split="held_out")
     clicked = frozenset(clicks["concept"])
     held_out = preference_pairs(args.taste, split="held_out", exclude=clicked)
@@ -75,14 +74,14 @@ def main() -> None:
     validation = cross_validate(CLIP_FOLDER, clicks, config)
     print(f"\n{validation}\n")
 
-    # 3. Train on all of them.
+    # 3. Train on all of them, and save.
     trainer = BradleyTerryTrainer(CLIP_FOLDER, config, train_dataset=clicks, eval_dataset=held_out)
     trainer.verdict = validation.verdict
     trainer.train()
-
-    # 4. Concepts that neither the base nor the adapter was trained on.
-    metrics = trainer.evaluate()
     trainer.save_model()
+
+    # 4. Measure on concepts that neither the base nor the adapter was trained on.
+    metrics = trainer.evaluate()
     print(f"\nOn {len(held_out)} pairs of held-out concepts:")
     print(f"{'':10}{'accuracy':>10}{'log-loss':>10}{'Brier':>10}{'calibration error':>20}")
     for name, prefix in (("base", "eval_base_"), ("adapted", "eval_")):
@@ -93,6 +92,7 @@ def main() -> None:
     folder = args.output_dir
     plot_training_curve(trainer.state.log_history, folder / "training_curve.png")
     plot_reliability(**trainer.last_evaluation, path=folder / "reliability.png")
+    trainer.create_model_card()  # now with figures and pictures
     plot_accuracy_by_pairs({"bt_hf": learning_curve(trainer, clicks)}, folder / "accuracy_by_pairs.png")
     draw_ranking(args, clicked, folder / "before_after.png")
     print(f"\nThe adapter and its card: {folder}/  The pictures:")
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def learning_curve(trainer: BradleyTerryTrainer, clicks: Dataset) -> list[tuple[int, float, float | None]]:
-    """Held-out accuracy after the person's first 4, 8, 16, ... clicks, on the features that `trainer` has cached."""
+    """Measure held-out accuracy after the first 4, 8, 16, ... clicks, on the features that `trainer` has cached."""
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     base, cache = trainer.model.unload(), trainer.cache
     points: list[tuple[int, float, float | None]] = []
@@ -120,7 +120,7 @@ def learning_curve(trainer: BradleyTerryTrainer, clicks: Dataset) -> list[tuple[
 
 
 def draw_ranking(args: argparse.Namespace, clicked: frozenset[str], path: Path) -> None:
-    """Six captions that were not clicked on: their five drawings, ranked by the base and by the adapter."""
+    """Draw six captions that were not clicked on: their five drawings, ranked by the base and by the adapter."""
     drawings = load_emoji("held_out")
     before, after, masks = [], [], ([], [])
     base, adapted = PreferenceScorer.from_pretrained(CLIP_FOLDER), PreferenceScorer.from_pretrained(args.output_dir)
@@ -139,7 +139,7 @@ def draw_ranking(args: argparse.Namespace, clicked: frozenset[str], path: Path) 
 
 
 def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
-    """From the reward to a pipeline that draws to the same taste; it never sees a drawing of the person's."""
+    """Teach a pipeline the taste of the reward; it never sees a drawing that the person clicked on."""
     began = time.perf_counter()
     captions = list(dict.fromkeys(load_emoji("train")["caption"]))
     held_out = list(dict.fromkeys(load_emoji("held_out")["caption"]))[::5][:48]

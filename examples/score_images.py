@@ -1,4 +1,4 @@
-"""Which of these images would this person like best?
+"""Rank images by one person's taste.
 
 python examples/score_images.py my-taste "a red apple" first.png second.png third.png
 

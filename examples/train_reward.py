@@ -20,9 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((RewardArguments, BradleyTerryConfig), description=__doc__)
     parser.set_defaults(output_dir="my-taste")
     options, config = parser.parse_args_and_config(argv)
-    PartialState().print(
-        f"Processes: {config.world_size} on {config.device.type}"
-    )  # fewer than meant? see accelerate/
+    # Fewer processes than meant? See accelerate/.
+    PartialState().print(f"Processes: {config.world_size} on {config.device.type}")
 
     # 2. Pairs. Every known layout becomes rows of prompt, chosen, rejected; bad rows are found now, not in an hour.
     pairs, held_out = options.load_pairs()
@@ -34,17 +33,19 @@ def main(argv: list[str] | None = None) -> None:
         verdict = result.verdict
         PartialState().print(result)
 
-    # 4. Train on all pairs. Another LoRA, metric, callback or optimizer goes in here, as in any Trainer.
+    # 4. Train on all pairs. --lora_r and its like describe the LoRA; another adapter (`peft_config`), metric, callback
+    # or optimizer goes in here, as in any Trainer.
     trainer = BradleyTerryTrainer(options.model, config, train_dataset=pairs, eval_dataset=held_out)
     trainer.verdict = verdict  # for the card
     trainer.train()
 
-    # 5. Evaluate, beside the untouched base, on pairs that were not trained on.
+    # 5. Save: a small adapter with a card. `PreferenceScorer.from_pretrained("my-taste")` uses it, and so does PEFT.
+    trainer.save_model(config.output_dir)
+
+    # 6. Evaluate, beside the untouched base, on pairs that were not trained on. The card then shows the figures.
     if held_out is not None:
         trainer.log_metrics("eval", trainer.evaluate())
-
-    # 6. Save: a small adapter with a card. `PreferenceScorer.from_pretrained("my-taste")` uses it, and so does PEFT.
-    trainer.save_model(config.output_dir)
+        trainer.create_model_card()
     PartialState().print(
         f"Saved to {config.output_dir}. Next: python examples/score_images.py {config.output_dir} ..."
     )

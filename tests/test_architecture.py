@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "bt_hf"
 WINGS = ["losses data metrics", "hub plots evaluate_modules", "training", "reward diffusion", "cli", "__init__"]
 # The floors inside each wing, in the same way; folders are wings in a wing.
 ROOMS = {
-    "cli": ["__init__", "__main__ pairs pull push score training", "lora reward"],
+    "cli": ["errors", "dispatch options", "__init__", "__main__ pairs pull push score training", "lora reward"],
     "data": ["__init__ fingerprint formats images", "cache streaming", "reading", "checks", "pairs"],
     "diffusion": [
         "__init__ callbacks card collator config losses noise",
@@ -27,7 +27,7 @@ ROOMS = {
     ],
     "diffusion.families": ["__init__ schedules", "base", "sd sd3", "flux sana sdxl", "flux2"],
     "diffusion.generation": ["__init__ pair_folder", "candidates", "generate"],
-    "evaluate_modules": ["preference_accuracy preference_calibration preference_log_loss"],
+    "evaluate_modules": ["__init__ base", "preference_accuracy preference_calibration preference_log_loss"],
     "hub": ["__init__ contract", "card_sections checks facts privacy retries", "cards", "pull push"],
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
@@ -38,7 +38,13 @@ ROOMS = {
         "trainer",
         "cross_validation",
     ],
-    "training": ["__init__ config dataloaders resume sharding shutdown", "saving", "publishing", "trainer"],
+    "training": [
+        "__init__ dataloaders lora_options resume sharding shutdown",
+        "config",
+        "saving",
+        "publishing",
+        "trainer",
+    ],
 }
 SLOW_IMPORTS = ["torch", "transformers", "diffusers", "trl"]
 

@@ -1,4 +1,4 @@
-"""`python -m bt_hf.cli`, and `accelerate launch -m bt_hf.cli`: the same as `bt-hf`."""
+"""Run `bt-hf` as `python -m bt_hf.cli` or `accelerate launch -m bt_hf.cli`."""
 
 import sys
 

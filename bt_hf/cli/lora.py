@@ -1,23 +1,26 @@
 """`bt-hf lora`: train a preference LoRA on pairs, so that a pipeline draws one person's way."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from datasets import Dataset, Features, Image, IterableDataset, Value
-from diffusers import DiffusionPipeline
-from peft import LoraConfig
 from trl import unpair_preference_dataset
 
-from bt_hf.cli.training import DataArguments, draw_plots, parse_training, speaker
+from bt_hf.cli.training import (
+    DataArguments,
+    PlotArguments,
+    describe_accuracy,
+    finish,
+    parse_training,
+    save,
+    speaker,
+)
 from bt_hf.data.reading import features_of, open_dataset
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.families.base import FAMILIES
 from bt_hf.diffusion.trainer import PreferenceLoRATrainer
 from bt_hf.diffusion.validation_images import SHEET
-from bt_hf.hub.contract import find_adapter_config
 from bt_hf.training.saving import refuse_to_overwrite
 
 _DESCRIPTION = """Train a LoRA on a diffusers pipeline, from pairs of images of which one is preferred.
@@ -49,7 +52,7 @@ _UNPAIRED = {"prompt", "completion", "label"}
 
 @dataclass
 class LoraArguments(DataArguments):
-    """What to train on what; how, is in `PreferenceLoRAConfig`."""
+    """Model and pairs; `PreferenceLoRAConfig` says how to train."""
 
     model: str = field(
         metadata={
@@ -58,15 +61,15 @@ class LoraArguments(DataArguments):
         }
     )
 
-    def load_pairs(self, unpaired: bool = False) -> tuple[Any, Any]:
-        """Training pairs, or rows of single images if they should be unpaired; and held-out pairs or `None`."""
+    def load_pairs(self, unpaired: bool = False) -> tuple[Dataset | IterableDataset, Dataset | None]:
+        """Load training pairs, or rows of single images if `unpaired`, and held-out pairs or `None`."""
         if not unpaired:
             return super().load_pairs()
-        rows = self._unpaired_rows()
+        rows = self._load_unpaired_rows()
         return unpair(self.load_training_pairs()) if rows is None else rows, self.load_held_out_pairs()
 
-    def _unpaired_rows(self) -> Any:
-        """The dataset as it is if it has no pairs, else `None`."""
+    def _load_unpaired_rows(self) -> Dataset | IterableDataset | None:
+        """Load a dataset of single images, or return `None` if it has pairs."""
         rows, folder, label = open_dataset(self.dataset, self.split, self.streaming)
         features = features_of(rows, label)
         if not set(features) >= _UNPAIRED:
@@ -76,50 +79,19 @@ class LoraArguments(DataArguments):
         return rows.cast_column("completion", Image())
 
 
-@dataclass
-class CommandArguments:
-    """What the command does beside it."""
-
-    plots: bool = field(default=True, metadata={"help": "Draw the training curve, if Matplotlib is there."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the LoRA; by default its rank."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules that get a LoRA; by default attention, feed-forward and, of a UNet, convolution layers."
-        },
-    )
-
-    def peft_config(self, model: str, rank: int) -> LoraConfig | None:
-        """The LoRA that the options describe, `None` (the trainer's default) if there are none."""
-        modules: Any = self.lora_target_modules
-        if modules is None and self.lora_alpha is None:
-            return None
-        if find_adapter_config(model) is not None:
-            raise ValueError(
-                f"{model!r} is a LoRA, which is trained on as it is: leave out --lora_alpha and --lora_target_modules."
-            )
-        if modules is None:
-            family = FAMILIES.get(DiffusionPipeline.load_config(model)["_class_name"])
-            # Of a class that is not among them, the trainer says what is wrong.
-            modules = import_module(f"bt_hf.diffusion.families.{family}").FAMILY.target_modules if family else None
-        elif len(modules) == 1:  # may be a pattern, or "all-linear"
-            modules = modules[0]
-        return LoraConfig(r=rank, lora_alpha=self.lora_alpha or rank, target_modules=modules)
-
-
-Options = tuple[LoraArguments, CommandArguments, PreferenceLoRAConfig]
+Options: TypeAlias = tuple[LoraArguments, PlotArguments, PreferenceLoRAConfig]
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """The options of `bt-hf lora`, from the command line over those of `--config` over the defaults."""
-    parts = (LoraArguments, CommandArguments, PreferenceLoRAConfig)
-    arguments, extra, config = parse_training("lora", argv, parts, _DESCRIPTION, _EPILOG, "preference-lora")
-    return arguments, extra, config
+    """Parse the options of `bt-hf lora`."""
+    parts = (LoraArguments, PlotArguments, PreferenceLoRAConfig)
+    arguments, plots, config = parse_training("lora", argv, parts, _DESCRIPTION, _EPILOG, "preference-lora")
+    return arguments, plots, config
 
 
 def run(options: Options) -> None:
-    """Train, evaluate and save."""
-    arguments, extra, config = options
+    """Train, save, and then evaluate and draw."""
+    arguments, plots, config = options
     say = speaker(config)
     refuse_to_overwrite(config)
     unpaired = config.loss_type == "kto"
@@ -127,41 +99,36 @@ def run(options: Options) -> None:
     rows = "liked or disliked images" if unpaired else "pairs"
     count = f"a stream of {rows}" if isinstance(pairs, IterableDataset) else f"{len(pairs)} {rows}"
     say(f"Training on {count}" + (f", {len(held_out)} pairs held out" if held_out is not None else ""))
-    trainer = PreferenceLoRATrainer(
-        arguments.model,
-        config,
-        train_dataset=pairs,
-        eval_dataset=held_out,
-        peft_config=extra.peft_config(arguments.model, config.lora_rank),
-    )
+    trainer = PreferenceLoRATrainer(arguments.model, config, train_dataset=pairs, eval_dataset=held_out)
     trainer.train()
-    if config.loss_type != "sft":  # which has none
+    save(trainer)
+    say(f"Saved to {config.output_dir}: the LoRA and its card README.md")
+    if config.loss_type != "sft":  # the one without a beta
         say(f"beta {trainer.beta:.4g}" + (", set from the data" if config.beta == "auto" else ""))
     if held_out is not None:
-        metrics = trainer.evaluate()
-        accuracy, low, high, base, change = (
-            metrics[f"eval_{name}"]
-            for name in ("accuracy", "accuracy_low", "accuracy_high", "winner_error_base", "winner_error_change")
-        )
-        say(f"{len(held_out)} held-out pairs: implicit accuracy {accuracy:.3f} ({low:.3f} to {high:.3f})")
-        say(f"Denoising error of the preferred images: {change / base:+.2%} against the base's {base:.3g}")
+        for line in _summarise(trainer.evaluate(), len(held_out)):
+            say(line)
     for sentence in trainer.warnings_seen:
         say(f"Warning: {sentence}")
-    trainer.save_model(config.output_dir)
-    folder = Path(config.output_dir)
-    drawn = draw_plots(folder, trainer.state.log_history) if extra.plots and config.process_index == 0 else []
-    if drawn:  # so that the card shows them
-        trainer.create_model_card()
-    say(f"Saved to {config.output_dir}: the LoRA and its card README.md")
+    drawn = finish(trainer, plots.plots)
     if trainer.validation.after:
-        say(f"Before | after: {folder / SHEET}")
+        say(f"Before | after: {Path(config.output_dir) / SHEET}")
     for path in drawn:
         say(f"Drawn to {path}")
     say(f'Next: pipeline.load_lora_weights("{config.output_dir}")')
 
 
+def _summarise(metrics: Mapping[str, float], count: int) -> Iterator[str]:
+    """Yield lines on the held-out pairs."""
+    yield f"{count} held-out pairs: {describe_accuracy(metrics, name='implicit accuracy')}"
+    base = metrics.get("eval_winner_error_base")
+    if base is not None:  # ties have no preferred image
+        change = metrics["eval_winner_error_change"] / base
+        yield f"Denoising error of the preferred images: {change:+.2%} against the base's {base:.3g}"
+
+
 def unpair(pairs: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """One row for each image of the pairs: prompt, completion, label, and the other columns."""
+    """Take pairs apart: one row for each image, with prompt, completion, label, and the other columns."""
     features = {name: feature for name, feature in pairs.features.items() if name not in ("chosen", "rejected")}
     for name in ("chosen", "rejected"):  # encoded images pass as they are
         pairs = pairs.cast_column(name, Image(decode=False))

@@ -1,12 +1,18 @@
 """`bt-hf pairs`: draw images with a pipeline, and rank them into pairs with a reward."""
 
-import argparse
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from bt_hf.cli import Parser
+from bt_hf.cli.options import PositiveInt, parse_options
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
 
 _DESCRIPTION = """Draw several images for each prompt, and pair the one that a reward likes best with the worst.
 
@@ -21,56 +27,100 @@ _EPILOG = """examples:
 prompts.txt has one prompt a line. The same command again goes on where one was stopped. my-pairs/ then has the images
 and metadata.jsonl, which load_preference_pairs and bt-hf lora read.
 """
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of `bt-hf pairs`."""
-    parser = Parser(
-        prog="bt-hf pairs",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+@dataclass
+class PairsOptions:
+    """Options of `bt-hf pairs`."""
+
+    model: str = field(
+        metadata={
+            "positional": True,
+            "metavar": "MODEL",
+            "help": "Hub id or folder of a text-to-image pipeline of diffusers.",
+        }
     )
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="Hub id or folder of a text-to-image pipeline of diffusers")
-    add("--scorer", required=True, metavar="ADAPTER_OR_MODEL", help="Hub id or folder of a reward, as in bt-hf score")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", metavar="FILE", help="text file with one prompt a line")
-    source.add_argument("--dataset", help="take the prompts from a dataset: Hub id, folder or file")
-    add("--column", default="prompt", help="column of the dataset that holds them; default: prompt")
-    add("--split", help='split of the dataset, such as "train[:1000]"')
-    add("--output_dir", "--output-dir", default="preference-pairs", metavar="FOLDER", help="default: preference-pairs")
-    add("--candidates", type=_positive, default=4, metavar="N", help="images for each prompt; default: 4")
-    add("--pairs_per_prompt", "--pairs-per-prompt", type=_positive, default=1, metavar="N", help="default: 1")
-    add(
-        "--prompt_templates",
-        "--prompt-templates",
-        nargs="+",
-        default=["{prompt}"],
-        metavar="TEXT",
-        help='vary what is drawn, such as "{prompt}" "{prompt}, oil painting": candidates take turns',
+    scorer: str = field(
+        metadata={"metavar": "ADAPTER_OR_MODEL", "help": "Hub id or folder of a reward, as in bt-hf score."}
     )
-    add("--soft_labels", "--soft-labels", action="store_true", help="preferences as sure as the reward, not 1")
-    add("--seed", type=int, default=0, help="other seeds draw other images; default: 0")
-    add("--batch_size", "--batch-size", type=_positive, default=8, metavar="N", help="images at a time; default: 8")
-    add("--lora", metavar="FOLDER", help="LoRA to load into the pipeline: Hub id or folder")
-    add("--steps", type=_positive, metavar="N", help="steps of denoising; default: the pipeline's")
-    add("--guidance_scale", "--guidance-scale", type=float, metavar="SCALE", help="default: the pipeline's")
-    add("--negative_prompt", "--negative-prompt", metavar="TEXT", help="what no image should show")
-    add("--height", type=_positive, metavar="PIXELS", help="default: the pipeline's")
-    add("--width", type=_positive, metavar="PIXELS", help="default: the pipeline's")
-    add("--dtype", choices=_DTYPES, help="of the pipeline; default: bfloat16 on a GPU, else float32")
-    add("--device", help='such as "cpu" or "cuda:1"; default: a GPU if there is one')
-    options = parser.parse_args(argv)
-    if options.candidates < 2 * options.pairs_per_prompt:
-        parser.error(f"--candidates should be at least twice --pairs_per_prompt, but got {options.candidates}")
-    return options
+    prompts: str | None = field(default=None, metadata={"metavar": "FILE", "help": "Text file, one prompt a line."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Dataset to take the prompts from: Hub id, folder or file."}
+    )
+    column: str = field(default="prompt", metadata={"help": "Column of the dataset that holds them."})
+    split: str | None = field(default=None, metadata={"help": 'Split of the dataset, such as "train[:1000]".'})
+    output_dir: str = field(
+        default="preference-pairs", metadata={"metavar": "FOLDER", "help": "Folder for images and metadata.jsonl."}
+    )
+    candidates: PositiveInt = field(
+        default=PositiveInt(4), metadata={"metavar": "N", "help": "Images for each prompt."}
+    )
+    pairs_per_prompt: PositiveInt = field(
+        default=PositiveInt(1), metadata={"metavar": "N", "help": "Pairs from the images of a prompt."}
+    )
+    prompt_templates: list[str] = field(
+        default_factory=lambda: ["{prompt}"],
+        metadata={
+            "metavar": "TEXT",
+            "help": 'Vary the drawings, such as "{prompt}" "{prompt}, oil painting": candidates take turns.',
+        },
+    )
+    soft_labels: bool = field(default=False, metadata={"help": "Make preferences as sure as the reward, not 1."})
+    seed: int = field(default=0, metadata={"help": "Other seeds draw other images."})
+    batch_size: PositiveInt = field(default=PositiveInt(8), metadata={"metavar": "N", "help": "Images at a time."})
+    lora: str | None = field(
+        default=None, metadata={"metavar": "FOLDER", "help": "LoRA to load into the pipeline: Hub id or folder."}
+    )
+    steps: PositiveInt | None = field(
+        default=None, metadata={"metavar": "N", "help": "Steps of denoising; default: the pipeline's."}
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"metavar": "SCALE", "help": "Guidance scale; default: the pipeline's."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"metavar": "TEXT", "help": "Words for things that images should not show."}
+    )
+    height: PositiveInt | None = field(
+        default=None, metadata={"metavar": "PIXELS", "help": "Height; default: the pipeline's."}
+    )
+    width: PositiveInt | None = field(
+        default=None, metadata={"metavar": "PIXELS", "help": "Width; default: the pipeline's."}
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = field(
+        default=None, metadata={"help": "Dtype of the pipeline; default: bfloat16 on a GPU, else float32."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": 'Device such as "cpu" or "cuda:1"; default: a GPU if there is one.'}
+    )
+
+    def __post_init__(self) -> None:
+        if self.prompts is None and self.dataset is None:
+            raise ValueError("one of the arguments --prompts --dataset is required")
+        if self.prompts is not None and self.dataset is not None:
+            raise ValueError("--dataset: not allowed with --prompts")
+        if self.candidates < 2 * self.pairs_per_prompt:
+            raise ValueError(f"--candidates should be at least twice --pairs_per_prompt, but got {self.candidates}")
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call, where they were given."""
+        call = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+            "height": self.height,
+            "width": self.width,
+        }
+        return {name: value for name, value in call.items() if value is not None}
 
 
-def run(options: argparse.Namespace) -> None:
-    """Draw, rank, and say what came of it."""
+def parse(argv: Sequence[str]) -> PairsOptions:
+    """Parse the options of `bt-hf pairs`."""
+    return parse_options("pairs", PairsOptions, argv, _DESCRIPTION, _EPILOG)
+
+
+def run(options: PairsOptions) -> None:
+    """Draw, rank, and print how many pairs came of it."""
     prompts = read_prompts(options.prompts, options.dataset, options.column, options.split)
 
     import torch  # seconds, as all below: only once the arguments are known to be right
@@ -81,13 +131,6 @@ def run(options: argparse.Namespace) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     scorer = PreferenceScorer.from_pretrained(options.scorer, device=device)
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
-    call = {
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
-        "negative_prompt": options.negative_prompt,
-        "height": options.height,
-        "width": options.width,
-    }
     pairs = generate_preference_pairs(
         load_pipeline(options.model, options.lora, getattr(torch, dtype), device),
         prompts,
@@ -99,7 +142,7 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         output_dir=options.output_dir,
         soft_labels=options.soft_labels,
-        **{name: value for name, value in call.items() if value is not None},
+        **options.call_options,
     )
     covered, asked = len(set(pairs["prompt"])), len(set(prompts))
     print(f"{len(pairs)} pairs, of {covered} of {asked} prompts, from {options.candidates} images for each.")
@@ -108,39 +151,45 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read_prompts(file: str | None, dataset: str | None, column: str, split: str | None) -> list[str]:
-    """The prompts of a text file, as they stand there, or the distinct ones of a dataset's column.
+    """Read the prompts of a text file as they stand there, or else the distinct ones of a dataset's column.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: There is no prompt, no such column or dataset, or the file is not UTF-8 text.
     """
-    if file is not None:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"no such file of prompts: '{file}'")
-        try:
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"'{file}' should be a text file in UTF-8, but is not ({error.reason})") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        where = f"'{file}'"
-    else:
-        from bt_hf.data.reading import open_dataset
-
-        rows, _, where = open_dataset(dataset, split, streaming=False)
-        if column not in rows.column_names:
-            raise ValueError(f"{where}: no column {column!r}; name one of {', '.join(rows.column_names)} in --column")
-        values = list(rows.select_columns([column])[column])
-        wrong = next((value for value in values if value is not None and not isinstance(value, str)), None)
-        if wrong is not None:
-            raise ValueError(f"{where}: the column {column!r} should hold texts, but has {type(wrong).__name__}")
-        prompts = list(dict.fromkeys(value.strip() for value in values if value and value.strip()))
+    prompts, source = _read_column(dataset, column, split) if file is None else _read_lines(file)
     if not prompts:
-        raise ValueError(f"{where}: expected at least one prompt, but found none")
+        raise ValueError(f"{source}: expected at least one prompt, but found none")
     return prompts
 
 
-def load_pipeline(model: str, lora: str | None, dtype: Any, device: str) -> Any:
-    """A pipeline, perhaps with a LoRA, on its device.
+def _read_lines(file: str) -> tuple[list[str], str]:
+    """Return the lines of a text file that are not blank, and a name for messages."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no such file of prompts: '{file}'")
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' should be a text file in UTF-8, but is not ({error.reason})") from error
+    return [line.strip() for line in lines if line.strip()], f"'{file}'"
+
+
+def _read_column(dataset: str | None, column: str, split: str | None) -> tuple[list[str], str]:
+    """Return the distinct texts of a dataset's column, and a name for messages."""
+    from bt_hf.data.reading import open_dataset
+
+    rows, _, source = open_dataset(dataset, split, streaming=False)
+    if column not in rows.column_names:
+        raise ValueError(f"{source}: no column {column!r}; name one of {', '.join(rows.column_names)} in --column")
+    values = list(rows.select_columns([column])[column])
+    wrong = next((value for value in values if value is not None and not isinstance(value, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{source}: the column {column!r} should hold texts, but has {type(wrong).__name__}")
+    return list(dict.fromkeys(value.strip() for value in values if value and value.strip())), source
+
+
+def load_pipeline(model: str, lora: str | None, dtype: torch.dtype, device: str) -> DiffusionPipeline:
+    """Load a pipeline, perhaps with a LoRA, on its device.
 
     Raises:
         OSError: There is no such pipeline or LoRA.
@@ -154,7 +203,7 @@ def load_pipeline(model: str, lora: str | None, dtype: Any, device: str) -> Any:
         pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype)
         if lora is not None:
             pipeline.load_lora_weights(lora)
-            # Of names that do not fit, diffusers only says so in a log.
+            # diffusers says only in a log that names do not fit.
             if not pipeline.get_list_adapters():
                 raise ValueError(f"the LoRA '{lora}' has no weights for the pipeline '{model}': is it of this model?")
     return pipeline.to(device)
@@ -171,9 +220,3 @@ def _without_loading_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")
-    return int(text)

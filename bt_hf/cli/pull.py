@@ -1,10 +1,12 @@
 """`bt-hf pull`: fetch a published adapter."""
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from bt_hf.cli import Parser
+from bt_hf.cli.options import parse_options
 
+_DESCRIPTION = "Fetch a published adapter into the cache, check it, and print where it is."
 _EPILOG = """examples:
   bt-hf pull me/my-taste
   bt-hf pull me/my-taste --revision v1 --kind reward
@@ -14,24 +16,26 @@ Prints the folder in the cache. Only safetensors, known text files and pictures 
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of `bt-hf pull`."""
-    parser = Parser(
-        prog="bt-hf pull",
-        description="Fetch a published adapter into the cache, check it, and print where it is.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass
+class PullOptions:
+    """Options of `bt-hf pull`."""
+
+    repo_id: str = field(metadata={"positional": True, "metavar": "REPO_ID", "help": '"owner/name"'})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit; default: main."})
+    kind: Literal["reward", "lora"] | None = field(default=None, metadata={"help": "Refuse anything else."})
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Base that it should fit: Hub id, or a folder whose shapes are compared."},
     )
-    add = parser.add_argument
-    add("repo_id", metavar="REPO_ID", help='"owner/name"')
-    add("--revision", help="branch, tag or commit; default: main")
-    add("--kind", choices=("reward", "lora"), help="refuse anything else")
-    add("--base_model", "--base-model", help="base that it should fit: Hub id, or a folder whose shapes are compared")
-    add("--offline", action="store_true", help="use what is in the cache")
-    return parser.parse_args(argv)
+    offline: bool = field(default=False, metadata={"help": "Use the cache alone."})
 
 
-def run(options: argparse.Namespace) -> None:
+def parse(argv: Sequence[str]) -> PullOptions:
+    """Parse the options of `bt-hf pull`."""
+    return parse_options("pull", PullOptions, argv, _DESCRIPTION, _EPILOG)
+
+
+def run(options: PullOptions) -> None:
     """Fetch, and print the folder."""
     from bt_hf.hub.pull import pull_adapter  # seconds: only once the arguments are known to be right
 

@@ -1,10 +1,11 @@
 """`bt-hf push`: publish an adapter on the Hub."""
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from bt_hf.cli import Parser
+from bt_hf.cli.options import parse_options
 
+_DESCRIPTION = "Publish an adapter on the Hub in one commit, after checks that run before anything is sent."
 _EPILOG = """examples:
   bt-hf push my-taste me/my-taste
   bt-hf push my-taste me/my-taste --public --tag v1
@@ -16,36 +17,52 @@ Cut off? Call it again: it goes on where it stopped, and readers see the old fil
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of `bt-hf push`."""
-    parser = Parser(
-        prog="bt-hf push",
-        description="Publish an adapter on the Hub in one commit, after checks that run before anything is sent.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass
+class PushOptions:
+    """Options of `bt-hf push`."""
+
+    folder: str = field(metadata={"positional": True, "metavar": "FOLDER", "help": "Folder that a trainer wrote."})
+    repo_id: str = field(metadata={"positional": True, "metavar": "REPO_ID", "help": '"name" or "owner/name"'})
+    public: bool = field(default=False, metadata={"help": "Let everybody see it."})
+    private: bool = field(default=False, metadata={"help": "Let only you see it; the default of a new repo."})
+    revision: str | None = field(
+        default=None,
+        metadata={"metavar": "BRANCH", "help": "Branch to commit to, made if there is none; default: main."},
     )
-    add = parser.add_argument
-    add("folder", metavar="FOLDER", help="what a trainer wrote")
-    add("repo_id", metavar="REPO_ID", help='"name" or "owner/name"')
-    visibility = parser.add_mutually_exclusive_group()
-    visibility.add_argument("--public", dest="private", action="store_false", help="everybody may see it")
-    visibility.add_argument(
-        "--private", dest="private", action="store_true", help="only you; the default of a new repo"
+    base_model: str | None = field(
+        default=None,
+        metadata={"metavar": "ID", "help": "Hub id of the base, if the adapter was trained from a local folder."},
     )
-    add("--revision", metavar="BRANCH", help="branch to commit to, made if there is none; default: main")
-    add("--base_model", "--base-model", metavar="ID", help="Hub id of the base, if it was trained from a local folder")
-    add("--create_pr", "--create-pr", action="store_true", help="propose it as a pull request, instead of committing")
-    add("--commit_message", "--commit-message", "-m", metavar="TEXT", help="title of the commit")
-    add("--tag", help="name for the new commit, such as v1")
-    add("--pairs", help="publish these pairs too (Hub id, folder or file); by default they stay with you")
-    parser.set_defaults(private=None)
-    options = parser.parse_args(argv)
-    if options.create_pr and (options.revision or options.tag):
-        parser.error("--create_pr excludes --revision and --tag: a pull request goes to main and is no commit yet")
-    return options
+    create_pr: bool = field(default=False, metadata={"help": "Propose it as a pull request, instead of committing."})
+    commit_message: str | None = field(
+        default=None, metadata={"aliases": ["-m"], "metavar": "TEXT", "help": "Title of the commit."}
+    )
+    tag: str | None = field(default=None, metadata={"help": "Name for the new commit, such as v1."})
+    pairs: str | None = field(
+        default=None,
+        metadata={"help": "Publish these pairs too (Hub id, folder or file); by default they stay with you."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.public and self.private:
+            raise ValueError("--private: not allowed with --public")
+        if self.create_pr and (self.revision or self.tag):
+            raise ValueError(
+                "--create_pr excludes --revision and --tag: a pull request goes to main and is not a commit yet"
+            )
+
+    @property
+    def private_repo(self) -> bool | None:
+        """Visibility as `push_adapter` takes it; `None`, the default, leaves a repo as it is."""
+        return self.private if self.public or self.private else None
 
 
-def run(options: argparse.Namespace) -> None:
+def parse(argv: Sequence[str]) -> PushOptions:
+    """Parse the options of `bt-hf push`."""
+    return parse_options("push", PushOptions, argv, _DESCRIPTION, _EPILOG)
+
+
+def run(options: PushOptions) -> None:
     """Publish, and print where it is."""
     from bt_hf.data.pairs import load_preference_pairs
     from bt_hf.hub.push import push_adapter  # seconds: only once the arguments are known to be right
@@ -53,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     commit = push_adapter(
         options.folder,
         options.repo_id,
-        private=options.private,
+        private=options.private_repo,
         revision=options.revision,
         base_model=options.base_model,
         create_pr=options.create_pr,

@@ -1,19 +1,27 @@
 """`bt-hf reward`: train a reward on pairs, and say honestly what they prove."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-from datasets import IterableDataset
-from peft import LoraConfig, PeftModel
+import numpy as np
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import nn
+from transformers.processing_utils import ProcessorMixin
 
-from bt_hf.cli.training import DataArguments, draw_plots, parse_training, speaker
+from bt_hf.cli.training import (
+    DataArguments,
+    PlotArguments,
+    describe_accuracy,
+    finish,
+    parse_training,
+    save,
+    speaker,
+)
 from bt_hf.reward import encoders
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.cross_validation import CrossValidation, cross_validate
-from bt_hf.reward.lora import default_lora_config
 from bt_hf.reward.trainer import BradleyTerryTrainer
 from bt_hf.training.saving import refuse_to_overwrite
 
@@ -39,7 +47,7 @@ accelerate launch -m bt_hf.cli reward ... All options of transformers.TrainingAr
 
 @dataclass
 class RewardArguments(DataArguments):
-    """What to train on what; how, is in `BradleyTerryConfig`."""
+    """Model, pairs and folds; `BradleyTerryConfig` says how to train."""
 
     model: str = field(
         metadata={
@@ -63,113 +71,64 @@ class RewardArguments(DataArguments):
             )
 
 
-@dataclass
-class CommandArguments:
-    """What the command does beside it."""
-
-    plots: bool = field(
-        default=True, metadata={"help": "Draw the training curve and the reliability diagram, if Matplotlib is there."}
-    )
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of the LoRA, 8 by default."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Alpha of the LoRA; by default its rank."})
-    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout of the LoRA, 0 by default."})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules that get a LoRA; by default the last linear layer of both towers."},
-    )
-
-    def peft_config(self, model: nn.Module) -> LoraConfig | None:
-        """The LoRA that the options describe, `None` (the trainer's default) if there are none."""
-        modules = self.lora_target_modules
-        given = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
-        if modules is None and all(value is None for value in given.values()):
-            return None
-        rank = 8 if self.lora_r is None else self.lora_r
-        if modules is None:
-            config = default_lora_config(model, rank)
-        else:
-            # A single one may be a pattern, or "all-linear".
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules[0] if len(modules) == 1 else modules)
-        for name, value in given.items():
-            if value is not None:
-                setattr(config, name, value)
-        return config
-
-
-Options = tuple[RewardArguments, CommandArguments, BradleyTerryConfig]
+Options: TypeAlias = tuple[RewardArguments, PlotArguments, BradleyTerryConfig]
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """The options of `bt-hf reward`, from the command line over those of `--config` over the defaults."""
-    parts = (RewardArguments, CommandArguments, BradleyTerryConfig)
-    arguments, extra, config = parse_training("reward", argv, parts, _DESCRIPTION, _EPILOG, "reward-adapter")
-    return arguments, extra, config
+    """Parse the options of `bt-hf reward`."""
+    parts = (RewardArguments, PlotArguments, BradleyTerryConfig)
+    arguments, plots, config = parse_training("reward", argv, parts, _DESCRIPTION, _EPILOG, "reward-adapter")
+    return arguments, plots, config
 
 
 def run(options: Options) -> None:
-    """Cross-validate, train, evaluate and save."""
-    arguments, extra, config = options
+    """Cross-validate, train, save, and then evaluate and draw."""
+    arguments, plots, config = options
     say = speaker(config)
     refuse_to_overwrite(config)
     pairs, held_out = arguments.load_pairs()
     model = encoders.load_dual_encoder(arguments.model, is_trainable=True)
     processor = encoders.find_processor(arguments.model, model)
-    peft_config = extra.peft_config(model)
-
-    validation: CrossValidation | None = None
-    if arguments.cross_validate:
-        if reason := _no_cross_validation(model, pairs):
-            say(f"No cross-validation: {reason}.")
-        else:
-            validation = cross_validate(
-                model, pairs, config, arguments.cross_validate, processor, peft_config, config.seed
-            )
-            say(validation)
-
+    validation = _cross_validate(model, processor, pairs, config, arguments.cross_validate, say)
     trainer = BradleyTerryTrainer(
-        model,
-        config,
-        train_dataset=pairs,
-        eval_dataset=held_out,
-        processing_class=processor,
-        peft_config=peft_config,
+        model, config, train_dataset=pairs, eval_dataset=held_out, processing_class=processor
     )
     trainer.verdict = validation.verdict if validation else None
     trainer.train()
+    save(trainer)
+    say(f"Saved to {config.output_dir}: the {'model' if config.full_finetuning else 'adapter'} and its card README.md")
     if held_out is not None:
         metrics = trainer.evaluate()
         say(f"{len(held_out)} held-out pairs:")
         for name, prefix in (("base", "eval_base_"), ("adapted", "eval_")):
-            accuracy, low, high, log_loss = (
-                metrics[prefix + key] for key in ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
-            )
-            say(f"{name:12}accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}), log-loss {log_loss:.3f}")
-    trainer.save_model(config.output_dir)
-    drawn = draw(trainer, validation) if extra.plots and config.process_index == 0 else []
-    if drawn:
-        trainer.create_model_card()  # which shows the diagram
-    say(f"Saved to {config.output_dir}: the {'model' if config.full_finetuning else 'adapter'} and its card README.md")
-    for path in drawn:
+            say(f"{name:12}{describe_accuracy(metrics, prefix)}, log-loss {metrics[prefix + 'log_loss']:.3f}")
+    for path in finish(trainer, plots.plots, _judged_pairs(trainer, validation)):
         say(f"Drawn to {path}")
     say(f'Next: bt-hf score {config.output_dir} --prompt "..." IMAGES')
 
 
-def draw(trainer: BradleyTerryTrainer, validation: CrossValidation | None) -> list[Path]:
-    """Draw the training curve and the reliability diagram into the trainer's folder, where there is something to draw.
+def _cross_validate(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    pairs: Dataset | IterableDataset,
+    config: BradleyTerryConfig,
+    folds: int,
+    say: Callable[..., None],
+) -> CrossValidation | None:
+    """Cross-validate and print the verdict, or why there is none."""
+    if not folds:
+        return None
+    reason = _reason_against_folds(model, pairs)
+    if reason is not None:
+        say(f"No cross-validation: {reason}.")
+        return None
+    validation = cross_validate(model, pairs, config, folds=folds, processing_class=processor, seed=config.seed)
+    say(validation)
+    return validation
 
-    The diagram is of the held-out pairs if there are some, else of the cross-validation: training pairs would flatter.
 
-    Returns:
-        The pictures. None if Matplotlib is not installed.
-    """
-    judged = getattr(trainer, "last_evaluation", None)
-    if judged is None and validation is not None:
-        judged = {name: getattr(validation, name) for name in ("margins", "base_margins", "preference")}
-    return draw_plots(Path(trainer.args.output_dir), trainer.state.log_history, judged)
-
-
-def _no_cross_validation(model: nn.Module, pairs: Any) -> str | None:
-    """Why these pairs can't be cross-validated, if they can't."""
+def _reason_against_folds(model: nn.Module, pairs: Dataset | IterableDataset) -> str | None:
+    """Return the reason that these pairs can't be cross-validated, or `None` if they can."""
     if isinstance(model, PeftModel):
         return "the model has an adapter already, which may have seen these pairs"
     if isinstance(pairs, IterableDataset):
@@ -177,3 +136,14 @@ def _no_cross_validation(model: nn.Module, pairs: Any) -> str | None:
     if len(set(pairs["prompt"])) < 2:
         return "all pairs have the same prompt, and it may not be trained on and tested on"
     return None
+
+
+def _judged_pairs(trainer: BradleyTerryTrainer, validation: CrossValidation | None) -> dict[str, np.ndarray] | None:
+    """Return margins and labels for the reliability diagram.
+
+    They are of the held-out pairs if there are some, else of the cross-validation: training pairs would flatter.
+    """
+    judged = getattr(trainer, "last_evaluation", None)
+    if judged is None and validation is not None:
+        return {name: getattr(validation, name) for name in ("margins", "base_margins", "preference")}
+    return judged

@@ -1,13 +1,15 @@
 """`bt-hf score`: score images with a reward, and rank them."""
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from bt_hf.cli import Parser
+from bt_hf.cli.options import PositiveInt, parse_options
 
 IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_DESCRIPTION = "Score images with a reward for a prompt, best first."
 _EPILOG = """examples:
   bt-hf score my-taste --prompt "a red apple" photos/ --top_k 10
   bt-hf score my-taste --prompt "a red apple" first.png second.png --compare
@@ -17,32 +19,52 @@ A reward means nothing alone: P(a is preferred to b) = sigmoid(reward of a - rew
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of `bt-hf score`."""
-    parser = Parser(
-        prog="bt-hf score",
-        description="Score images with a reward for a prompt, best first.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass
+class ScoreOptions:
+    """Options of `bt-hf score`."""
+
+    model: str = field(
+        metadata={
+            "positional": True,
+            "metavar": "ADAPTER_OR_MODEL",
+            "help": "Hub id or folder of a reward adapter or of a plain dual encoder.",
+        }
     )
-    add = parser.add_argument
-    add("model", metavar="ADAPTER_OR_MODEL", help="Hub id or folder of a reward adapter or of a plain dual encoder")
-    add("images", metavar="IMAGE", nargs="+", help="image files, or folders that are searched with all below them")
-    add("--prompt", required=True, help="what was asked for")
-    add("--base_model", "--base-model", help="base of the adapter, if another than the one that it names")
-    add("--revision", help="git revision of the adapter or the model on the Hub")
-    add("--top_k", "--top-k", type=_positive, metavar="N", help="show the best N only")
-    add("--compare", action="store_true", help="for exactly two images: the probability that the first is preferred")
-    add("--format", choices=("table", "jsonl"), default="table", help="jsonl: one JSON object a line; default: table")
-    add("--batch_size", "--batch-size", type=_positive, default=32, metavar="N", help="images at a time; default: 32")
-    add("--device", help='such as "cpu" or "cuda:1"; default: a GPU if there is one')
-    options = parser.parse_intermixed_args(argv)
-    if options.compare and options.top_k is not None:
-        parser.error("--compare and --top_k exclude each other")
-    return options
+    images: list[str] = field(
+        metadata={
+            "positional": True,
+            "metavar": "IMAGE",
+            "help": "Image files, or folders that are searched with all below them.",
+        }
+    )
+    prompt: str = field(metadata={"help": "Prompt that the images are judged for."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Base of the adapter, if another than the one that it names."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Git revision of the adapter or model on the Hub."})
+    top_k: PositiveInt | None = field(default=None, metadata={"metavar": "N", "help": "Show the best N only."})
+    compare: bool = field(
+        default=False, metadata={"help": "For exactly two images: the probability that the first is preferred."}
+    )
+    format: Literal["table", "jsonl"] = field(
+        default="table", metadata={"help": "A table, or one JSON object a line."}
+    )
+    batch_size: PositiveInt = field(default=PositiveInt(32), metadata={"metavar": "N", "help": "Images at a time."})
+    device: str | None = field(
+        default=None, metadata={"help": 'Device such as "cpu" or "cuda:1"; default: a GPU if there is one.'}
+    )
+
+    def __post_init__(self) -> None:
+        if self.compare and self.top_k is not None:
+            raise ValueError("--compare and --top_k exclude each other")
 
 
-def run(options: argparse.Namespace) -> None:
+def parse(argv: Sequence[str]) -> ScoreOptions:
+    """Parse the options of `bt-hf score`."""
+    return parse_options("score", ScoreOptions, argv, _DESCRIPTION, _EPILOG)
+
+
+def run(options: ScoreOptions) -> None:
     """Score, and print the ranking or the probability."""
     paths = find_images(options.images)
     if options.compare and len(paths) != 2:
@@ -56,13 +78,19 @@ def run(options: argparse.Namespace) -> None:
     scorer.batch_size = options.batch_size
     if options.compare:
         first, second = map(str, paths)
-        probability = scorer.compare(options.prompt, first, second)
-        if options.format == "table":
-            print(f"{probability:.3f}  probability that {first} is preferred to {second}")
-        else:
-            _print_json(prompt=options.prompt, image_a=first, image_b=second, probability=probability)
-        return
-    ranking = scorer.rank(options.prompt, paths, top_k=options.top_k)
+        _print_comparison(options, first, second, scorer.compare(options.prompt, first, second))
+    else:
+        _print_ranking(options, paths, scorer.rank(options.prompt, paths, top_k=options.top_k))
+
+
+def _print_comparison(options: ScoreOptions, first: str, second: str, probability: float) -> None:
+    if options.format == "table":
+        print(f"{probability:.3f}  probability that {first} is preferred to {second}")
+    else:
+        _print_json(prompt=options.prompt, image_a=first, image_b=second, probability=probability)
+
+
+def _print_ranking(options: ScoreOptions, paths: Sequence[Path], ranking: Iterable[tuple[int, float]]) -> None:
     if options.format == "table":
         print(f"{'rank':>4}  {'reward':>9}  image")
     for place, (index, reward) in enumerate(ranking, start=1):
@@ -73,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def find_images(names: Iterable[str]) -> list[Path]:
-    """The files that are named, and all images in the folders that are, each once, in a stable order.
+    """Find the named files and all images in the named folders, each once, in a stable order.
 
     Raises:
         FileNotFoundError: There is no such file or folder, or no image in a folder.
@@ -90,12 +118,6 @@ def find_images(names: Iterable[str]) -> list[Path]:
         else:
             raise FileNotFoundError(f"no such image file or folder: '{path}'")
     return list(dict.fromkeys(paths))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, but got {text!r}")
-    return int(text)
 
 
 def _print_json(**values: object) -> None:

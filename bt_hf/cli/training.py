@@ -1,26 +1,28 @@
-"""What the commands that train share: data, options from dataclasses and YAML, a short help, plots."""
+"""Shared parts of the commands that train: data, options from dataclasses and YAML, a short help, the last steps."""
 
 import argparse
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
-from trl import TrlParser
 
 from bt_hf import plots
-from bt_hf.cli import refuse
+from bt_hf.cli.options import OptionParser
 from bt_hf.data.pairs import load_preference_pairs
-from bt_hf.training.config import PreferenceConfig
+from bt_hf.training.trainer import PreferenceTrainer
 
-# Of the many TrainingArguments, those that `--help` shows; `--help_all` shows all.
+# The few TrainingArguments that `--help` shows; `--help_all` shows all.
 _SHOWN = {"bf16", "eval_strategy", "hub_model_id", "max_steps", "output_dir", "push_to_hub", "report_to", "seed"}
 
 
 @dataclass
 class DataArguments:
-    """What to train on what; how, is in the trainer's own options."""
+    """Model and pairs; the trainer's own options say how to train."""
 
     model: str = field(metadata={"help": "Hub id or folder of the model."})
     dataset: str = field(
@@ -41,31 +43,30 @@ class DataArguments:
         },
     )
 
-    def load_pairs(self) -> tuple[Any, Any]:
-        """Training pairs, and held-out ones or `None`."""
+    def load_pairs(self) -> tuple[Dataset | IterableDataset, Dataset | None]:
+        """Load training pairs, and held-out ones or `None`."""
         return self.load_training_pairs(), self.load_held_out_pairs()
 
-    def load_training_pairs(self) -> Any:
+    def load_training_pairs(self) -> Dataset | IterableDataset:
+        """Load the pairs to train on, as a stream if asked for."""
         return load_preference_pairs(self.dataset, self.split, self.streaming, self.on_bad_rows)
 
-    def load_held_out_pairs(self) -> Any:
+    def load_held_out_pairs(self) -> Dataset | None:
+        """Load the pairs to evaluate on, or return `None` if none are named."""
         if self.eval_dataset is None and self.eval_split is None:
             return None
         held_out = self.eval_dataset or self.dataset
         return load_preference_pairs(held_out, self.eval_split, on_bad_rows=self.on_bad_rows)
 
 
-class _Parser(TrlParser):
-    """Dataclass options and YAML, and errors of one line."""
+@dataclass
+class PlotArguments:
+    """Pictures beside the adapter."""
 
-    def error(self, message: str) -> NoReturn:
-        refuse(self, message)
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        # "(default: None)" says nothing.
-        return action.help if action.default is None else super()._get_help_string(action)
+    plots: bool = field(
+        default=True,
+        metadata={"help": "Draw the training curve, and of a reward the reliability diagram, if Matplotlib is there."},
+    )
 
 
 def parse_training(
@@ -76,49 +77,85 @@ def parse_training(
     epilog: str,
     output_dir: str,
 ) -> tuple[Any, ...]:
-    """The options of a command that trains, from the command line over those of `--config` over the defaults.
+    """Parse the arguments of a command that trains, over those of `--config`, over the defaults.
 
     Args:
         command: Its name, as in `bt-hf COMMAND`.
         argv: Its arguments.
-        parts: Dataclasses of its options, the trainer's own last. `--help` shows all fields but those that the last
-            one inherits, of which it shows a few.
-        description: What the help says first.
-        epilog: What it says last.
+        parts: Dataclasses of its options, the trainer's own last. `--help` shows all fields of ours, and a few of
+            those that `TrainingArguments` add.
+        description: First part of the help.
+        epilog: Last part of the help.
         output_dir: Default of the option.
 
     Returns:
         An instance of each of `parts`.
     """
-    parser = _Parser(
+    parser = OptionParser(
         parts,
-        prog=f"bt-hf {command}",
+        command,
+        description,
+        epilog,
         usage=f"bt-hf {command} --model MODEL --dataset PAIRS [--output_dir FOLDER] [--config FILE.yaml] [OPTION ...]",
-        description=description,
-        epilog=epilog,
-        formatter_class=_Help,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Options in YAML; the command line wins over them.")
     parser.add_argument("--help_all", "--help-all", action="help", help="Show all options of the training, too.")
     parser.set_defaults(output_dir=output_dir)
     if not {"--help_all", "--help-all"} & set(argv):
-        *own, config = parts
-        shown = _SHOWN | {item.name for part in own for item in fields(part)}
-        shown |= {name for part in (config, PreferenceConfig) for name in part.__annotations__}
+        shown = _SHOWN | {"config", "help", "help_all"} | own_options(parts)
         for action in parser._actions:
-            if action.dest not in shown | {"config", "help", "help_all"}:
+            if action.dest not in shown:
                 action.help = argparse.SUPPRESS
     # TRL looks for `--config` and its value as two arguments.
     words = [word for argument in argv for word in _split_config(argument)]
     if words[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
-    return tuple(parser.parse_args_and_config(words)[: len(parts)])
+    *found, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
+    parser.refuse_unknown(unknown)
+    return tuple(found[: len(parts)])
+
+
+def own_options(parts: Sequence[type]) -> set[str]:
+    """Return the fields that these dataclasses define or redefine, without those of `TrainingArguments` alone."""
+    classes = {cls for part in parts for cls in part.__mro__} - set(TrainingArguments.__mro__)
+    return {name for cls in classes for name in inspect.get_annotations(cls)}
 
 
 def speaker(config: TrainingArguments) -> Callable[..., None]:
-    """`print`, on one of the processes in which `accelerate launch` runs a command; the others say nothing."""
+    """Return `print` on one of the processes that `accelerate launch` started, and silence on the others."""
     return print if config.process_index == 0 else _say_nothing
+
+
+def describe_accuracy(metrics: Mapping[str, float], prefix: str = "eval_", name: str = "accuracy") -> str:
+    """Return the accuracy of held-out pairs with its interval, or the reason that there is none."""
+    accuracy, low, high = (metrics[f"{prefix}{key}"] for key in ("accuracy", "accuracy_low", "accuracy_high"))
+    if math.isnan(accuracy):
+        return f"no {name}, as all are ties"
+    return f"{name} {accuracy:.3f} ({low:.3f} to {high:.3f})"
+
+
+def save(trainer: PreferenceTrainer) -> None:
+    """Save the adapter before anything else may fail; `finish` publishes it, with the figures on its card."""
+    trainer.save_model(trainer.args.output_dir, _internal_call=True)
+
+
+def finish(trainer: PreferenceTrainer, draw: bool, judged: Mapping[str, Any] | None = None) -> list[Path]:
+    """Draw plots, renew the card with pictures and figures, and publish if `push_to_hub` says so.
+
+    Args:
+        trainer: Trained, evaluated and saved.
+        draw: Draw plots.
+        judged: As in `draw_plots`.
+
+    Returns:
+        The pictures that were drawn.
+    """
+    folder = Path(trainer.args.output_dir)
+    drawn = draw_plots(folder, trainer.state.log_history, judged) if draw and trainer.args.process_index == 0 else []
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return drawn
 
 
 def draw_plots(
@@ -127,9 +164,9 @@ def draw_plots(
     """Draw the training curve and the reliability diagram into `folder`, where there is something to draw.
 
     Args:
-        folder: Where the pictures go.
+        folder: Folder of the pictures.
         log_history: `trainer.state.log_history`.
-        judged: `margins`, `preference` and perhaps `base_margins` of the pairs that the diagram is of.
+        judged: `margins`, `preference` and perhaps `base_margins` of the pairs in the diagram.
 
     Returns:
         The pictures. None if Matplotlib is not installed.
@@ -143,7 +180,7 @@ def draw_plots(
             plots.plot_reliability(**judged, path=folder / "reliability.png")
             drawn.append(folder / "reliability.png")
     except ImportError:
-        print('No plots without Matplotlib: pip install "bt-hf[plots]"')
+        print("No plots without Matplotlib: pip install matplotlib")
     return drawn
 
 

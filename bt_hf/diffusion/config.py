@@ -84,7 +84,6 @@ class PreferenceLoRAConfig(PreferenceConfig):
         default=8,
         metadata={"help": "Draws of noise and timestep for each held-out pair, the same at every evaluation."},
     )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the default LoRA; its alpha equals it."})
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
     )
@@ -127,7 +126,7 @@ class PreferenceLoRAConfig(PreferenceConfig):
         super().__post_init__()
         if self.beta not in ("auto", "family"):
             self.beta = _positive("beta", self.beta, ", 'auto' or 'family'")
-        counts = ("noise_draws", "eval_draws", "lora_rank", "validation_images", "resolution")
+        counts = ("noise_draws", "eval_draws", "validation_images", "resolution")
         for name in (*counts, "snr_gamma", "desirable_weight", "undesirable_weight"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))

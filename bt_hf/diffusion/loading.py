@@ -13,6 +13,7 @@ from bt_hf.data.checks import warn_of_truncation
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, check_adapter, find_family
 from bt_hf.hub.contract import find_adapter_config
+from bt_hf.training.lora_options import check_adapter_options
 
 
 def load_pipeline(model: Any) -> tuple[Any, Family, str | None]:
@@ -74,23 +75,20 @@ def from_pretrained(name_or_path: str) -> Any:
 def add_adapter(
     pipeline: Any, family: Family, peft_config: LoraConfig | None, args: PreferenceLoRAConfig, base: str | None
 ) -> PeftModel:
-    """The pipeline's denoiser with a fresh LoRA, or with the one that it has; all else is frozen.
+    """Put a fresh LoRA on the pipeline's denoiser, unless it has one, and freeze all else.
 
     The layers are put into the pipeline's own denoiser, so that the pipeline draws with them.
 
     Raises:
-        ValueError: `peft_config` is no LoRA that diffusers can load, or the denoiser has an adapter already.
+        ValueError: diffusers can't load an adapter of this `peft_config`, the denoiser has a LoRA loaded already, or
+            an option would have no effect (see `check_adapter_options`).
     """
     for component in pipeline.components.values():
         if isinstance(component, nn.Module) and not isinstance(component, PeftModel):
             component.requires_grad_(False).eval()
     denoiser = getattr(pipeline, family.denoiser)
+    check_adapter_options(denoiser, args, peft_config)
     if isinstance(denoiser, PeftModel):
-        if peft_config is not None:
-            raise ValueError(
-                "`model` already has an adapter, so training goes on from it: leave out `peft_config`, or merge the "
-                "adapter first (`model.merge_and_unload()`)."
-            )
         setattr(pipeline, family.denoiser, denoiser.get_base_model())
         model = denoiser
     else:
@@ -99,9 +97,7 @@ def add_adapter(
                 "`model` has a LoRA loaded already, which switching off ours would switch off as well: fuse it "
                 "(`pipeline.fuse_lora(); pipeline.unload_lora_weights()`), or pass its folder to train on from it."
             )
-        config = peft_config or LoraConfig(
-            r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=family.target_modules
-        )
+        config = peft_config or args.lora_config(args.lora_target_modules or family.target_modules)
         check_adapter(config)
         model = get_peft_model(denoiser, config)
     model.peft_config[model.active_adapter].base_model_name_or_path = base

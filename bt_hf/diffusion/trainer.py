@@ -55,7 +55,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         train_dataset: Pairs in the row contract, as `load_preference_pairs` gives them, or with `loss_type="kto"`
             unpaired rows. A `Dataset`, or a stream, which is encoded at every step.
         eval_dataset: Held-out pairs, or a dict of several.
-        peft_config: Any `LoraConfig`; default: the family's layers with `args.lora_rank`.
+        peft_config: Any `LoraConfig`; default: a LoRA on the family's layers, see `LoraOptions`.
         compute_metrics: Further metrics of `EvalPrediction(predictions=(margins, winner_errors, loser_errors,
             winner_errors_base, loser_errors_base), label_ids=(preference, weight))`, each (N,).
         callbacks: As in `Trainer`.

@@ -132,7 +132,7 @@ def cross_validate(
     pairs: Any = dataset
     if args.cache_features:
         # The adapter decides which layers are frozen, so one is put on while the cache is built.
-        adapted = base if args.full_finetuning else add_adapter(base, peft_config)
+        adapted = base if args.full_finetuning else add_adapter(base, peft_config, args)
         adapted.to(args.device)
         cache = FeatureCache(adapted, PreferenceCollator(processor), max_bytes=args.cache_max_gb * 1e9)
         pairs = (cache.add(dataset) if cache.useful else None) or dataset

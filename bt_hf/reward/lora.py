@@ -1,10 +1,12 @@
-"""LoRA defaults for each family of models."""
+"""Default LoRA layers of each family of dual encoders."""
 
 import re
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+
+from bt_hf.training.lora_options import LoraOptions
 
 # The last linear layer of each tower, by family: a small change there moves the embedding directly, everything below
 # stays frozen and is computed once (see `reward/cache.py`).
@@ -16,29 +18,39 @@ OUTPUT_LAYERS = (
 )
 
 
-def default_lora_config(model: nn.Module, rank: int = 8) -> LoraConfig:
-    """A LoRA on the last linear layer of both towers of a dual encoder.
-
-    Args:
-        model: The dual encoder.
-        rank: Rank of the update; alpha equals it, so that the update is not rescaled.
+def default_target_modules(model: nn.Module) -> str:
+    """Return a pattern of the last linear layer of both towers of a dual encoder.
 
     Raises:
-        ValueError: The family is unknown; pass a `peft_config` that names the target modules.
+        ValueError: The family is unknown; name the layers in `lora_target_modules` or in a `peft_config`.
     """
     modules = dict(model.named_modules())
     for names in OUTPUT_LAYERS:
         if all(isinstance(modules.get(name), nn.Linear) for name in names):
-            pattern = "|".join(re.escape(name) for name in names)
-            return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=rf"^({pattern})$")
+            return rf"^({'|'.join(re.escape(name) for name in names)})$"
     raise ValueError(
-        f"There is no LoRA default for {type(model).__name__}: pass `peft_config=LoraConfig(target_modules=[...])`."
+        f"There is no LoRA default for {type(model).__name__}: pass `peft_config=LoraConfig(target_modules=[...])` or "
+        "`lora_target_modules=[...]`."
     )
 
 
-def add_adapter(model: nn.Module, config: PeftConfig | None) -> PeftModel:
-    """Wrap a dual encoder with a fresh adapter; `logit_scale` and all base weights are frozen."""
-    return get_peft_model(model, config or default_lora_config(model))
+def add_adapter(
+    model: nn.Module, peft_config: PeftConfig | None = None, options: LoraOptions | None = None
+) -> PeftModel:
+    """Wrap a dual encoder with a fresh adapter; `logit_scale` and all base weights are frozen.
+
+    Args:
+        model: The dual encoder.
+        peft_config: The adapter; default: a LoRA as `options` describe it.
+        options: Rank, alpha, dropout and layers of that LoRA; default `LoraOptions()`.
+
+    Raises:
+        ValueError: There are no default layers for this family.
+    """
+    if peft_config is None:
+        options = options or LoraOptions()
+        peft_config = options.lora_config(options.lora_target_modules or default_target_modules(model))
+    return get_peft_model(model, peft_config)
 
 
 def constant_direction(features: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:

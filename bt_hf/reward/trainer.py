@@ -26,6 +26,7 @@ from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
+from bt_hf.training.lora_options import check_adapter_options
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.sharding import make_shardable
 from bt_hf.training.trainer import Metrics, PreferenceTrainer, check_datasets, map_eval_datasets
@@ -48,7 +49,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         eval_dataset: Held-out pairs, or a dict of several.
         processing_class: Processor of the model; default: the one saved beside it.
         data_collator: Default `PreferenceCollator(processing_class)`. One of your own turns the cache off.
-        peft_config: Any PEFT config; default `lora.default_lora_config`.
+        peft_config: Any PEFT config; default: a LoRA on the last layer of both towers, see `LoraOptions`.
         compute_metrics: Further metrics of `EvalPrediction(predictions=(margins, base_margins), label_ids=(preference,
             weight))`, added to the default ones.
         callbacks: As in `Trainer`.
@@ -87,7 +88,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         args = args or BradleyTerryConfig("reward-adapter")
         prepare_run(args)
         source = model
-        model, self._fresh_adapter = _adapt(model, args.full_finetuning, peft_config)
+        model, self._fresh_adapter = _adapt(model, args, peft_config)
         processing_class = processing_class or encoders.find_processor(source, model)
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
         self.reference = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
@@ -297,22 +298,18 @@ class BradleyTerryTrainer(PreferenceTrainer):
         write_reward_card(folder, reward_facts(self, self.args, self.verdict))
 
 
-def _adapt(model: Any, full_finetuning: bool, peft_config: PeftConfig | None) -> tuple[nn.Module, bool]:
-    """Load `model` and put an adapter on it. Return it, and True if the adapter is a fresh one."""
+def _adapt(
+    model: str | Path | nn.Module, args: BradleyTerryConfig, peft_config: PeftConfig | None
+) -> tuple[nn.Module, bool]:
+    """Load `model` and put an adapter on it. Return the model, and True if the adapter is a fresh one."""
     if not isinstance(model, nn.Module):
         model = encoders.load_dual_encoder(model, is_trainable=True)
     encoders.check_dual_encoder(model)
+    check_adapter_options(model, args, peft_config, args.full_finetuning)
     if isinstance(model, PeftModel):
-        if full_finetuning or peft_config is not None:
-            raise ValueError(
-                "`model` already has an adapter, so training goes on from it: leave out `full_finetuning` and "
-                "`peft_config`, or merge the adapter first (`model.merge_and_unload()`)."
-            )
         return model, False
-    if full_finetuning:
-        if peft_config is not None:
-            raise ValueError("`full_finetuning` and `peft_config` exclude each other: leave one of them out.")
+    if args.full_finetuning:
         # r = s cos(...) with a trained s would only change how sure the model is; the folder contract freezes it.
-        model.logit_scale.requires_grad_(False)
+        model.get_parameter("logit_scale").requires_grad_(False)
         return model, False
-    return add_adapter(model, peft_config), True
+    return add_adapter(model, peft_config, args), True

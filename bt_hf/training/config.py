@@ -7,10 +7,12 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
+from bt_hf.training.lora_options import LoraOptions
+
 
 @dataclass
-class PreferenceConfig(TrainingArguments):
-    """`transformers.TrainingArguments` for preference pairs. Subclasses add what they train with."""
+class PreferenceConfig(LoraOptions, TrainingArguments):
+    """`transformers.TrainingArguments` with the LoRA and other options that both trainers take."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     remove_unused_columns: bool = field(

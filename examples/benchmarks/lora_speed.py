@@ -149,7 +149,7 @@ def rank(model: Path, scratch: Path, args: argparse.Namespace) -> None:
     data = preference_pairs("fluent", 4 * PAIRS)
     turns = {}
     for value in (4, 8, 32, 128):
-        turns[f"rank {value}"] = train(model, data, scratch, **options(bf16=True, lora_rank=value))
+        turns[f"rank {value}"] = train(model, data, scratch, **options(bf16=True, lora_r=value))
     report(timing.compare(turns, args.rounds), PAIRS, "rank 8")
 
 

@@ -62,7 +62,7 @@ def train(model: Path, pairs: Dataset, scratch: Path, **options) -> timing.Train
         "max_steps": STEPS,
         "learning_rate": RATE,
         "beta": BETA,
-        "lora_rank": RANK,
+        "lora_r": RANK,
         "cache_dir": str(scratch / "cache"),
         "save_strategy": "no",
         "report_to": "none",

@@ -80,5 +80,5 @@ def test_errors_are_one_line(hub: Hub, place: Path, capsys: pytest.CaptureFixtur
 
 
 def test_visibility_is_the_repos_own_unless_said() -> None:
-    said = [parse(["folder", "me/x", *extra]).private for extra in ([], ["--public"], ["--private"])]
+    said = [parse(["folder", "me/x", *extra]).private_repo for extra in ([], ["--public"], ["--private"])]
     assert said == [None, False, True]

@@ -44,7 +44,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     config = folder / "taste.yaml"
     config.write_text(
         f"model: {model}\ndataset: {pairs}\neval_dataset: {held_out}\noutput_dir: nowhere\ncache_dir: {folder}/cache\n"
-        "learning_rate: 1e-2\nlora_rank: 2\nvalidation_prompts: [a red apple, dog]\nvalidation_images: 1\n"
+        "learning_rate: 1e-2\nlora_r: 2\nvalidation_prompts: [a red apple, dog]\nvalidation_images: 1\n"
         "validation_inference_steps: 2\n"
     )
     printed: list[str] = []
@@ -145,7 +145,7 @@ def test_bad_inputs_are_one_line(workplace: Workplace, tmp_path: Path, capsys) -
     assert "nowhere" in error("--model", workplace.model, "--dataset", tmp_path / "nowhere")
     assert "overwrite_output_dir" in error(*both, "--output_dir", workplace.lora)
     adapter = ["--model", workplace.lora, "--dataset", workplace.pairs, "--output_dir", tmp_path]
-    assert "leave out --lora_alpha" in error(*adapter, "--lora_alpha", "2")
+    assert "leave out `lora_alpha`" in error(*adapter, "--lora_alpha", "2")
     assert "multiple of 8" in error(*both, "--resolution", "30", "--output_dir", tmp_path)
 
 
@@ -157,9 +157,9 @@ def test_help_teaches(capsys) -> None:
     assert all(option in text for option in ("--model", "--beta", "--noise_draws", "--lora_alpha", "--config"))
     assert main(["lora", "--help_all"]) == 0
     assert "--dataloader_num_workers" in capsys.readouterr().out
-    _, extra, config = parse(["--model", "m", "--dataset", "d"])
+    config = parse(["--model", "m", "--dataset", "d"])[2]
     assert (config.output_dir, config.beta) == ("preference-lora", "auto")
-    assert extra.peft_config("m", 4) is None
+    assert config.given_lora_options() == []
     assert parse(["--model", "m", "--dataset", "d", "--beta", "family"])[2].beta == "family"
 
 

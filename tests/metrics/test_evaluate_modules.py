@@ -23,7 +23,8 @@ def load(name, tmp_path):
 
 
 def test_every_module_is_tested():
-    assert {path.name for path in MODULES.iterdir() if path.is_dir()} == set(KEYS)
+    files = {path for path in MODULES.rglob("*.py") if path.parent != MODULES}
+    assert files == {MODULES / name / f"{name}.py" for name in KEYS}
 
 
 @pytest.mark.parametrize("name", sorted(KEYS))
@@ -60,4 +61,5 @@ def test_texts_are_filled_in(tmp_path):
     metric = load("preference_log_loss", tmp_path)
     assert "log-loss" in metric.description
     assert "predictions" in metric.inputs_description
+    assert "`log_loss`, `brier_score`: float." in metric.inputs_description
     assert "Bradley" in metric.citation

@@ -6,7 +6,8 @@ from peft import IA3Config
 from torch import nn
 
 from bt_hf.reward.collator import PreferenceCollator
-from bt_hf.reward.lora import add_adapter, constant_direction, default_lora_config
+from bt_hf.reward.lora import add_adapter, constant_direction, default_target_modules
+from bt_hf.training.lora_options import LoraOptions
 from tiny_models import FAMILIES, build, red_pairs
 
 LAST_LAYERS = {
@@ -49,13 +50,20 @@ def test_fresh_adapter_changes_nothing_and_those_layers_reach_the_embedding(fami
 
 
 def test_rank_and_scale() -> None:
-    config = default_lora_config(build()[0], rank=4)
+    config = add_adapter(build()[0], None, LoraOptions(lora_r=4)).peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 4, 0.0)
 
 
 def test_config_of_the_user_is_used() -> None:
     model = add_adapter(build()[0], IA3Config(target_modules=["visual_projection"], feedforward_modules=[]))
     assert trained(model) == {"base_model.model.visual_projection.ia3_l.default"}
+
+
+def test_options() -> None:
+    options = LoraOptions(lora_alpha=3, lora_dropout=0.5, lora_target_modules=["q_proj", "v_proj"])
+    config = add_adapter(build()[0], None, options).peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 3, 0.5)
+    assert config.target_modules == {"q_proj", "v_proj"}
 
 
 def test_unknown_family() -> None:
@@ -65,7 +73,7 @@ def test_unknown_family() -> None:
             self.text_projection = nn.Linear(2, 2)  # but no visual one
 
     with pytest.raises(ValueError, match=r"no LoRA default for Odd: pass `peft_config=LoraConfig"):
-        default_lora_config(Odd())
+        default_target_modules(Odd())
 
 
 def test_constant_direction_is_exact_behind_a_layer_norm() -> None:

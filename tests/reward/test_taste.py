@@ -9,8 +9,9 @@ from scipy.special import expit, log_softmax
 from torch.nn.functional import normalize
 
 from bt_hf.reward import encoders, taste
-from bt_hf.reward.lora import add_adapter, default_lora_config
+from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.taste import fit_shift, text_lora, vocabulary_texts, write_shift
+from bt_hf.training.lora_options import LoraOptions
 from tiny_models import build
 
 
@@ -94,9 +95,7 @@ def test_written_shift_is_constant_on_unseen_texts(family: str, alpha: int) -> N
     """The embedding before normalisation moves by (its mean length) * delta, whatever the text is."""
     base, processor = build(family)
     give_bias(base)
-    config = default_lora_config(base)
-    config.lora_alpha = alpha
-    model = add_adapter(base, config)
+    model = add_adapter(base, None, LoraOptions(lora_alpha=alpha))
     layer = text_lora(model)
     delta = torch.randn(layer.lora_B["default"].weight.shape[0]).double()
     features, unshifted = projection(model, layer, processor, vocabulary_texts(processor.tokenizer))

@@ -1,65 +1,19 @@
-"""Preference log loss as a metric for the `evaluate` library; the mathematics is in `bt_hf.metrics`."""
+"""Preference log-loss for the `evaluate` library."""
 
-# The loader of `evaluate` finds the imports with a regular expression: keep one a line.
-import datasets
-import evaluate
-
-from bt_hf.metrics import preference_metrics
-
-_DESCRIPTION = """
-Bradley-Terry log-loss in nats, the cross-entropy of sigmoid(margin) against the preference (0.693 knows nothing),
-and the Brier score, its squared counterpart (0.25 knows nothing).
-"""
-
-_INPUTS = """
-Args:
-    predictions: Margins, `reward(chosen) - reward(rejected)`, one per pair.
-    references: Preferences in [0, 1], one per pair: 1.0 the chosen image wins, 0.0 the other one, 0.5 a tie.
-    sample_weight: Optional weights, one per pair. Default 1.0 each.
-
-Returns:
-    `log_loss`, `brier_score`: float.
-
-Example:
-    >>> metric = evaluate.load("bt_hf/evaluate_modules/preference_log_loss")
-    >>> round(metric.compute(predictions=[0.0, 0.0], references=[1.0, 0.0])["log_loss"], 3)
-    0.693
-"""
-
-_CITATION = """
-@article{bradley1952rank,
-  title   = {Rank Analysis of Incomplete Block Designs: I. The Method of Paired Comparisons},
-  author  = {Bradley, Ralph Allan and Terry, Milton E.},
-  journal = {Biometrika},
-  volume  = {39},
-  pages   = {324--345},
-  year    = {1952},
-  doi     = {10.2307/2334029},
-}
-"""
+from bt_hf.evaluate_modules import base
 
 
-class PreferenceLogLoss(evaluate.Metric):
-    """Preference log loss; its `description` and `inputs_description` explain it."""
+class PreferenceLogLoss(base.PreferenceMetric):
+    """Bradley-Terry log-loss in nats and the Brier score, its squared counterpart.
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("float32"), "references": datasets.Value("float32")}
-            ),
-        )
+    The log-loss is the cross-entropy of sigmoid(margin) against the preference; a model that knows nothing has a
+    log-loss of 0.693 and a Brier score of 0.25.
 
-    def _compute(
-        self, predictions: list[float], references: list[float], sample_weight: list[float] | None = None
-    ) -> dict[str, float]:
-        metrics = preference_metrics(predictions, references, sample_weight)
-        return {
-            name: metrics[name]
-            for name in (
-                "log_loss",
-                "brier_score",
-            )
-        }
+    Example:
+        >>> import evaluate
+        >>> metric = evaluate.load("bt_hf/evaluate_modules/preference_log_loss")
+        >>> round(metric.compute(predictions=[0.0, 0.0], references=[1.0, 0.0])["log_loss"], 3)
+        0.693
+    """
+
+    keys = ("log_loss", "brier_score")

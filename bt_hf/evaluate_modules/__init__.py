@@ -1,0 +1,1 @@
+"""Metrics for the `evaluate` library, one folder a metric, as its loader wants them."""
