@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from trl import unpair_preference_dataset
 from bt_hf.cli.training import DataArguments, draw_plots, parse_training, speaker
 from bt_hf.data.reading import features_of, read
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.families.base import FAMILIES
+from bt_hf.diffusion.families.base import family_class
 from bt_hf.diffusion.trainer import PreferenceLoRATrainer
 from bt_hf.diffusion.validation_images import SHEET
 from bt_hf.hub.contract import find_adapter_config
@@ -99,9 +98,9 @@ class CommandArguments:
                 f"{model!r} is a LoRA, which is trained on as it is: leave out --lora_alpha and --lora_target_modules."
             )
         if modules is None:
-            family = FAMILIES.get(DiffusionPipeline.load_config(model)["_class_name"])
-            # Of a class that is not among them, the trainer says what is wrong.
-            modules = import_module(f"bt_hf.diffusion.families.{family}").FAMILY.target_modules if family else None
+            family = family_class(DiffusionPipeline.load_config(model)["_class_name"])
+            # A class without a family is for the trainer to refuse.
+            modules = family.target_modules if family else None
         elif len(modules) == 1:  # may be a pattern, or "all-linear"
             modules = modules[0]
         return LoraConfig(r=rank, lora_alpha=self.lora_alpha or rank, target_modules=modules)

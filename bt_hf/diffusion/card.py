@@ -25,7 +25,7 @@ _METHODS = {
 _MARKUP, _ESCAPED = re.compile(r'([\\`*_~<>\[\]&$|"])'), r"\\\1"
 _OPTIONS = {
     "label smoothing": "label_smoothing",
-    "draws of noise for a pair": "noise_draws",
+    "draws of noise for a pair": "num_noise_samples",
     "weights of timesteps, Min-SNR gamma": "snr_gamma",
     "seed": "seed",
     "epochs": "num_train_epochs",

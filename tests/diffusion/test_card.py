@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
 from bt_hf.diffusion.card import write_lora_card
-from bt_hf.diffusion.families.base import find_family, save_lora
+from bt_hf.diffusion.families.base import find_family
 from bt_hf.hub.cards import template_folder
 from tiny_pipelines import build, save
 
@@ -62,7 +62,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, target_modules=family.target_modules)
         model = get_peft_model(pipeline.unet, config)
     model.save_pretrained(folder / "my-taste-lora")
-    save_lora(family, type(pipeline), model, folder / "my-taste-lora")
+    family.save_lora(model, folder / "my-taste-lora")
     Image.new("RGB", (8, 8)).save(folder / "my-taste-lora" / "before_after.png")
     write_lora_card(folder / "my-taste-lora", trainer_of(model, family, base_name=base, pipeline=pipeline))
     return folder

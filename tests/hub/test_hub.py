@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceScorer, pull_adapter, push_adapter
 from bt_hf.data.pairs import load_preference_pairs
 from bt_hf.diffusion.card import write_lora_card
-from bt_hf.diffusion.families.base import find_family, save_lora
+from bt_hf.diffusion.families.base import find_family
 from bt_hf.hub.card_sections import keep_owner_text, owner_text
 from bt_hf.hub.checks import CONTRACT
 from bt_hf.reward.card import write_reward_card
@@ -62,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = get_peft_model(pipeline.unet, config)
     model.peft_config["default"].base_model_name_or_path = str(folder / "tiny-sd")
     model.save_pretrained(folder / "my-taste-lora", save_embedding_layers=False)
-    save_lora(family, type(pipeline), model, folder / "my-taste-lora")
+    family.save_lora(model, folder / "my-taste-lora")
     Image.new("RGB", (8, 8)).save(folder / "my-taste-lora" / "before_after.png")
     write_lora_card(folder / "my-taste-lora", object())
     return folder

@@ -1,4 +1,4 @@
-"""What each process of `test_lora_distributed.py` runs: train tiny preference LoRAs, and write down how it went."""
+"""Script of each process of `test_distributed.py`: train tiny preference LoRAs, and write down how it went."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from tiny_pipelines import SIZE, build
 ROWS = 7
 CASES = {
     "cached": {},
-    "draws": {"noise_draws": 2},
+    "samples": {"num_noise_samples": 2},
     "uncached": {"cache_latents": False},
     "kto": {"loss_type": "kto", "beta": 500},
 }
 
 
 def train(folder: Path, batch: int, case: str) -> dict:
-    """Train, evaluate and save; returns what should not depend on the number of processes."""
+    """Train, evaluate and save; return the facts that should not depend on the number of processes."""
     args = PreferenceLoRAConfig(
         str(folder),
         per_device_train_batch_size=batch,
@@ -35,7 +35,7 @@ def train(folder: Path, batch: int, case: str) -> dict:
         learning_rate=3e-4,
         warmup_steps=0,
         logging_steps=1,
-        eval_draws=2,
+        num_eval_noise_samples=2,
         resolution=SIZE[0],
         cache_dir=str(folder / "cache"),
         save_strategy="no",
@@ -62,7 +62,7 @@ def train(folder: Path, batch: int, case: str) -> dict:
     return {
         "world_size": trainer.accelerator.num_processes,
         "beta": trainer.beta,
-        # The first pair may be a tie, of which there is no accuracy.
+        # The first pair may be a tie, which has no accuracy.
         "steps": [{name: entry[name] for name in names if name in entry} for entry in logs],
         "metrics": {name: metrics[f"eval_{name}"] for name in measured},
     }

@@ -223,7 +223,7 @@ def make_flux(guidance_embeds: bool = True) -> DiffusionPipeline:
 
 
 def flux2_parts(text_width: int, guidance_embeds: bool) -> dict[str, Any]:
-    """What klein and dev have in common."""
+    """Components that klein and dev have in common."""
     autoencoder = vae(4, AutoencoderKLFlux2)
     autoencoder.bn.running_mean.normal_()
     autoencoder.bn.running_var.uniform_(0.5, 2.0)
@@ -350,5 +350,4 @@ def draw(pipeline: DiffusionPipeline, prompt: str | list[str] | None = "a red ap
 
 
 def encoder(sample: bool = False, name: str = "sd") -> PairEncoder:
-    pipeline = build(name)
-    return PairEncoder(find_family(pipeline), pipeline, DiffusionCollator(SIZE), sample, torch.device("cpu"))
+    return PairEncoder(find_family(build(name)), DiffusionCollator(SIZE), sample, torch.device("cpu"))
