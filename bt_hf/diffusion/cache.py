@@ -1,13 +1,12 @@
 """On-disk cache of latents and prompt embeddings, one entry per distinct image or prompt."""
 
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
 
 from bt_hf.data.cache import encode_once, read
-from bt_hf.diffusion.collator import batch_labels, hash_rows, image_columns
+from bt_hf.diffusion.collator import Batch, Row, batch_labels, hash_rows, image_columns
 from bt_hf.diffusion.encoder import PairEncoder
 
 
@@ -36,14 +35,14 @@ class CachedPairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Row:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: list[int]) -> list[Row]:
         columns = {**self.rows[indices], "index": indices}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-    def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    def collate(self, rows: list[Row]) -> Batch:
         """Collate rows as `PairEncoder.encode` does, with `reference` (B, samples, sides) if it is known."""
         columns = image_columns(list(rows[0]))
         images = read(self.images, [row[name] for name in columns for row in rows])
@@ -58,6 +57,7 @@ class CachedPairs(torch.utils.data.Dataset):
 
 
 Pairs: TypeAlias = Dataset | IterableDataset | CachedPairs
+Evaluated: TypeAlias = Pairs | dict[str, Pairs]
 
 
 def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, description: str) -> CachedPairs:
@@ -81,8 +81,8 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
 
 
 def cache_datasets(
-    train: Pairs | None, evaluation: Pairs | dict[str, Pairs] | None, encoder: PairEncoder, cache_dir: str | None
-) -> tuple[Pairs | None, Pairs | dict[str, Pairs] | None]:
+    train: Pairs | None, evaluation: Evaluated | None, encoder: PairEncoder, cache_dir: str | None
+) -> tuple[Pairs | None, Evaluated | None]:
     """Encode map-style datasets as `cache_pairs` does; others are left as they are, to be encoded at every step."""
 
     def encode(pairs: Any, name: str) -> Any:
@@ -94,7 +94,7 @@ def cache_datasets(
     return cached, encode(evaluation, "held-out pairs")
 
 
-def each_dataset(train: Pairs | None, evaluation: Pairs | dict[str, Pairs] | None) -> list[Pairs]:
+def each_dataset(train: Pairs | None, evaluation: Evaluated | None) -> list[Pairs]:
     """List the datasets of a training that are there."""
     sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
     return [pairs for pairs in sets if pairs is not None]

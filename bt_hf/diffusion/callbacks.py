@@ -181,6 +181,16 @@ class CollapseGuard(Guard):
         self.share = 0.5 * now / before
 
 
+def make_guards(args: TrainingArguments, held_out: bool) -> list[Guard]:
+    """Return the guards of a training; warn if it never evaluates the held-out pairs that it has."""
+    if held_out and args.eval_strategy == "no":
+        logger.warning(
+            "The held-out pairs are not looked at while training, so nothing stops at overfitting: pass "
+            "`eval_strategy='steps'` for that."
+        )
+    return [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()]
+
+
 def _first(metrics: dict[str, float] | None, name: str) -> float | None:
     """Return the metric of the first data set: `eval_accuracy` or `eval_<name>_accuracy`."""
     ending = f"_{name}"

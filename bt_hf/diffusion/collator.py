@@ -1,7 +1,7 @@
 """Collate rows of preference pairs into batches of pixels."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 from bt_hf.data.fingerprint import number_of
 from bt_hf.data.images import to_rgb
 
+Row: TypeAlias = Mapping[str, Any]
+Batch: TypeAlias = Mapping[str, Any]  # tensors, and the prompts
 PAIRED = ("chosen", "rejected")
 UNPAIRED = ("completion",)
 
@@ -47,7 +49,7 @@ class DiffusionCollator:
         self.size = size
         self.smallest = smallest
 
-    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: list[Row]) -> Batch:
         columns = image_columns(list(rows[0]))
         names = [f"`{name}` of the row with the prompt {row['prompt']!r}" for name in columns for row in rows]
         pixels = self.preprocess([row[name] for name in columns for row in rows], names)
@@ -74,7 +76,7 @@ class DiffusionCollator:
         return torch.from_numpy(np.stack(fitted))
 
 
-def batch_labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+def batch_labels(rows: list[Row]) -> dict[str, torch.Tensor]:
     """Return `preference` (or `label` of unpaired rows) and `weight`, float32 (B,); 1 where a row has none.
 
     TRL labels each chosen image as liked. Where a row still has the `preference` of its pair, that tells how much.

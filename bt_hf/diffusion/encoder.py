@@ -1,6 +1,6 @@
 """Encode images and prompts with a pipeline's own VAE and text encoders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights
-from bt_hf.diffusion.collator import DiffusionCollator, hash_pixels
+from bt_hf.diffusion.collator import Batch, DiffusionCollator, hash_pixels
 from bt_hf.diffusion.families.base import Family
 
 
@@ -70,6 +70,14 @@ class PairEncoder:
             module.to(self._homes[name])
             self.pipeline.register_modules(**{name: None})
 
+    def check_available(self) -> None:
+        """Raise a `ValueError` once the encoders are released."""
+        if self.released:
+            raise ValueError(
+                "these pairs aren't encoded, and the text encoders have left memory: pass the pairs to the "
+                "constructor, as `eval_dataset` (one of several, if you like), or set `cache_latents=False`."
+            )
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Encode images as `encode_pixels` does, with `digest` (N,) int64, the hashes of their pixels."""
@@ -95,7 +103,7 @@ class PairEncoder:
         finally:
             diffusers_logging.set_verbosity(verbosity)
 
-    def encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def encode(self, batch: Batch) -> Batch:
         """Return a batch of `DiffusionCollator` with latents in place of pixels, and with `condition_*`."""
         rest = {name: value for name, value in batch.items() if name != "pixels"}
         conditions = self.encode_prompts(batch["prompt"])

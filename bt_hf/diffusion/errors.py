@@ -4,13 +4,12 @@ A run's random numbers then don't depend on the order of rows, on the number of 
 and a noise sample that comes again need not be stored.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from bt_hf.diffusion.collator import Batch
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, Size
 
@@ -59,7 +58,7 @@ class Denoising:
         self.size = size
         self.args = args
 
-    def add_noise(self, batch: Mapping[str, Any], sample: int, purpose: int) -> NoisyBatch:
+    def add_noise(self, batch: Batch, sample: int, purpose: int) -> NoisyBatch:
         """Add the same noise, at the same time, to all images of a row.
 
         Args:

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -12,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from bt_hf.data.checks import check_unpaired, warn_of_truncation
-from bt_hf.diffusion.cache import CachedPairs, Pairs
+from bt_hf.diffusion.cache import CachedPairs, Evaluated, Pairs
 from bt_hf.diffusion.collator import UNPAIRED
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, check_adapter, find_family
@@ -20,7 +19,7 @@ from bt_hf.hub.contract import find_adapter_config
 from bt_hf.training.trainer import check_datasets
 
 
-def load_family(model: Any) -> tuple[Family, str | None]:
+def load_family(model: str | Path | DiffusionPipeline) -> tuple[Family, str | None]:
     """Load a pipeline and wrap it in its family.
 
     Args:
@@ -65,7 +64,7 @@ def _load_by_name(name: str) -> tuple[Family, str]:
     return family, base
 
 
-def _without_safety_checker(pipeline: Any) -> Any:
+def _without_safety_checker(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Take out the safety checker, which would take memory through all of the training, to turn validation images
     black."""
     if getattr(pipeline, "safety_checker", None) is not None:
@@ -73,7 +72,7 @@ def _without_safety_checker(pipeline: Any) -> Any:
     return pipeline
 
 
-def from_pretrained(name_or_path: str) -> Any:
+def from_pretrained(name_or_path: str) -> DiffusionPipeline:
     """Load a pipeline in float32.
 
     Without a dtype, diffusers takes float32 for its own models, but leaves a text encoder in the dtype that it was
@@ -159,7 +158,7 @@ def warn_of_long_prompts(family: Family, datasets: Iterable[Pairs], further: Ite
         warn_of_truncation(tokenizer, prompts, limit, "the pipeline")
 
 
-def check_rows(loss_type: str, train: Pairs | None, evaluation: Pairs | dict[str, Pairs] | None) -> None:
+def check_rows(loss_type: str, train: Pairs | None, evaluation: Evaluated | None) -> None:
     """Check that the rows fit the loss, and the row contract where they are plain datasets.
 
     Raises:

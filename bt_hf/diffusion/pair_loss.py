@@ -1,14 +1,14 @@
 """Per-row losses and logged metrics from denoising errors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from bt_hf.diffusion import losses
+from bt_hf.diffusion.collator import Batch
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.kto import kto, kto_baseline
 from bt_hf.diffusion.safeguard import safeguard_scale, with_safeguard
@@ -45,7 +45,7 @@ class PairLoss:
         self,
         errors: torch.Tensor,
         reference: torch.Tensor | None,
-        batch: Mapping[str, Any],
+        batch: Batch,
         beta: float,
         predicted: torch.Tensor | None = None,
         target: torch.Tensor | None = None,
@@ -74,9 +74,7 @@ class PairLoss:
             pair = with_safeguard(pair, scale, preference)
         return losses.LOSSES[self.args.loss_type](pair, preference, beta, self.args.label_smoothing)
 
-    def _kto(
-        self, errors: torch.Tensor, reference: torch.Tensor, batch: Mapping[str, Any], beta: float
-    ) -> torch.Tensor:
+    def _kto(self, errors: torch.Tensor, reference: torch.Tensor, batch: Batch, beta: float) -> torch.Tensor:
         # All processes' images share a baseline: the mean of clamped means would be another number.
         weight = batch["weight"].repeat(len(errors) // len(batch["weight"]))
         everywhere = self.gather(torch.stack([errors.detach(), reference, weight], dim=1))  # (N, 3)
@@ -93,7 +91,7 @@ class PairLoss:
         """Return the margin of each pair (B,): see `losses.denoising_margin`."""
         return losses.denoising_margin(_pair(errors, reference), beta)
 
-    def log(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Mapping[str, Any], beta: float) -> None:
+    def log(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Batch, beta: float) -> None:
         """Record the metrics of a training batch for the log."""
         if "label" in batch:
             self._log_unpaired(errors, reference, batch)
@@ -113,7 +111,7 @@ class PairLoss:
                 loser_error_change=loser - base_loser,
             )
 
-    def _log_unpaired(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Mapping[str, Any]) -> None:
+    def _log_unpaired(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Batch) -> None:
         if reference is not None:
             weight, liked, change = batch["weight"], batch["label"] > 0.5, errors - reference
             self.record(weight * liked, winner_error_base=reference, winner_error_change=change)

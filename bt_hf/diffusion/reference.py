@@ -1,10 +1,9 @@
 """Denoising errors of the base: computed in the step, or once where noise samples come again."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 
 from bt_hf.diffusion.beta import auto_beta
 from bt_hf.diffusion.cache import CachedPairs, Pairs
+from bt_hf.diffusion.collator import Batch, Row
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.errors import BETA, Denoising, NoisyBatch
 
@@ -40,8 +40,8 @@ class Reference:
         self,
         denoising: Denoising,
         base_model: Callable[[], AbstractContextManager[nn.Module]],
-        encode: Callable[[Mapping[str, Any]], dict[str, Any]],
-        collate: Callable[[list[Mapping[str, Any]]], dict[str, Any]],
+        encode: Callable[[Batch], Batch],
+        collate: Callable[[list[Row]], Batch],
         accelerator: Accelerator,
         args: PreferenceLoRAConfig,
         sharded: bool,
@@ -62,7 +62,7 @@ class Reference:
         with self.base_model() as base, self.accelerator.autocast():
             return self.denoising.errors(base, noisy)[0]
 
-    def errors(self, noisy: NoisyBatch, batch: Mapping[str, Any], sample: int) -> torch.Tensor:
+    def errors(self, noisy: NoisyBatch, batch: Batch, sample: int) -> torch.Tensor:
         """Return the base's errors (N,): those that the batch brings, else computed now."""
         known = batch.get("reference")  # (B, samples, sides)
         return self.compute(noisy) if known is None else known[:, sample].T.flatten()
@@ -111,7 +111,7 @@ class Reference:
         logger.info("beta = %.4g, from the spread of the base's error differences.", beta)
         return beta
 
-    def _batches(self, pairs: Pairs, limit: int | None = None) -> Iterator[dict[str, Any]]:
+    def _batches(self, pairs: Pairs, limit: int | None = None) -> Iterator[Batch]:
         """Yield encoded batches of rows in their own order, the same on every process, until `limit` rows are seen."""
         collate = getattr(pairs, "collate", self.collate)
         rows = (pairs[i] for i in range(len(pairs))) if isinstance(pairs, Dataset | CachedPairs) else iter(pairs)

@@ -1,13 +1,13 @@
 """Train a preference LoRA for a diffusers pipeline."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -15,10 +15,10 @@ from transformers import EvalPrediction, TrainerCallback, set_seed
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from bt_hf.diffusion.beta import fixed_beta
-from bt_hf.diffusion.cache import CachedPairs, Pairs, cache_datasets, each_dataset
-from bt_hf.diffusion.callbacks import BeginCallback, CollapseGuard, Guard, OverfittingGuard, WinnerErrorGuard
+from bt_hf.diffusion.cache import CachedPairs, Evaluated, Pairs, cache_datasets, each_dataset
+from bt_hf.diffusion.callbacks import BeginCallback, make_guards
 from bt_hf.diffusion.card import write_lora_card
-from bt_hf.diffusion.collator import DiffusionCollator
+from bt_hf.diffusion.collator import Batch, DiffusionCollator
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
@@ -28,8 +28,6 @@ from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.validation_images import Validation
 from bt_hf.metrics import preference_metrics
 from bt_hf.training.trainer import PreferenceTrainer, refuse_to_overwrite
-
-logger = logging.getLogger(__name__)
 
 
 class PreferenceLoRATrainer(PreferenceTrainer):
@@ -78,10 +76,10 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def __init__(
         self,
-        model: Any,
+        model: str | Path | DiffusionPipeline,
         args: PreferenceLoRAConfig | None = None,
         train_dataset: Pairs | None = None,
-        eval_dataset: Pairs | dict[str, Pairs] | None = None,
+        eval_dataset: Evaluated | None = None,
         peft_config: LoraConfig | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -135,14 +133,9 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             sharded=self.divided,
         )
         self.add_callback(BeginCallback(self._begin))
-        self.guards: list[Guard] = [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()] if args.guards else []
+        self.guards = make_guards(args, held_out=eval_dataset is not None) if args.guards else []
         for guard in self.guards:
             self.add_callback(guard)
-        if self.guards and eval_dataset is not None and args.eval_strategy == "no":
-            logger.warning(
-                "The held-out pairs are not looked at while training, so nothing stops at overfitting: pass "
-                "`eval_strategy='steps'` for that."
-            )
 
     # --- Training and evaluation, with what goes before and after ---
 
@@ -177,7 +170,10 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             guard.load(resume_from_checkpoint)
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Evaluated | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Evaluate at fixed noise samples; while training, draw the validation prompts too.
 
@@ -193,13 +189,13 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         return metrics
 
     def predict(
-        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+        self, test_dataset: Pairs, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """Predict as `evaluate` does, and return what `compute_metrics` is given."""
         self._prepare_evaluation(test_dataset)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
-    def _prepare_evaluation(self, pairs: Any) -> None:
+    def _prepare_evaluation(self, pairs: Evaluated | str | None) -> None:
         """Set beta, and compute the base's errors on pairs that are about to be evaluated.
 
         Args:
@@ -208,7 +204,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         pairs = self.eval_dataset[pairs] if isinstance(pairs, str) else pairs
         if pairs is None or isinstance(pairs, dict):
             return
-        self._check_encoded(pairs)
+        if not isinstance(pairs, CachedPairs):
+            self.encoder.check_available()
         self._set_beta(pairs if self.train_dataset is None else self.train_dataset)
         if isinstance(pairs, CachedPairs):
             samples = self.args.num_eval_noise_samples
@@ -235,20 +232,15 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         assert self.beta is not None  # `train` and whatever evaluates begin with `_set_beta`
         return self.beta
 
-    def _check_encoded(self, pairs: Any) -> None:
-        """Raise a `ValueError` if these pairs can't be encoded any more."""
-        if self.encoder.released and not isinstance(pairs, CachedPairs):
-            raise ValueError(
-                "these pairs aren't encoded, and the text encoders have left memory: pass the pairs to the "
-                "constructor, as `eval_dataset` (one of several, if you like), or set `cache_latents=False`."
-            )
-
-    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+    def _get_dataloader(
+        self, dataset: Pairs, description: str, *args: Any, **kwargs: Any
+    ) -> torch.utils.data.DataLoader:
         """Return batches as the Trainer does, with the base's errors where they are known."""
-        self._check_encoded(dataset)
         if isinstance(dataset, CachedPairs):
             purpose = TRAIN if description == "Training" else EVAL
             dataset = dataset.with_reference(self.reference.known(dataset, purpose))
+        else:
+            self.encoder.check_available()
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     # --- One step ---
@@ -261,9 +253,9 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         with super().base_model():
             yield self.model_wrapped
 
-    def _encoded(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _encoded(self, batch: Batch) -> Batch:
         """Return the batch with latents and conditions: from the cache, or encoded now."""
-        return dict(batch) if "latents" in batch else self.encoder.encode(batch)
+        return batch if "latents" in batch else self.encoder.encode(batch)
 
     def _errors(self, model: nn.Module, noisy: NoisyBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Denoising.errors`, in the precision of the training, also before accelerate has wrapped the model."""
@@ -294,9 +286,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     @torch.no_grad()
-    def _evaluate_batch(
-        self, model: nn.Module, batch: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _evaluate_batch(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Average over noise samples that depend on the rows alone, so that the figures don't jump."""
         loss, margins, found, base = [], [], [], []
         for sample in range(self.args.num_eval_noise_samples):

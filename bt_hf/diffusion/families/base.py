@@ -12,9 +12,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftModel
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from bt_hf.diffusion.families.schedules import NoiseSchedule, find_schedule
 
@@ -45,8 +47,8 @@ class Family(ABC):
     target_modules: ClassVar[str | list[str]]
     call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.pipeline: Any = pipeline
 
     @property
     def module(self) -> Any:
@@ -103,7 +105,7 @@ class Family(ABC):
         """Encode negative prompts; "" gives what the pipeline takes where it is given none. As `encode_prompts`."""
         return self.encode_prompts(prompts)
 
-    def longest_prompt(self) -> tuple[Any, int]:
+    def longest_prompt(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Return the tokenizer that reads prompts furthest, and the tokens that it reads, its own included."""
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
 
@@ -226,7 +228,7 @@ def family_class(pipeline_class_name: str) -> type[Family] | None:
     return getattr(import_module(f"bt_hf.diffusion.families.{module}"), name)
 
 
-def find_family(pipeline: Any) -> Family:
+def find_family(pipeline: DiffusionPipeline) -> Family:
     """Wrap a loaded pipeline in its family; classes derived from a supported pipeline count as it.
 
     Raises:
@@ -246,7 +248,7 @@ def find_family(pipeline: Any) -> Family:
     )
 
 
-def check_adapter(config: Any) -> None:
+def check_adapter(config: PeftConfig) -> None:
     """Raise a `ValueError` unless diffusers can load an adapter of this config."""
     if not isinstance(config, LoraConfig):
         raise ValueError(f"Pipelines load LoRA adapters: expected a `LoraConfig`, but got {type(config).__name__}.")

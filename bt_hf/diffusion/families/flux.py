@@ -1,10 +1,9 @@
 """FLUX.1 (dev, Krea) and models of the same build; not schnell, which was distilled to draw in few steps."""
 
-from typing import Any
-
 import torch
 from diffusers import FluxPipeline
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from bt_hf.diffusion.families.base import Conditions, Size, cast, unwrap
 from bt_hf.diffusion.families.sd3 import StableDiffusion3
@@ -35,7 +34,7 @@ class Flux(StableDiffusion3):
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.pipeline._execution_device)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}  # (N, L, D), (N, D')
 
-    def longest_prompt(self) -> tuple[Any, int]:
+    def longest_prompt(self) -> tuple[PreTrainedTokenizerBase, int]:
         return self.pipeline.tokenizer_2, 512  # T5's, for which it is the pipeline's default
 
     def predict(

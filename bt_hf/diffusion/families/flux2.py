@@ -1,11 +1,10 @@
 """FLUX.2 (klein, dev)."""
 
-from typing import Any
-
 import torch
 from diffusers import Flux2KleinPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from bt_hf.diffusion.families.base import Conditions, Size, cast, encode_latents, unwrap
 from bt_hf.diffusion.families.flux import GUIDANCE, Flux
@@ -44,7 +43,7 @@ class Flux2(Flux):
         embeds, _ = self.pipeline.encode_prompt(prompts, device=self.pipeline._execution_device)
         return {"prompt_embeds": embeds}  # (N, L, D)
 
-    def longest_prompt(self) -> tuple[Any, int]:
+    def longest_prompt(self) -> tuple[PreTrainedTokenizerBase, int]:
         # The pipeline reads 512 tokens by default, of which the chat around a prompt takes some.
         chat = self.pipeline.tokenizer.apply_chat_template
         if hasattr(self.pipeline, "system_message"):  # FLUX.2-dev

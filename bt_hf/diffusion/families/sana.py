@@ -3,10 +3,10 @@
 import inspect
 import math
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from bt_hf.diffusion.families.base import Conditions, Family, Size, cast, unwrap
 from bt_hf.diffusion.families.sd3 import FLOW_BETA
@@ -55,7 +55,7 @@ class Sana(Family):
         tokenizer.padding_side = side  # undo its change; the names of cached files tell of the side
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}  # (N, L, D), (N, L)
 
-    def longest_prompt(self) -> tuple[Any, int]:
+    def longest_prompt(self) -> tuple[PreTrainedTokenizerBase, int]:
         # The first of 300 tokens is that of the whole text. The instruction takes none of the others: the space that
         # it ends with becomes one token with the prompt's first word.
         tokenizer = self.pipeline.tokenizer

@@ -1,9 +1,10 @@
 """Stable Diffusion 3 and 3.5."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from bt_hf.diffusion.families.base import Conditions, Family, Size, cast, encode_latents
 
@@ -44,7 +45,7 @@ class StableDiffusion3(Family):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}  # (N, L, D), (N, D')
 
-    def longest_prompt(self) -> tuple[Any, int]:
+    def longest_prompt(self) -> tuple[PreTrainedTokenizerBase, int]:
         # T5 reads on where the CLIP encoders have to stop, for so many tokens as the pipeline gives it by default.
         if self.pipeline.text_encoder_3 is not None:
             return self.pipeline.tokenizer_3, 256
