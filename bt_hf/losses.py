@@ -41,6 +41,28 @@ def bradley_terry_loss(
     return (1 - target) * margin - F.logsigmoid(margin)
 
 
+def agreement(margin: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+    """Agreement of a margin's sign with the preference: 1, or 0, or 0.5 where the margin is 0, a coin toss.
+
+    Args:
+        margin: (B,) reward of the chosen minus reward of the rejected.
+        preference: (B,) P(chosen preferred to rejected). A tie (0.5) has no right answer: leave such rows out.
+
+    Returns:
+        (B,) in the dtype of `margin`; their mean is the accuracy.
+
+    Source:
+        The tensor counterpart of `bt_hf.metrics.agreement`, which defines it.
+
+    Example:
+        >>> import torch
+        >>> from bt_hf.losses import agreement
+        >>> agreement(torch.tensor([2.0, -1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0]))
+        tensor([1.0000, 0.0000, 0.5000])
+    """
+    return 0.5 + 0.5 * margin.sign() * (preference - 0.5).sign().to(margin.dtype)
+
+
 def alignment_loss(reward: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """How far the adapted model retrieves images differently from its base: KL(base || adapted), in nats.
 
@@ -56,30 +78,3 @@ def alignment_loss(reward: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
     """
     target = reference.log_softmax(dim=-1)
     return F.kl_div(reward.log_softmax(dim=-1), target, reduction="none", log_target=True).sum(dim=-1)
-
-
-def agreement(margin: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
-    """Return 1 where the sign of a margin agrees with the preference, 0 where it does not, 0.5 where the margin is 0.
-
-    The mean is the accuracy; a model that says nothing has 0.5.
-
-    Args:
-        margin: Reward of the chosen minus reward of the rejected, any shape, floating point.
-        preference: P(chosen preferred to rejected) in [0, 1], of the same shape. A tie, 0.5, has no right answer: what
-            stands at its place is the caller's to mask.
-
-    Returns:
-        Of the shape and dtype of `margin`.
-
-    Source:
-        The area under the ROC curve counts ties of a model as one half, too: Fawcett, An Introduction to ROC Analysis
-        (https://doi.org/10.1016/j.patrec.2005.10.010).
-
-    Example:
-        >>> import torch
-        >>> from bt_hf.losses import agreement
-        >>> agreement(torch.tensor([2.0, -1.0, -1.0, 0.0]), torch.tensor([1.0, 1.0, 0.2, 1.0]))
-        tensor([1.0000, 0.0000, 1.0000, 0.5000])
-    """
-    agrees = ((margin > 0) == (preference > 0.5)).to(margin.dtype)
-    return torch.where(margin == 0, torch.full_like(agrees, 0.5), agrees)
