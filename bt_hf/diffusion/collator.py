@@ -11,7 +11,7 @@ from bt_hf.data.fingerprint import number_of
 from bt_hf.data.images import to_rgb
 
 Row: TypeAlias = Mapping[str, Any]
-Batch: TypeAlias = Mapping[str, Any]  # tensors, and the prompts
+Batch: TypeAlias = dict[str, Any]  # tensors, and the prompts
 PAIRED = ("chosen", "rejected")
 UNPAIRED = ("completion",)
 
