@@ -1,14 +1,14 @@
-"""Latents of each distinct image and embeddings of each distinct prompt, encoded once."""
+"""On-disk cache of latents and prompt embeddings, one entry per distinct image or prompt."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from bt_hf.data.cache import CachedPairs, encode_once, read_tensors
-from bt_hf.diffusion.collator import image_columns, labels, row_numbers
+from bt_hf.diffusion.collator import Batch, Row, batch_labels, hash_rows, image_columns
 from bt_hf.diffusion.encoder import PairEncoder
+from bt_hf.training.trainer import map_eval_datasets
 
 
 class LatentPairs(CachedPairs):
@@ -16,8 +16,8 @@ class LatentPairs(CachedPairs):
 
     Args:
         rows: Rows of the contract with numbers instead of images, and `condition`, the number of the prompt.
-        images: Latents by the numbers of the images.
-        prompts: Embeddings by `condition`.
+        images: Latents and hashes, one row for each number of an image.
+        prompts: Embeddings, one row for each `condition`.
         reference: (N, samples, 2 or 1) float32 errors of the base at fixed noise samples, if they are known.
     """
 
@@ -30,24 +30,28 @@ class LatentPairs(CachedPairs):
         self.reference = reference
 
     def with_reference(self, reference: torch.Tensor | None) -> "LatentPairs":
-        """Return the same rows, with these errors of the base."""
+        """Return the same rows with these errors of the base."""
         return LatentPairs(self.rows, self.images, self.prompts, reference)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [{**row, "index": index} for row, index in zip(super().__getitems__(indices), indices, strict=True)]
 
-    def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
-        """Rows to a batch: as `PairEncoder.encode` gives it, and `reference` if there is one."""
+    def collate(self, rows: list[Row]) -> Batch:
+        """Collate rows as `PairEncoder.encode` does, with `reference` (B, samples, sides) if it is known."""
         columns = image_columns(list(rows[0]))
         images = read_tensors(self.images, [row[name] for name in columns for row in rows])
-        digests = images.pop("digest").view(len(columns), -1)
+        hashes = images.pop("digest").view(len(columns), -1)
         conditions = read_tensors(self.prompts, [row["condition"] for row in rows])
         batch: dict[str, Any] = {**images, **{f"condition_{name}": value for name, value in conditions.items()}}
         batch["prompt"] = [row["prompt"] for row in rows]  # for messages
-        batch["row"] = row_numbers(batch["prompt"], digests)
+        batch["row"] = hash_rows(batch["prompt"], hashes)
         if self.reference is not None:
-            batch["reference"] = self.reference[[row["index"] for row in rows]]  # (B, draws, sides)
-        return {**batch, **labels(rows)}
+            batch["reference"] = self.reference[[row["index"] for row in rows]]
+        return {**batch, **batch_labels(rows)}
+
+
+Pairs: TypeAlias = Dataset | IterableDataset | LatentPairs
+Evaluated: TypeAlias = Pairs | dict[str, Pairs]
 
 
 def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, description: str) -> LatentPairs:
@@ -57,7 +61,7 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
         pairs: Rows of the contract, or unpaired ones.
         encoder: Encodes them; the files are named by its weights and options, too.
         cache_dir: Folder of the files; default: `bt_hf` in the cache of `datasets`.
-        description: What the progress bars say.
+        description: Text of the progress bars.
 
     Raises:
         OSError: The disk is full, or not writable.
@@ -68,3 +72,21 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
     return LatentPairs(
         *encode_once(pairs, columns, encoder.encode_images, encoder.encode_prompts, model, cache_dir, description)
     )
+
+
+def cache_datasets(
+    train: Pairs | None, evaluation: Evaluated | None, encoder: PairEncoder, cache_dir: str | None
+) -> tuple[Pairs | None, Evaluated | None]:
+    """Encode map-style datasets as `cache_pairs` does; others are left as they are, to be encoded at every step."""
+
+    def encode(pairs: Any, name: str) -> Any:
+        return cache_pairs(pairs, encoder, cache_dir, f"Encoding {name}") if isinstance(pairs, Dataset) else pairs
+
+    held_out = map_eval_datasets(lambda pairs: encode(pairs, "held-out pairs"), evaluation)
+    return encode(train, "training pairs"), held_out
+
+
+def each_dataset(train: Pairs | None, evaluation: Evaluated | None) -> list[Pairs]:
+    """List the datasets of a training that are there."""
+    sets = [train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+    return [pairs for pairs in sets if pairs is not None]

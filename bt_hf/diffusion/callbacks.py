@@ -1,7 +1,8 @@
-"""Guards against what goes wrong with few pairs: each says what it saw."""
+"""Callbacks of the trainer: guards against the usual failures of few pairs, which say what they saw."""
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,19 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 logger = logging.getLogger(__name__)
 
-_BEST = "best_adapter.safetensors"  # of a checkpoint
+_BEST = "best_adapter.safetensors"  # a file in each checkpoint
+
+
+class BeginCallback(TrainerCallback):
+    """Run a function when training begins: the trackers are there then, and the model has its precision."""
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begin()
 
 
 class Guard(TrainerCallback):
@@ -21,7 +34,7 @@ class Guard(TrainerCallback):
 
     Attributes:
         said: The warnings so far, for the card.
-        stopped: Whether it has stopped the training.
+        stopped: True once it has stopped the training.
     """
 
     def __init__(self) -> None:
@@ -33,7 +46,7 @@ class Guard(TrainerCallback):
         logger.warning(sentence)
 
     def load(self, checkpoint: str | Path) -> None:
-        """Go on from what was known at a checkpoint, if anything was."""
+        """Load the state that was saved with a checkpoint, if there is one."""
 
 
 class WinnerErrorGuard(Guard):
@@ -76,7 +89,7 @@ class WinnerErrorGuard(Guard):
 class OverfittingGuard(Guard):
     """Stop when training accuracy is near 1 and held-out accuracy falls, and go back to the best adapter.
 
-    What it knows is saved with each checkpoint, so that a resumed run stops where it would have.
+    Its state is saved with each checkpoint, so that a resumed run stops where it would have.
 
     Args:
         near: Training accuracy that counts as near 1. Default 0.98.
@@ -123,7 +136,7 @@ class OverfittingGuard(Guard):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         best = self._best_state or {}
-        # Of divided weights no process has the whole.
+        # No process has the whole of sharded weights.
         if not args.should_save or not best or any(type(value) is not torch.Tensor for value in best.values()):
             return
         known = [self._training_accuracy, self._best, self._best_step, self._falls, self.said]
@@ -146,7 +159,7 @@ class OverfittingGuard(Guard):
 
 
 class CollapseGuard(Guard):
-    """Say when the validation images become alike: see `validation.mean_pairwise_distance`.
+    """Say when the validation images become alike: see `validation_images.mean_pairwise_distance`.
 
     Args:
         share: Share of the distance before training below which it is said. Default 0.5.
@@ -168,8 +181,18 @@ class CollapseGuard(Guard):
         self.share = 0.5 * now / before
 
 
+def make_guards(args: TrainingArguments, held_out: bool) -> list[Guard]:
+    """Return the guards of a training; warn if it never evaluates the held-out pairs that it has."""
+    if held_out and args.eval_strategy == "no":
+        logger.warning(
+            "The held-out pairs are not looked at while training, so nothing stops at overfitting: pass "
+            "`eval_strategy='steps'` for that."
+        )
+    return [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()]
+
+
 def _first(metrics: dict[str, float] | None, name: str) -> float | None:
-    """The metric of the first data set: `eval_accuracy` or `eval_<name>_accuracy`."""
+    """Return the metric of the first data set: `eval_accuracy` or `eval_<name>_accuracy`."""
     ending = f"_{name}"
     found = (value for key, value in (metrics or {}).items() if key.endswith(ending) and "_base_" not in key)
     return next(found, None)

@@ -55,7 +55,6 @@ def lora_facts(
     *,
     base: str | None,
     family: Family,
-    pipeline: type,
     size: Size,
     beta: float | None,
     warnings: Sequence[str],
@@ -67,7 +66,6 @@ def lora_facts(
         args: Its options.
         base: Hub id or path of the pipeline.
         family: Family of the pipeline.
-        pipeline: Class of the pipeline.
         size: Height and width of the images.
         beta: Beta in use; `None` before training.
         warnings: Warnings during training.
@@ -80,7 +78,7 @@ def lora_facts(
         "safeguard": "on" if args.safeguard else None,
         "size of the images": f"{size[1]} x {size[0]}",
         "label smoothing": args.label_smoothing,
-        "draws of noise for a pair": args.noise_draws,
+        "noise samples of a pair": args.num_noise_samples,
         "weights of timesteps, Min-SNR gamma": args.snr_gamma,
         **schedule_options(trainer, rows),
     }
@@ -93,7 +91,7 @@ def lora_facts(
         rows=rows,
         warnings=warnings,
         family=family.name,
-        pipeline=pipeline.__name__,
+        pipeline=type(family.pipeline).__name__,
         denoiser=family.denoiser,
         loss=args.loss_type,
         beta=beta_in_words,

@@ -1,7 +1,7 @@
-"""Rows of preference pairs to batches of pixels."""
+"""Collate rows of preference pairs into batches of pixels."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -10,17 +10,19 @@ from PIL import Image, ImageOps
 from bt_hf.data.fingerprint import number_of
 from bt_hf.data.images import to_rgb
 
+Row: TypeAlias = Mapping[str, Any]
+Batch: TypeAlias = dict[str, Any]  # tensors, and the prompts
 PAIRED = ("chosen", "rejected")
 UNPAIRED = ("completion",)
 
 
 def image_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """The columns that hold images: `chosen` and `rejected`, or `completion` of unpaired rows."""
+    """Return the columns that hold images: `chosen` and `rejected`, or `completion` of unpaired rows."""
     return UNPAIRED if set(UNPAIRED) <= set(columns) else PAIRED
 
 
 class DiffusionCollator:
-    """Turn rows into a batch of pixels: B prompts and 2B images, the chosen first, then the rejected.
+    """Collate rows into a batch of pixels: B prompts and 2B images, the chosen first, then the rejected.
 
     For unpaired rows (`prompt`, `completion`, `label`) there are B images.
 
@@ -47,16 +49,16 @@ class DiffusionCollator:
         self.size = size
         self.smallest = smallest
 
-    def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: list[Row]) -> Batch:
         columns = image_columns(list(rows[0]))
         names = [f"`{name}` of the row with the prompt {row['prompt']!r}" for name in columns for row in rows]
         pixels = self.preprocess([row[name] for name in columns for row in rows], names)
         prompts = [row["prompt"] for row in rows]
-        digests = digest_pixels(pixels).view(len(columns), -1)
-        return {"prompt": prompts, "pixels": pixels, "row": row_numbers(prompts, digests), **labels(rows)}
+        hashes = hash_pixels(pixels).view(len(columns), -1)
+        return {"prompt": prompts, "pixels": pixels, "row": hash_rows(prompts, hashes), **batch_labels(rows)}
 
     def preprocess(self, images: Sequence[Any], names: Sequence[str]) -> torch.Tensor:
-        """Images in any form that a dataset may hold -> (N, H, W, 3) uint8.
+        """Fit images, in any form that a dataset may hold, to the size: (N, H, W, 3) uint8.
 
         Raises:
             ValueError: An image is unreadable or too small; the message begins with its name in `names`.
@@ -74,8 +76,8 @@ class DiffusionCollator:
         return torch.from_numpy(np.stack(fitted))
 
 
-def labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """`preference` (or `label` of unpaired rows) and `weight` of each row as float32 (B,); 1 where a row has none.
+def batch_labels(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Return `preference` (or `label` of unpaired rows) and `weight`, float32 (B,); 1 where a row has none.
 
     TRL labels each chosen image as liked. Where a row still has the `preference` of its pair, that tells how much.
     """
@@ -87,12 +89,12 @@ def labels(rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     return {"label": label * preference + (1 - label) * (1 - preference), "weight": weight}
 
 
-def digest_pixels(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N,) int64, the same for the same pixels."""
+def hash_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """Hash images (N, H, W, 3) uint8 to (N,) int64, the same for the same pixels."""
     return torch.tensor([number_of(image.numpy().tobytes()) for image in pixels])
 
 
-def row_numbers(prompts: Sequence[str], digests: torch.Tensor) -> torch.Tensor:
-    """(B,) int64 from the prompts and the digests (sides, B) of a row's images: what its noise is drawn from."""
-    columns = zip(prompts, *digests.tolist(), strict=True)
+def hash_rows(prompts: Sequence[str], hashes: torch.Tensor) -> torch.Tensor:
+    """Hash prompts, and hashes (sides, B) of the rows' images, to (B,) int64, from which noise is sampled."""
+    columns = zip(prompts, *hashes.tolist(), strict=True)
     return torch.tensor([number_of(repr(values).encode()) for values in columns])

@@ -11,7 +11,7 @@ from bt_hf.training.config import PreferenceConfig
 class PreferenceLoRAConfig(PreferenceConfig):
     """Options of [`PreferenceLoRATrainer`]: those of `transformers.TrainingArguments`, with defaults for few pairs.
 
-    With dpo, the default, the objective is the mean over pairs of
+    With dpo, the default, the loss is the mean over pairs of
 
         bradley_terry_loss(-beta / 2 [(err(chosen) - err_ref(chosen)) - (err(rejected) - err_ref(rejected))])
 
@@ -48,8 +48,8 @@ class PreferenceLoRAConfig(PreferenceConfig):
         default="auto",
         metadata={
             "help": "How much a difference of errors counts. auto: by the spread of the base's error differences, so "
-            "that it means the same for every model. family: as published for the kind of model, 2000 for Stable "
-            "Diffusion, 5000 for SDXL, 100 for flow models (SD3, FLUX, Sana). Or a number, with the 1/2 of the "
+            "that it means the same for every model. published: the published one for the kind of model, 2000 for "
+            "Stable Diffusion, 5000 for SDXL, 100 for flow models (SD3, FLUX, Sana). Or a number, with the 1/2 of the "
             "formula: scripts without it, such as those of diffusers, mean twice as much by theirs."
         },
     )
@@ -66,29 +66,29 @@ class PreferenceLoRAConfig(PreferenceConfig):
             "(Diffusion-SDPO, arXiv 2511.03317)."
         },
     )
-    safeguard_margin: float = field(
+    safeguard_mu: float = field(
         default=0.0, metadata={"help": "mu of Diffusion-SDPO in [0, 1]: the larger, the safer for the chosen image."}
     )
     snr_gamma: float | None = field(
         default=None, metadata={"help": "Min-SNR-gamma weights of the timesteps (arXiv 2303.09556), such as 5."}
     )
-    noise_draws: int | None = field(
+    num_noise_samples: int | None = field(
         default=None,
         metadata={
-            "help": "Fix that many draws of noise and timestep for each pair. With more epochs than draws they come "
-            "again, so that the base's errors are computed once: a forward pass less at each step. By default every "
-            "epoch draws anew."
+            "help": "Fix that many samples of noise and timestep for each pair. With more epochs than samples they "
+            "come again, so that the base's errors are computed once: a forward pass less at each step. By default "
+            "every epoch has new ones."
         },
     )
-    eval_draws: int = field(
+    num_eval_noise_samples: int = field(
         default=8,
-        metadata={"help": "Draws of noise and timestep for each held-out pair, the same at every evaluation."},
+        metadata={"help": "Samples of noise and timestep for each held-out pair, the same at every evaluation."},
     )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
     )
     sample_latents: bool = field(
-        default=False, metadata={"help": "Draw latents from the VAE's posterior instead of taking its mean."}
+        default=False, metadata={"help": "Sample latents from the VAE's posterior instead of taking its mean."}
     )
     cache_latents: bool = field(
         default=True,
@@ -124,14 +124,14 @@ class PreferenceLoRAConfig(PreferenceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta not in ("auto", "family"):
-            self.beta = _positive("beta", self.beta, ", 'auto' or 'family'")
-        counts = ("noise_draws", "eval_draws", "validation_images", "resolution")
+        if self.beta not in ("auto", "published"):
+            self.beta = _positive("beta", self.beta, ", 'auto' or 'published'")
+        counts = ("num_noise_samples", "num_eval_noise_samples", "validation_images", "resolution")
         for name in (*counts, "snr_gamma", "desirable_weight", "undesirable_weight"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if not 0.0 <= self.safeguard_margin <= 1.0:
-            raise ValueError(f"`safeguard_margin` should be in [0, 1], but got {self.safeguard_margin}.")
+        if not 0.0 <= self.safeguard_mu <= 1.0:
+            raise ValueError(f"`safeguard_mu` should be in [0, 1], but got {self.safeguard_mu}.")
         if self.safeguard and self.loss_type in ("sft", "kto"):
             raise ValueError(
                 f"`safeguard` scales the gradient of a pair's rejected image, but `{self.loss_type}` has no such "

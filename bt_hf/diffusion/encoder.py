@@ -1,6 +1,6 @@
 """Encode images and prompts with a pipeline's own VAE and text encoders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
 from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights
-from bt_hf.diffusion.collator import DiffusionCollator, digest_pixels
+from bt_hf.diffusion.collator import Batch, DiffusionCollator, hash_pixels
 from bt_hf.diffusion.families.base import Family
 
 
@@ -16,21 +16,20 @@ class PairEncoder:
     """Encode images and prompts with a pipeline's own VAE and text encoders.
 
     Args:
-        family: Family of the pipeline.
-        pipeline: A loaded `DiffusionPipeline`.
+        family: Family around the pipeline.
         collator: Fits images to the size.
-        sample_latents: Keep the posterior's standard deviation too, to draw latents from.
+        sample_latents: Keep the posterior's standard deviation too, to sample latents from.
         device: Where the encoders run.
 
     Attributes:
-        released: Whether the text encoders have left memory, so that nothing more can be encoded.
+        released: True once the text encoders have left memory, so that nothing more can be encoded.
     """
 
     def __init__(
-        self, family: Family, pipeline: Any, collator: DiffusionCollator, sample_latents: bool, device: torch.device
+        self, family: Family, collator: DiffusionCollator, sample_latents: bool, device: torch.device
     ) -> None:
         self.family = family
-        self.pipeline = pipeline
+        self.pipeline = family.pipeline
         self.collator = collator
         self.sample_latents = sample_latents
         self.device = device
@@ -40,7 +39,7 @@ class PairEncoder:
         self.released = False
 
     def modules(self) -> dict[str, nn.Module]:
-        """The VAE and the text encoders, by their names in the pipeline."""
+        """Return the VAE and the text encoders, by their names in the pipeline."""
         return {
             name: module
             for name, module in self.pipeline.components.items()
@@ -48,7 +47,7 @@ class PairEncoder:
         }
 
     def fingerprint(self) -> str:
-        """Tells what latents and embeddings depend on besides images and prompts: encoders, tokenizers and options."""
+        """Return a digest of encoders, tokenizers and options: all that results depend on but images and prompts."""
         tokenizers = {
             name: describe_tokenizer(component)
             for name, component in self.pipeline.components.items()
@@ -60,7 +59,7 @@ class PairEncoder:
         return digest(digest_weights(modules.values()), repr(options))
 
     def release(self, keep_vae: bool) -> None:
-        """Let go of the text encoders, and of the VAE unless it is kept to draw with.
+        """Take the text encoders out of the pipeline, and the VAE unless it is kept to draw with.
 
         One that the caller holds, in a pipeline of its own, goes back to the device that it was on.
         """
@@ -71,37 +70,41 @@ class PairEncoder:
             module.to(self._homes[name])
             self.pipeline.register_modules(**{name: None})
 
+    def check_available(self) -> None:
+        """Raise a `ValueError` once the encoders are released."""
+        if self.released:
+            raise ValueError(
+                "these pairs aren't encoded, and the text encoders have left memory: pass the pairs to the "
+                "constructor, as `eval_dataset` (one of several, if you like), or set `cache_latents=False`."
+            )
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[Any], names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`latents` (N, C, h, w), `std` of the same shape if latents are sampled, and `digest` (N,) int64."""
+        """Encode images as `encode_pixels` does, with `digest` (N,) int64, the hashes of their pixels."""
         pixels = self.collator.preprocess(images, names)
-        return {**self.encode_pixels(pixels), "digest": digest_pixels(pixels)}
+        # Cached files have a column of this name.
+        return {**self.encode_pixels(pixels), "digest": hash_pixels(pixels)}
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """(N, H, W, 3) uint8 -> `latents` (N, C, h, w), and `std` if latents are sampled."""
+        """Encode (N, H, W, 3) uint8 to `latents` (N, C, h, w), with `std` of the same shape if they are sampled."""
         signed = pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        mean, std = self.family.encode_images(self.pipeline, signed)
+        mean, std = self.family.encode_images(signed)
         return {"latents": mean, "std": std} if self.sample_latents else {"latents": mean}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        """Conditions of the denoiser, each (N, ...), named as the pipeline's arguments."""
-        # The pipeline would say of every batch what it truncates; `loading.count_truncated` has said it of all.
+        """Return conditions of the denoiser, each (N, ...), named as the pipeline's arguments."""
+        # The pipeline would say of every batch what it truncates; `loading.warn_of_long_prompts` has said it of all.
         verbosity = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity_error()
         try:
-            return self.family.encode_prompts(self.pipeline, prompts)
+            return self.family.encode_prompts(prompts)
         finally:
             diffusers_logging.set_verbosity(verbosity)
 
-    def encode_negative(self) -> dict[str, torch.Tensor]:
-        """What the pipeline guides away from where it is given no negative prompt: as `encode_prompts`, one row."""
-        encode = self.family.encode_negative or self.family.encode_prompts
-        return encode(self.pipeline, [""])
-
-    def encode(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of `DiffusionCollator` with latents in place of pixels, and with `condition_*`."""
+    def encode(self, batch: Batch) -> Batch:
+        """Return a batch of `DiffusionCollator` with latents in place of pixels, and with `condition_*`."""
         rest = {name: value for name, value in batch.items() if name != "pixels"}
         conditions = self.encode_prompts(batch["prompt"])
         named = {f"condition_{name}": value for name, value in conditions.items()}

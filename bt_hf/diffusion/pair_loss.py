@@ -1,15 +1,21 @@
-"""What the errors of a batch are worth: the loss of each row, and what the log says of them."""
+"""Per-row losses and logged metrics from denoising errors."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from bt_hf.diffusion import losses
+from bt_hf.diffusion.collator import Batch
 from bt_hf.diffusion.config import PreferenceLoRAConfig
+from bt_hf.diffusion.kto import kto, kto_baseline
+from bt_hf.diffusion.safeguard import safeguard_scale, with_safeguard
+from bt_hf.losses import agreement
 
 
-class Objective:
+class PairLoss:
     """Losses of the rows of a batch, from the denoising errors of their images.
 
     Errors are (N,), of the chosen images first, then of the rejected; of unpaired rows one for each. `reference` are
@@ -39,57 +45,62 @@ class Objective:
         self,
         errors: torch.Tensor,
         reference: torch.Tensor | None,
-        batch: Mapping[str, Any],
+        batch: Batch,
         beta: float,
         predicted: torch.Tensor | None = None,
         target: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Loss of each row (B,); with predictions and targets (N, C, h, w), the safeguard applies if it is on."""
+        """Return the loss of each row (B,).
+
+        Args:
+            errors: (N,).
+            reference: (N,).
+            batch: `preference` or `label`, and `weight`, each (B,).
+            beta: As in `losses.denoising_margin`.
+            predicted: (N, C, h, w), which the safeguard needs; without, it is off.
+            target: (N, C, h, w), the same.
+        """
         if self.args.loss_type == "kto":
             assert reference is not None
-            # Of all processes' images at once: the mean of clamped means would be another number.
-            weight = batch["weight"].repeat(len(errors) // len(batch["weight"]))
-            everywhere = self.gather(torch.stack([errors.detach(), reference, weight], dim=1))  # (N, 3)
-            baseline = losses.kto_baseline(everywhere[:, 0], everywhere[:, 1], beta, counts=everywhere[:, 2] > 0)
-            weights = self.args.desirable_weight, self.args.undesirable_weight
-            if "label" in batch:
-                return losses.kto(errors, reference, batch["label"], baseline, beta, *weights)
-            # Held-out pairs: each image by itself, liked as much as the preference says.
-            liked = torch.cat([batch["preference"], 1 - batch["preference"]])
-            return losses.kto(errors, reference, liked, baseline, beta, *weights).view(2, -1).mean(0)
+            return self._kto(errors, reference, batch, beta)
         preference = batch["preference"]
         pair = _pair(errors, reference)
         if self.args.safeguard and predicted is not None and target is not None:
             (chosen, rejected), (chosen_target, rejected_target) = predicted.chunk(2), target.chunk(2)
-            scale = losses.safeguard_scale(
-                chosen, rejected, chosen_target, rejected_target, self.args.safeguard_margin, preference
+            scale = safeguard_scale(
+                chosen, rejected, chosen_target, rejected_target, self.args.safeguard_mu, preference
             )
             self.track(batch["weight"], safeguard_scale=scale)
-            pair = losses.with_safeguard(pair, scale, preference)
+            pair = with_safeguard(pair, scale, preference)
         return losses.LOSSES[self.args.loss_type](pair, preference, beta, self.args.label_smoothing)
+
+    def _kto(self, errors: torch.Tensor, reference: torch.Tensor, batch: Batch, beta: float) -> torch.Tensor:
+        # All processes' images share a baseline: the mean of clamped means would be another number.
+        weight = batch["weight"].repeat(len(errors) // len(batch["weight"]))
+        everywhere = self.gather(torch.stack([errors.detach(), reference, weight], dim=1))  # (N, 3)
+        baseline = kto_baseline(everywhere[:, 0], everywhere[:, 1], beta, counts=everywhere[:, 2] > 0)
+        weights = self.args.desirable_weight, self.args.undesirable_weight
+        if "label" in batch:
+            return kto(errors, reference, batch["label"], baseline, beta, *weights)
+        # Held-out pairs: each image by itself, liked as much as the preference says.
+        liked = torch.cat([batch["preference"], 1 - batch["preference"]])
+        return kto(errors, reference, liked, baseline, beta, *weights).view(2, -1).mean(0)
 
     @staticmethod
     def margins(errors: torch.Tensor, reference: torch.Tensor | None, beta: float) -> torch.Tensor:
-        """How much more the chosen image is liked than the rejected, (B,)."""
-        return losses.denoising_margin(_pair(errors, reference), beta or 1.0)
+        """Return the margin of each pair (B,): see `losses.denoising_margin`."""
+        return losses.denoising_margin(_pair(errors, reference), beta)
 
-    def log(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Mapping[str, Any], beta: float) -> None:
-        """Record what the log says of a training batch."""
-        weight = batch["weight"]
+    def log(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Batch, beta: float) -> None:
+        """Record the metrics of a training batch for the log."""
         if "label" in batch:
-            if reference is not None:
-                liked, change = batch["label"] > 0.5, errors - reference
-                self.track(weight * liked, winner_error_base=reference, winner_error_change=change)
-                self.track(weight * ~liked, loser_error_change=change)
+            self._log_unpaired(errors, reference, batch)
             return
-        preference = batch["preference"]
+        weight, preference = batch["weight"], batch["preference"]
         margin = self.margins(errors, reference, beta)
-        hits = ((margin > 0) == (preference > 0.5)).float()
-        # A LoRA that does nothing yet, as at the first step, guesses.
-        hits = torch.where(margin == 0, torch.full_like(hits, 0.5), hits)
         self.track(weight, margin=margin)
         decided = weight * (preference != 0.5)
-        self.track(decided, accuracy=hits)
+        self.track(decided, accuracy=agreement(margin, preference))
         if reference is not None:
             winner, loser = by_preference(errors, preference)
             base_winner, base_loser = by_preference(reference, preference)
@@ -100,12 +111,69 @@ class Objective:
                 loser_error_change=loser - base_loser,
             )
 
+    def _log_unpaired(self, errors: torch.Tensor, reference: torch.Tensor | None, batch: Batch) -> None:
+        if reference is not None:
+            weight, liked, change = batch["weight"], batch["label"] > 0.5, errors - reference
+            self.track(weight * liked, winner_error_base=reference, winner_error_change=change)
+            self.track(weight * ~liked, loser_error_change=change)
+
 
 def by_preference(errors: torch.Tensor, preference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors (2B,) of the winners and of the losers, each (B,); below a preference of one half the rejected won."""
+    """Split errors (2B,) into those of winners and losers (B,); below a preference of one half the rejected won."""
     chosen, rejected = errors.chunk(2)
     won = preference >= 0.5
     return torch.where(won, chosen, rejected), torch.where(won, rejected, chosen)
+
+
+def error_changes(
+    winner: np.ndarray, loser: np.ndarray, base_winner: np.ndarray, base_loser: np.ndarray, weight: np.ndarray
+) -> dict[str, float]:
+    """Return the weighted mean of the winners' errors with the base, and of the changes against it.
+
+    Args:
+        winner: (B,) errors of the preferred images.
+        loser: (B,) errors of the others.
+        base_winner: (B,) errors of the preferred images with the base.
+        base_loser: (B,) errors of the others with the base.
+        weight: (B,), 0 for ties, which have no winner.
+
+    Returns:
+        `winner_error_base`, `winner_error_change` and `loser_error_change`; nothing if all weights are 0.
+    """
+    if not weight.any():
+        return {}
+    changes = {"winner_error_change": winner - base_winner, "loser_error_change": loser - base_loser}
+    values = {"winner_error_base": base_winner, **changes}
+    return {name: float(np.average(value, weights=weight)) for name, value in values.items()}
+
+
+def check_finite(values: torch.Tensor, prompts: Sequence[str], step: int, output_dir: str | Path) -> None:
+    """Raise a `FloatingPointError`, with the prompt and the checkpoint to go back to, if a loss is not finite.
+
+    Args:
+        values: (B,) losses.
+        prompts: B prompts.
+        step: Number of the optimizer step.
+        output_dir: Folder with the checkpoints.
+    """
+    if torch.isfinite(values).all():
+        return
+    index = int((~torch.isfinite(values)).nonzero()[0])
+    good = _last_finite_checkpoint(Path(output_dir))
+    kept = f"The last good checkpoint is {good}." if good else "There is not yet a good checkpoint."
+    raise FloatingPointError(
+        f"the loss became {values[index].item()} at step {step}, at the pair with the prompt {prompts[index]!r}. "
+        f"{kept} Lower `learning_rate` or `beta`, use bf16 instead of fp16, or look at that pair's images."
+    )
+
+
+def _last_finite_checkpoint(output_dir: Path) -> Path | None:
+    """Return the newest checkpoint with finite weights; the newest of all may hold those that gave a bad loss."""
+    files = output_dir.glob("checkpoint-*/adapter_model.safetensors")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        if all(bool(torch.isfinite(value).all()) for value in load_file(file).values()):
+            return file.parent
+    return None
 
 
 def _pair(errors: torch.Tensor, reference: torch.Tensor | None) -> losses.Errors:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.encoder import PairEncoder
@@ -22,16 +23,15 @@ class Validation:
     Prompts are embedded at once, so that the text encoders need not stay.
 
     Args:
-        pipeline: Draws; its denoiser holds the LoRA.
-        encoder: Embeds the prompts.
+        encoder: Embeds the prompts; its pipeline draws, whose denoiser holds the LoRA.
         args: Options `validation_*`, `seed`.
 
     Attributes:
-        wanted: Whether there is anything to draw.
+        wanted: True if this process draws.
     """
 
-    def __init__(self, pipeline: Any, encoder: PairEncoder, args: PreferenceLoRAConfig) -> None:
-        self.pipeline = pipeline
+    def __init__(self, encoder: PairEncoder, args: PreferenceLoRAConfig) -> None:
+        self.pipeline = encoder.pipeline
         self.size = encoder.collator.size
         self._options = dict(encoder.family.call_options)
         self.args = args
@@ -42,22 +42,32 @@ class Validation:
         self._drawn_at = -1
         if self.wanted:
             self._conditions = encoder.encode_prompts(self.prompts)
-            parameters = inspect.signature(pipeline.__call__).parameters
-            negative = {f"negative_{name}": value for name, value in encoder.encode_negative().items()}
+            parameters = inspect.signature(self.pipeline.__call__).parameters
+            # As the pipeline where it is given no negative prompt.
+            negative = {f"negative_{name}": value for name, value in encoder.family.encode_negative([""]).items()}
             self._negative = {name: value for name, value in negative.items() if name in parameters}
 
     def draw_before(self) -> dict[str, float]:
-        """Draw with the LoRA switched off by the caller. Returns what to log, empty if there is nothing new."""
+        """Draw with the LoRA switched off by the caller; return the metrics to log, none if it was drawn already."""
         if not self.wanted or self.before:
             return {}
         self.before = self._draw()
         return {"validation_distance_base": mean_pairwise_distance(self.before)}
 
-    def draw_after(self, step: int, again: bool = False) -> dict[str, float]:
-        """Draw with the LoRA of this step. Returns what to log, empty if it was drawn already and not `again`."""
+    def draw_after(self, model: nn.Module, step: int, again: bool = False) -> dict[str, float]:
+        """Draw with the LoRA of this step; return the metrics to log, none if it was drawn already and not `again`.
+
+        Args:
+            model: The denoiser with its LoRA, in training or not.
+            step: Number of the optimizer step.
+            again: Draw even if this step has been drawn.
+        """
         if not self.wanted or (step == self._drawn_at and not again):
             return {}
+        training = model.training
+        model.eval()
         self.after, self._drawn_at = self._draw(), step
+        model.train(training)
         return {
             "validation_distance": mean_pairwise_distance(self.after),
             "validation_distance_base": mean_pairwise_distance(self.before),
@@ -65,7 +75,7 @@ class Validation:
 
     @torch.no_grad()
     def _draw(self) -> list[list[Image.Image]]:
-        """Images for each prompt, each with a seed of its own that never changes."""
+        """Draw images for each prompt, each with a seed of its own that never changes."""
         pipeline, count = self.pipeline, self.args.validation_images
         negative = {name: value.expand(count, *value.shape[1:]) for name, value in self._negative.items()}
         options: dict[str, Any] = {"num_inference_steps": self.args.validation_inference_steps, **self._options}
@@ -87,7 +97,7 @@ class Validation:
         return images
 
     def sheet(self, path: Path | None = None) -> Image.Image:
-        """Before | after, a row for each prompt."""
+        """Draw the sheet before | after, a row for each prompt."""
         return contact_sheet(self.before, self.after, path, self.prompts, columns=self.args.validation_images)
 
     def save(self, folder: Path) -> None:
@@ -109,9 +119,9 @@ class Validation:
 
 
 def mean_pairwise_distance(images: list[list[Image.Image]]) -> float:
-    """Mean root-mean-square difference between any two images, at 32x32 pixels with values in [0, 1]; 0 of one image.
+    """Return the mean root-mean-square difference between any two images, at 32x32 pixels with values in [0, 1].
 
-    A model whose images become all alike comes near 0.
+    A model whose images become all alike comes near 0; so does a single image.
     """
     small = [image.convert("RGB").resize((32, 32), Image.Resampling.BOX) for row in images for image in row]
     pixels = np.stack([np.asarray(image, dtype=np.float64).ravel() / 255 for image in small])  # (N, 3072)

@@ -33,12 +33,12 @@ from taste import preference_pairs
 
 PAIRS, SIZE, ROUNDS, DRAWS = 4, 256, 3, 8
 STRAIGHT, ENCODED = "straight loop, fp32", "trainer: images and prompts encoded once"
-KNOWN, COMPILED = "+ errors of the base computed once (noise_draws)", "+ torch_compile"
+KNOWN, COMPILED = "+ errors of the base computed once (num_noise_samples)", "+ torch_compile"
 ROWS: dict[str, dict[str, Any]] = {  # each on top of those above it
     ENCODED: {"channels_last": False},
     "+ channels-last": {"channels_last": True},
     "+ bf16": {"bf16": True},
-    KNOWN: {"noise_draws": 1},  # in the few steps of a turn no pair meets more; a step costs the same with more
+    KNOWN: {"num_noise_samples": 1},  # in the few steps of a turn no pair meets more; a step costs the same with more
     COMPILED: {"torch_compile": True},
 }
 

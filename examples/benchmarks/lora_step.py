@@ -7,10 +7,10 @@ Compared are, on the emoji pipeline with batches of 16 pairs:
 
 - trainer: `PreferenceLoRATrainer.train`, from the end of one step to the end of the next; images and prompts are
   encoded beforehand;
-- trainer, noise_draws: the same, with the base's errors computed beforehand as well;
+- trainer, num_noise_samples: the same, with the base's errors computed beforehand as well;
 - straight loop: the paper's formula written down below, which encodes images and prompts at every step;
 - bare: forwards without and with the LoRA, one backward, and the optimizer's step, on one batch that lies in memory;
-- bare, base known: the same without the base's forward, as is due with noise_draws.
+- bare, base known: the same without the base's forward, as is due with num_noise_samples.
 
 They take turns of a few steps, so that a noisy machine is noisy for all; medians are compared.
 """
@@ -177,10 +177,10 @@ def compare(model: Path, bf16: bool) -> None:
         began = time.perf_counter()
         cached = train(model, pairs, scratch, bf16=bf16)
         filling = time.perf_counter() - began
-        draws = train(model, pairs, scratch, bf16=bf16, noise_draws=1)  # a step costs the same with more
+        draws = train(model, pairs, scratch, bf16=bf16, num_noise_samples=1)  # a step costs the same with more
         turns = {
             "trainer": cached,
-            "trainer, noise_draws": draws,
+            "trainer, num_noise_samples": draws,
             "straight loop": straight_loop(model, pairs, bf16),
             "bare": bare(model, bf16, base_known=False),
             "bare, base known": bare(model, bf16, base_known=True),
@@ -191,7 +191,7 @@ def compare(model: Path, bf16: bool) -> None:
     for name, value in seconds.items():
         print(f"| {name} | {value:.4f} | {value / seconds['bare']:.2f} |")
     print()
-    for name, least in (("trainer", "bare"), ("trainer, noise_draws", "bare, base known")):
+    for name, least in (("trainer", "bare"), ("trainer, num_noise_samples", "bare, base known")):
         print(f"{name}: {seconds[name] / seconds[least] - 1:+.1%} over {least}")
     print(f"loading the pipeline and encoding {len(pairs)} pairs once: {filling:.1f} s", flush=True)
 

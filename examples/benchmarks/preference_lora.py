@@ -239,9 +239,9 @@ def draws(studio: Studio, args: argparse.Namespace) -> None:
     """What fixed draws of noise and timestep do to quality, and what they save."""
     header(studio, "Fixed draws of noise and timestep for each pair: share of the preferred style")
     for count in (8, 32, 128, None):
-        run(studio, f"{count or 'new'} draws", args.tastes, [0], noise_draws=count)
+        run(studio, f"{count or 'new'} draws", args.tastes, [0], num_noise_samples=count)
     # What makes steps faster: see lora_speed.py.
-    run(studio, "8 draws, bf16", args.tastes, [0], noise_draws=8, bf16=True)
+    run(studio, "8 draws, bf16", args.tastes, [0], num_noise_samples=8, bf16=True)
 
 
 def beta(studio: Studio, args: argparse.Namespace) -> None:

@@ -15,13 +15,13 @@ from bt_hf.cli import main
 from bt_hf.cli.lora import LoraArguments, parse, unpair
 from bt_hf.data.images import to_rgb
 from bt_hf.data.pairs import load_preference_pairs
-from bt_hf.diffusion.collator import labels
+from bt_hf.diffusion.collator import batch_labels
 from tiny_models import picture, red_pairs
 from tiny_pipelines import draw, save
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_preference_lora.py"
 FAST = ["--resolution", "32", "--max_steps", "2", "--logging_steps", "1", "--warmup_steps", "0", "--use_cpu"]
-FAST += ["--disable_tqdm", "True", "--report_to", "none", "--save_strategy", "no", "--eval_draws", "2"]
+FAST += ["--disable_tqdm", "True", "--report_to", "none", "--save_strategy", "no", "--num_eval_noise_samples", "2"]
 
 
 class Workplace(NamedTuple):
@@ -111,8 +111,8 @@ def test_unpaired_rows_keep_soft_labels(streaming: bool) -> None:
     pairs = load_preference_pairs(red_pairs(3, preference=[1.0, 0.25, 0.5], weight=[1.0, 2.0, 3.0]))
     rows = unpair(pairs.to_iterable_dataset() if streaming else pairs)
     rows = list(rows)
-    assert labels(rows)["label"].tolist() == [1.0, 0.25, 0.5, 0.0, 0.75, 0.5]
-    assert labels(rows)["weight"].tolist() == [1.0, 2.0, 3.0] * 2
+    assert batch_labels(rows)["label"].tolist() == [1.0, 0.25, 0.5, 0.0, 0.75, 0.5]
+    assert batch_labels(rows)["weight"].tolist() == [1.0, 2.0, 3.0] * 2
     for index, row in enumerate(rows):
         pair = pairs[index % 3]
         assert row["prompt"] == pair["prompt"]
@@ -154,13 +154,13 @@ def test_help_teaches(capsys) -> None:
     text = capsys.readouterr().out
     assert "unpair_preference_dataset" in text
     assert "--dataloader_num_workers" not in text
-    assert all(option in text for option in ("--model", "--beta", "--noise_draws", "--lora_alpha", "--config"))
+    assert all(option in text for option in ("--model", "--beta", "--num_noise_samples", "--lora_alpha", "--config"))
     assert main(["lora", "--help_all"]) == 0
     assert "--dataloader_num_workers" in capsys.readouterr().out
     config = parse(["--model", "m", "--dataset", "d"])[2]
     assert (config.output_dir, config.beta) == ("preference-lora", "auto")
     assert config.given_lora_options() == []
-    assert parse(["--model", "m", "--dataset", "d", "--beta", "family"])[2].beta == "family"
+    assert parse(["--model", "m", "--dataset", "d", "--beta", "published"])[2].beta == "published"
 
 
 def test_example(workplace: Workplace, tmp_path: Path, capsys) -> None:

@@ -94,7 +94,7 @@ def test_hyphens_are_as_good_as_underscores(command: str) -> None:
 @pytest.mark.parametrize(
     ("command", "wrong", "meant"),
     [
-        ("lora", "--lora_rank", "--lora_r"),
+        ("lora", "--lora_r", "--lora_r"),
         ("reward", "--crossvalidate", "--cross_validate"),
         ("reward", "--learning_rat=1", "--learning_rate"),
         ("pairs", "--candidate", "--candidates"),

@@ -12,7 +12,7 @@ import tiny_pipelines
 from bt_hf import PreferenceScorer, generate_preference_pairs, load_preference_pairs
 from bt_hf.cli import main
 from bt_hf.cli.pairs import load_pipeline, read_prompts
-from bt_hf.diffusion.families.base import find_family, save_lora
+from bt_hf.diffusion.families.base import find_family
 
 PROMPTS = ["a red apple", "the old house"]
 
@@ -45,7 +45,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter)
-    save_lora(find_family(pipeline), type(pipeline), adapted, folder / "lora")
+    find_family(pipeline).save_lora(adapted, folder / "lora")
     adapted.save_pretrained(folder / "lora")
     return Workplace(model, reward, str(folder / "prompts.txt"), str(folder / "pairs"), str(folder / "lora"))
 

@@ -12,7 +12,7 @@ from bt_hf.training.trainer import PreferenceTrainer
 
 FAST = {
     "reward": ["--cross_validate", "0", "--max_steps", "1"],
-    "lora": ["--resolution", "32", "--max_steps", "1", "--warmup_steps", "0", "--eval_draws", "1"],
+    "lora": ["--resolution", "32", "--max_steps", "1", "--warmup_steps", "0", "--num_eval_noise_samples", "1"],
 }
 both_commands = pytest.mark.parametrize("command", ["reward", "lora"])
 

@@ -153,13 +153,13 @@ def test_a_build_that_waits_for_one_that_fails_takes_over(tmp_path: Path, caplog
     assert len(Dataset.from_file(str(path))) == 20
 
 
-def test_fixed_draws_use_cached_errors_and_change_nothing_else(tmp_path: Path) -> None:
-    # 8 pairs in batches of 4: draws 0, 1, 0 of two steps each.
+def test_fixed_noise_samples_use_cached_errors_and_change_nothing_else(tmp_path: Path) -> None:
+    # 8 pairs in batches of 4: samples 0, 1, 0 of two steps each.
     options = {"max_steps": 6, "per_device_train_batch_size": 4}
-    cached = make(tmp_path / "cached", noise_draws=2, **options)
+    cached = make(tmp_path / "cached", num_noise_samples=2, **options)
     cached.train()
     assert cached.get_train_dataloader().dataset.reference.shape == (8, 2, 2)
-    computed = make(tmp_path / "computed", noise_draws=2, cache_latents=False, **options)
+    computed = make(tmp_path / "computed", num_noise_samples=2, cache_latents=False, **options)
     computed.train()
     assert logged(cached, "loss") == pytest.approx(logged(computed, "loss"), rel=1e-2)
 
@@ -228,9 +228,9 @@ def test_a_killed_build_goes_on_and_processes_share_it(tmp_path: Path) -> None:
     assert [process.returncode for process in both] == [0, 0], ended
     found = [[int(number) for number in out.split()] for out, _ in ended]
     assert [images for images, _ in found] == [80, 80]
-    assert sum(calls for _, calls in found) == 3 * (16 + 1)  # what was missing, once, whoever did it
+    assert sum(calls for _, calls in found) == 3 * (16 + 1)  # the missing ones, once, whoever encoded them
     assert all(path.stat().st_mtime_ns == time for path, time in whole.items())
-    assert not list(tmp_path.glob("*/tmp*"))  # what the killed one left is gone
+    assert not list(tmp_path.glob("*/tmp*"))  # left by the killed one
 
 
 def test_rows_that_are_added_leave_the_files_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

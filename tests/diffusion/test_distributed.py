@@ -33,8 +33,8 @@ def test_two_processes_are_one_with_twice_the_batch(case: str, two_processes: Pa
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0)
 
-    # What is logged and measured is that of all pairs, not of one process. A margin is beta / 2 times a difference of
-    # errors of about 1, each of which float32 knows to about 1e-7.
+    # Logs and metrics are those of all pairs, not of one process. A margin is beta / 2 times a difference of errors of
+    # about 1, each of which float32 knows to about 1e-7.
     close = 5e-7 * one["beta"]
     assert len(one["steps"]) == len(ranks[0]["steps"]) == 5
     for step, other in zip(one["steps"], ranks[0]["steps"], strict=True):

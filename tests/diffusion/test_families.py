@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from bt_hf.diffusion.families.base import Family, encode_latents, find_family, save_lora, unwrap
+from bt_hf.diffusion.families.base import Family, encode_latents, find_family, unwrap
 from tiny_pipelines import PIPELINES, SIZE, build, draw, make_flux, make_sd, make_sd3, save
 
 all_pipelines = pytest.mark.parametrize("name", PIPELINES)
@@ -35,11 +35,11 @@ def random_lora(family: Family, denoiser: nn.Module, **kwargs: Any) -> PeftModel
         return get_peft_model(denoiser, config)
 
 
-def inputs_of(family: Family, pipeline: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def inputs_of(family: Family) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Latents, times and conditions for two prompts."""
-    mean, _ = family.encode_images(pipeline, torch.rand(2, 3, *SIZE) * 2 - 1)
-    times = family.schedule(pipeline, SIZE).times(torch.tensor([0.3, 0.8]))
-    return torch.randn_like(mean), times, family.encode_prompts(pipeline, PROMPTS)
+    mean, _ = family.encode_images(torch.rand(2, 3, *SIZE) * 2 - 1)
+    times = family.schedule(SIZE).times(torch.tensor([0.3, 0.8]))
+    return torch.randn_like(mean), times, family.encode_prompts(PROMPTS)
 
 
 @all_pipelines
@@ -69,7 +69,7 @@ def test_tiny_pipelines_save_and_load(name: str, tmp_path: Path) -> None:
 @all_pipelines
 def test_encoded_prompts_draw_the_same_image(name: str) -> None:
     pipeline = build(name)
-    values = find_family(pipeline).encode_prompts(pipeline, PROMPTS)
+    values = find_family(pipeline).encode_prompts(PROMPTS)
     for index, prompt in enumerate(PROMPTS):
         one = {key: value[index : index + 1] for key, value in values.items()}
         torch.testing.assert_close(draw(pipeline, None, **one), draw(pipeline, prompt), atol=1e-5, rtol=0)
@@ -79,9 +79,9 @@ def test_encoded_prompts_draw_the_same_image(name: str) -> None:
 def test_prompts_of_any_length_have_one_shape(name: str) -> None:
     pipeline = build(name)
     family = find_family(pipeline)
-    together = family.encode_prompts(pipeline, ["", *PROMPTS])
+    together = family.encode_prompts(["", *PROMPTS])
     for index, prompt in enumerate(["", *PROMPTS]):
-        for key, value in family.encode_prompts(pipeline, [prompt]).items():
+        for key, value in family.encode_prompts([prompt]).items():
             assert value.shape[0] == 1
             assert not value.requires_grad
             torch.testing.assert_close(value[0], together[key][index], atol=1e-5, rtol=1e-4)
@@ -91,14 +91,14 @@ def test_prompts_of_any_length_have_one_shape(name: str) -> None:
 def test_longest_prompt_is_read_to_its_end(name: str) -> None:
     pipeline = build(name)
     family = find_family(pipeline)
-    tokenizer, limit = family.longest_prompt(pipeline)
+    tokenizer, limit = family.longest_prompt()
     added = len(tokenizer("")["input_ids"])
 
     def matters(words: int) -> bool:
-        """Whether the last of so many words does."""
+        """True if the last of so many words does."""
         one, other = (" ".join(["a"] * (words - 1) + [last]) for last in ("boat", "bird"))
         assert len(tokenizer(one)["input_ids"]) == words + added
-        values = family.encode_prompts(pipeline, [one, other])
+        values = family.encode_prompts([one, other])
         return any(not torch.equal(*value) for value in values.values())
 
     words = limit - added
@@ -113,7 +113,7 @@ def test_encoded_images_are_what_the_pipeline_decodes(name: str) -> None:
     pipeline = build(name)
     family = find_family(pipeline)
     pixels = torch.rand(2, 3, *SIZE) * 2 - 1
-    mean, std = family.encode_images(pipeline, pixels)
+    mean, std = family.encode_images(pixels)
     assert mean.shape == std.shape
     assert mean.dtype == std.dtype == torch.float32
     assert not mean.requires_grad
@@ -140,16 +140,16 @@ def test_encoded_images_are_what_the_pipeline_decodes(name: str) -> None:
 
 @all_pipelines
 def test_latents_fit_the_schedule(name: str) -> None:
-    """What is encoded has the shape that the denoiser takes, from noising to prediction."""
+    """Latents have the shape that the denoiser takes, from noising to prediction."""
     pipeline = build(name)
     family = find_family(pipeline)
-    schedule = family.schedule(pipeline, SIZE)
-    mean, std = family.encode_images(pipeline, torch.rand(2, 3, *SIZE) * 2 - 1)
+    schedule = family.schedule(SIZE)
+    mean, std = family.encode_images(torch.rand(2, 3, *SIZE) * 2 - 1)
     times = schedule.times(torch.tensor([0.2, 0.7]))
     noisy, target = schedule.corrupt(mean + std * torch.randn_like(std), torch.randn_like(mean), times)
     denoiser = getattr(pipeline, family.denoiser)
     with torch.no_grad():
-        prediction = family.predict(denoiser, noisy, times, family.encode_prompts(pipeline, PROMPTS), SIZE)
+        prediction = family.predict(denoiser, noisy, times, family.encode_prompts(PROMPTS), SIZE)
     assert prediction.shape == target.shape == mean.shape
     assert prediction.dtype == torch.float32
     assert prediction.isfinite().all()
@@ -180,7 +180,7 @@ def test_predict_is_what_the_pipeline_asks_its_denoiser(name: str, size: tuple[i
         patches = (2, -1, size[0] // 8, size[1] // 8)
         sample, expected = (value.transpose(1, 2).reshape(patches) for value in (sample, expected))
         time = time * 1000
-    conditions = family.encode_prompts(pipeline, PROMPTS)
+    conditions = family.encode_prompts(PROMPTS)
     with torch.no_grad():
         prediction = family.predict(denoiser, sample, time.expand(2), conditions, size)
     torch.testing.assert_close(prediction, expected, atol=1e-5, rtol=1e-5)
@@ -190,7 +190,7 @@ def test_predict_is_what_the_pipeline_asks_its_denoiser(name: str, size: tuple[i
 def test_predict_through_wrappers(name: str) -> None:
     pipeline = build(name)
     family = find_family(pipeline)
-    noisy, times, conditions = inputs_of(family, pipeline)
+    noisy, times, conditions = inputs_of(family)
     denoiser = getattr(pipeline, family.denoiser)
     with torch.no_grad():
         plain = family.predict(denoiser, noisy, times, conditions, SIZE)
@@ -207,7 +207,7 @@ def test_gradients_reach_every_lora_weight(name: str) -> None:
     """And in bfloat16, with the LoRA in float32, as the trainer holds it."""
     pipeline = build(name).to(torch.bfloat16)
     family = find_family(pipeline)
-    noisy, times, conditions = inputs_of(family, pipeline)
+    noisy, times, conditions = inputs_of(family)
     model = random_lora(family, getattr(pipeline, family.denoiser))
     prediction = family.predict(model, noisy, times, conditions, SIZE)
     assert prediction.dtype == torch.float32
@@ -226,11 +226,11 @@ def test_saved_lora_loads_both_ways(name: str, tmp_path: Path) -> None:
     """`load_lora_weights` and `PeftModel.from_pretrained` give what was trained, with ranks and alphas by layer."""
     trained, loaded, other = build(name), build(name), build(name)
     family = find_family(trained)
-    noisy, times, conditions = inputs_of(family, trained)
+    noisy, times, conditions = inputs_of(family)
     before = draw(loaded)
     patterns = {"rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_q": 1, "to_k": 4}}
     model = random_lora(family, getattr(trained, family.denoiser), **patterns)
-    save_lora(family, type(trained), model, tmp_path)
+    family.save_lora(model, tmp_path)
     model.save_pretrained(tmp_path)
 
     loaded.load_lora_weights(tmp_path)
@@ -249,7 +249,7 @@ def test_saved_lora_says_nothing_of_local_paths(name: str, tmp_path: Path) -> No
     family = find_family(pipeline)
     model = random_lora(family, getattr(pipeline, family.denoiser))
     model.peft_config["default"].base_model_name_or_path = "/home/someone/models/base"
-    save_lora(family, type(pipeline), model, tmp_path)
+    family.save_lora(model, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     assert b"someone" not in (tmp_path / "pytorch_lora_weights.safetensors").read_bytes()
 
@@ -277,14 +277,14 @@ def test_every_default_target_is_there(name: str) -> None:
 def test_sizes(name: str) -> None:
     pipeline = build(name)
     family = find_family(pipeline)
-    assert family.multiple(pipeline) == (32 if name == "sana" else 8)
+    assert family.multiple == (32 if name == "sana" else 8)
     # FLUX has no size in its config: the pipeline's own default, 128 latents.
-    assert family.default_size(pipeline) == ((512, 512) if name.startswith("flux") else SIZE)
+    assert family.default_size == ((512, 512) if name.startswith("flux") else SIZE)
 
 
 def test_default_size_of_a_wide_unet() -> None:
     pipeline = build(lambda: make_sd(sample_size=[8, 12]))
-    assert find_family(pipeline).default_size(pipeline) == (32, 48)
+    assert find_family(pipeline).default_size == (32, 48)
 
 
 # --- Particular models ---
@@ -299,7 +299,7 @@ def test_sd3_without_t5() -> None:
         return pipeline
 
     pipeline = build(without_t5)
-    values = find_family(pipeline).encode_prompts(pipeline, PROMPTS[:1])
+    values = find_family(pipeline).encode_prompts(PROMPTS[:1])
     torch.testing.assert_close(draw(pipeline, None, **values), draw(pipeline, PROMPTS[0]))
 
 
@@ -307,7 +307,7 @@ def test_flux_without_guidance_embedding() -> None:
     """Models that were trained out of FLUX.1-schnell's distillation take no guidance."""
     pipeline = build(lambda: make_flux(guidance_embeds=False))
     family = find_family(pipeline)
-    noisy, times, conditions = inputs_of(family, pipeline)
+    noisy, times, conditions = inputs_of(family)
     with torch.no_grad():
         assert family.predict(pipeline.transformer, noisy, times, conditions, SIZE).isfinite().all()
 
@@ -315,7 +315,7 @@ def test_flux_without_guidance_embedding() -> None:
 def test_flux2_latents_are_those_that_its_pipeline_edits() -> None:
     pipeline = build("flux2")
     pixels = torch.rand(2, 3, *SIZE) * 2 - 1
-    mean, _ = find_family(pipeline).encode_images(pipeline, pixels)
+    mean, _ = find_family(pipeline).encode_images(pixels)
     assert mean.shape == (2, 16, 4, 4)
     torch.testing.assert_close(mean, pipeline._encode_vae_image(pixels, None))
 
@@ -327,7 +327,7 @@ def test_flux2_trains_with_the_shift_of_many_steps(side: int) -> None:
     pipeline = build("flux2")
     size = (side // 2, side // 2)  # the tiny VAE has half the stride
     expected = math.exp(compute_empirical_mu((side // 16) ** 2, num_steps=200))
-    assert find_family(pipeline).schedule(pipeline, size).shift == pytest.approx(expected, rel=1e-3)
+    assert find_family(pipeline).schedule(size).shift == pytest.approx(expected, rel=1e-3)
 
 
 def test_sdxl_with_standardised_latents() -> None:
@@ -335,7 +335,7 @@ def test_sdxl_with_standardised_latents() -> None:
     pipeline = build("sdxl")
     pipeline.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.5, 2.0, 1.0])
     pixels = torch.rand(1, 3, *SIZE) * 2 - 1
-    mean, std = find_family(pipeline).encode_images(pipeline, pixels)
+    mean, std = find_family(pipeline).encode_images(pixels)
     distribution = pipeline.vae.encode(pixels).latent_dist
     stds = torch.tensor([0.5, 1.5, 2.0, 1.0]).view(1, 4, 1, 1)
     means = torch.tensor([0.1, -0.2, 0.3, 0.0]).view(1, 4, 1, 1)

@@ -1,4 +1,4 @@
-"""Which pipelines and adapters are taken, and what is said of those that are not."""
+"""Refusal of pipelines and adapters that can't be trained, with messages that say why."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from peft import IA3Config, LoraConfig, get_peft_model
 
-from bt_hf.diffusion.families.base import check_adapter, find_family, save_lora
+from bt_hf.diffusion.families.base import check_adapter, family_class, find_family
 from tiny_pipelines import SIZE, build, make_flux, make_flux2, unet
 
 
@@ -16,6 +16,14 @@ def test_pipeline_of_another_kind_is_named() -> None:
     pipeline = DDPMPipeline(UNet2DModel(block_out_channels=(32, 32, 32, 32)), DDPMScheduler())
     with pytest.raises(TypeError, match="DDPMPipeline is not supported: .*StableDiffusionPipeline.*FluxPipeline"):
         find_family(pipeline)
+
+
+def test_a_class_is_known_by_its_name_alone() -> None:
+    found = family_class("StableDiffusionXLPipeline")
+    assert found is not None
+    assert (found.name, found.denoiser, found.beta) == ("stable-diffusion-xl", "unet", 5000.0)
+    assert "conv1" in found.target_modules
+    assert family_class("DDPMPipeline") is None
 
 
 def test_subclass_of_a_supported_pipeline() -> None:
@@ -71,7 +79,7 @@ def test_unknown_prediction_type_is_named() -> None:
     pipeline = build("sd")
     pipeline.scheduler.register_to_config(prediction_type="flow_prediction")
     with pytest.raises(ValueError, match="'flow_prediction'"):
-        find_family(pipeline).schedule(pipeline, SIZE)
+        find_family(pipeline).schedule(SIZE)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +95,6 @@ def test_adapters_that_pipelines_cannot_load(config: Any, expected: str, tmp_pat
     pipeline = build("sd")
     model = get_peft_model(unet(), config)
     with pytest.raises(ValueError, match=expected):
-        save_lora(find_family(pipeline), type(pipeline), model, tmp_path)
+        find_family(pipeline).save_lora(model, tmp_path)
     with pytest.raises(ValueError, match=expected):
         check_adapter(config)

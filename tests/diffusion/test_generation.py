@@ -208,7 +208,7 @@ class Indifferent(Redness):
 
 
 def test_bad_images_are_left_out_and_counted_once(pipeline: Any, monkeypatch, caplog) -> None:
-    """Of four candidates one is NaN and one black, so the pair is of the other two."""
+    """One of four candidates is NaN and one black, so the pair is of the other two."""
     spoil(pipeline, monkeypatch, {1: math.nan, 2: -1.0})
     scorer = Redness()
     with caplog.at_level(logging.WARNING, logger="bt_hf"):

@@ -7,24 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bt_hf.diffusion.losses import (
-    LOSSES,
-    REFERENCE_FREE,
-    SPREAD,
-    Errors,
-    auto_beta,
-    denoising_margin,
-    dpo,
-    hinge,
-    ipo,
-    kto,
-    kto_baseline,
-    mapo,
-    safeguard_scale,
-    scale_gradient,
-    sft,
-    with_safeguard,
-)
+from bt_hf.diffusion.beta import MAPO_BETA, SPREAD, auto_beta, fixed_beta
+from bt_hf.diffusion.kto import kto, kto_baseline
+from bt_hf.diffusion.losses import LOSSES, REFERENCE_FREE, Errors, denoising_margin, dpo, hinge, ipo, mapo, sft
+from bt_hf.diffusion.safeguard import safeguard_scale, scale_gradient, with_safeguard
 
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
 PREFERENCES = torch.tensor([1.0, 0.0, 0.5, 0.75], dtype=torch.double)
@@ -250,7 +236,7 @@ def test_kto_baseline() -> None:
     assert baseline.item() == 2
     assert not baseline.requires_grad
     assert kto_baseline(reference, double(0.0, 0.0), 4.0).item() == 0
-    # What does not count might as well be missing.
+    # An image that does not count might as well be missing.
     counts = torch.tensor([True, False])
     assert kto_baseline(errors, reference, 4.0, counts).item() == kto_baseline(errors[:1], reference[:1], 4.0).item()
     assert kto_baseline(errors, reference, 4.0, ~counts & counts).item() == 0
@@ -262,8 +248,8 @@ def test_kto_baseline() -> None:
 def winner_change(
     chosen: Tensor, rejected: Tensor, target: list[Tensor], preference: float, mu: float | None
 ) -> tuple[Tensor, Tensor]:
-    """What a small step down the loss does to the preferred image's error, by the first order: (B,), and its own
-    gradient's square norm.
+    """Return the change of the preferred image's error in a small step down the loss, by the first order, (B,), and
+    its own gradient's square norm.
 
     The model is one shift of the prediction that both images of a pair share, as they share weights: the step is taken
     in output space.
@@ -295,7 +281,7 @@ def test_safeguard_keeps_the_winner(preference: float, mu: float) -> None:
         change, norm = winner_change(*predicted, targets, preference, mu)
         assert (change <= -mu * abs(preference - 0.5) * norm + 1e-6).all()
         violated += int((winner_change(*predicted, targets, preference, None)[0] > 1e-6).sum())
-    assert violated > 20  # of 40: without the safeguard most winners become worse
+    assert violated > 20  # out of 40: without the safeguard most winners become worse
 
 
 def test_safeguard_by_hand() -> None:
@@ -330,6 +316,14 @@ def test_with_safeguard_scales_the_less_preferred_image_only() -> None:
 
 
 # --- Beta ---
+
+
+def test_fixed_beta() -> None:
+    assert fixed_beta(3.0, "dpo", published=2000.0) == 3.0
+    assert fixed_beta("published", "dpo", published=2000.0) == 2000.0
+    assert fixed_beta("auto", "dpo", published=2000.0) is None
+    assert fixed_beta(3.0, "mapo", published=2000.0) == 3.0
+    assert fixed_beta("published", "mapo", published=2000.0) == fixed_beta("auto", "mapo", 2000.0) == MAPO_BETA
 
 
 def test_auto_beta_by_hand() -> None:

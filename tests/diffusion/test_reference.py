@@ -1,4 +1,4 @@
-"""The base's errors: those of the same draws and in the same precision, whatever was computed before."""
+"""The base's errors: at the same noise samples and in the same precision, whatever was computed before."""
 
 from pathlib import Path
 
@@ -7,19 +7,19 @@ import pytest
 import torch
 from trl import unpair_preference_dataset
 
-from bt_hf.diffusion.collator import labels
+from bt_hf.diffusion.collator import batch_labels
 from tiny_models import red_pairs
 from tiny_trainers import adapter, logged, make
 
 
-@pytest.mark.parametrize("noise_draws", [None, 2])
+@pytest.mark.parametrize("num_noise_samples", [None, 2])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_lora_that_does_nothing_has_no_margin(bf16: bool, noise_draws: int | None, tmp_path: Path) -> None:
+def test_a_lora_that_does_nothing_has_no_margin(bf16: bool, num_noise_samples: int | None, tmp_path: Path) -> None:
     trainer = make(
         tmp_path,
         evaluation=red_pairs(4, seed=1),
         bf16=bf16,
-        noise_draws=noise_draws,
+        num_noise_samples=num_noise_samples,
         beta=2000,
         learning_rate=0,
         max_steps=12,
@@ -28,13 +28,20 @@ def test_a_lora_that_does_nothing_has_no_margin(bf16: bool, noise_draws: int | N
     assert trainer.evaluate()["eval_margin"] == 0
     trainer.train()
     assert set(logged(trainer, "margin")) == {0.0}
+    assert set(logged(trainer, "accuracy")) == {0.5}  # it guesses
     assert trainer.evaluate()["eval_margin"] == 0
 
 
-@pytest.mark.parametrize("noise_draws", [None, 2])
-def test_evaluating_the_training_pairs_changes_no_training(noise_draws: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_noise_samples", [None, 2])
+def test_evaluating_the_training_pairs_changes_no_training(num_noise_samples: int | None, tmp_path: Path) -> None:
     def train(folder: Path, evaluate: bool) -> dict[str, torch.Tensor]:
-        trainer = make(folder, max_steps=12, noise_draws=noise_draws, per_device_train_batch_size=4, eval_draws=3)
+        trainer = make(
+            folder,
+            max_steps=12,
+            num_noise_samples=num_noise_samples,
+            per_device_train_batch_size=4,
+            num_eval_noise_samples=3,
+        )
         before = trainer.evaluate(trainer.train_dataset) if evaluate else {}
         trainer.train()
         if evaluate:
@@ -48,10 +55,12 @@ def test_evaluating_the_training_pairs_changes_no_training(noise_draws: int | No
         assert torch.equal(evaluated[name], value), name
 
 
-def test_pairs_of_one_trainer_serve_another_with_other_draws(tmp_path: Path) -> None:
-    first = make(tmp_path, noise_draws=2, max_steps=6)
+def test_pairs_of_one_trainer_serve_another_with_other_noise(tmp_path: Path) -> None:
+    first = make(tmp_path, num_noise_samples=2, max_steps=6)
     first.train()
-    second = make(tmp_path / "second", pairs=first.train_dataset, noise_draws=2, max_steps=6, seed=7, learning_rate=0)
+    second = make(
+        tmp_path / "second", pairs=first.train_dataset, num_noise_samples=2, max_steps=6, seed=7, learning_rate=0
+    )
     second.train()
     assert set(logged(second, "margin")) == {0.0}
 
@@ -59,25 +68,27 @@ def test_pairs_of_one_trainer_serve_another_with_other_draws(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("rows", "options", "computed"),
     [
-        (8, {"max_steps": 20}, (8, 2, 2)),  # 10 passes with 2 draws
+        (8, {"max_steps": 20}, (8, 2, 2)),  # 10 epochs with 2 noise samples
         (8, {"max_steps": -1, "num_train_epochs": 3}, (8, 2, 2)),
-        (8, {"max_steps": 4}, None),  # in 2 passes no draw comes again
-        (7, {"max_steps": 10, "dataloader_drop_last": True}, (7, 2, 2)),  # 1 step a pass
+        (8, {"max_steps": 4}, None),  # in 2 epochs no sample comes again
+        (7, {"max_steps": 10, "dataloader_drop_last": True}, (7, 2, 2)),  # 1 step an epoch
         (9, {"max_steps": 4, "gradient_accumulation_steps": 2}, None),
-        (9, {"max_steps": 5, "gradient_accumulation_steps": 2}, (9, 2, 2)),  # 2 steps a pass
+        (9, {"max_steps": 5, "gradient_accumulation_steps": 2}, (9, 2, 2)),  # 2 steps an epoch
     ],
 )
-def test_errors_are_computed_once_where_draws_come_again(
+def test_errors_are_computed_once_where_noise_samples_come_again(
     rows: int, options: dict, computed: tuple | None, tmp_path: Path
 ) -> None:
-    trainer = make(tmp_path, pairs=red_pairs(rows), noise_draws=2, per_device_train_batch_size=4, **options)
+    trainer = make(tmp_path, pairs=red_pairs(rows), num_noise_samples=2, per_device_train_batch_size=4, **options)
     trainer.train()
     found = trainer.get_train_dataloader().dataset.reference
     assert (None if found is None else tuple(found.shape)) == computed
 
 
 def test_each_of_several_evaluation_sets_is_computed_once(tmp_path: Path) -> None:
-    trainer = make(tmp_path, evaluation={"near": red_pairs(4, seed=1), "far": red_pairs(3, seed=2)}, eval_draws=3)
+    trainer = make(
+        tmp_path, evaluation={"near": red_pairs(4, seed=1), "far": red_pairs(3, seed=2)}, num_eval_noise_samples=3
+    )
     metrics = trainer.evaluate()
     assert metrics["eval_near_margin"] == metrics["eval_far_margin"] == 0
     for name, rows in (("near", 4), ("far", 3)):
@@ -121,5 +132,5 @@ def test_ties_have_no_winner(tmp_path: Path) -> None:
 
 def test_unpaired_rows_of_trl_keep_their_preference() -> None:
     rows = list(unpair_preference_dataset(red_pairs(3, preference=[1.0, 0.0, 0.25])))
-    np.testing.assert_allclose(labels(rows)["label"], [1.0, 0.0, 0.25, 0.0, 1.0, 0.75])
-    assert labels([{"label": False}, {"label": True}])["label"].tolist() == [0.0, 1.0]
+    np.testing.assert_allclose(batch_labels(rows)["label"], [1.0, 0.0, 0.25, 0.0, 1.0, 0.75])
+    assert batch_labels([{"label": False}, {"label": True}])["label"].tolist() == [0.0, 1.0]

@@ -17,12 +17,12 @@ from trl import unpair_preference_dataset
 from bt_hf import PreferenceLoRATrainer
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.diffusion.callbacks import CollapseGuard, OverfittingGuard, WinnerErrorGuard
-from bt_hf.diffusion.noise import draw_noise
+from bt_hf.diffusion.errors import sample_noise
 from tiny_models import clip_images, red_pairs
 from tiny_pipelines import PIPELINES, SIZE, build, draw, make_sd, save
 from tiny_trainers import adapter, logged, make
 
-# --- The objective ---
+# --- The loss ---
 
 
 def test_loss_and_gradient_are_those_of_the_paper(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_loss_and_gradient_are_those_of_the_paper(tmp_path: Path) -> None:
     for index, row in enumerate(pairs):
         embeds = fresh.encode_prompt([row["prompt"]], "cpu", 1, False)[0]
         shape = tuple(batch["latents"].shape[1:])
-        noise, quantile = draw_noise(trainer.args.seed, batch["row"][index : index + 1], 0, shape)
+        noise, quantile = sample_noise(trainer.args.seed, batch["row"][index : index + 1], 0, shape)
         step = (quantile * len(alphas)).long()
         alpha = alphas[step].view(1, 1, 1, 1)
         errors = []
@@ -126,7 +126,7 @@ def test_a_tie_moves_nothing_at_first(tmp_path: Path) -> None:
 def test_sft_lowers_the_winners_error_and_dpo_the_difference(tmp_path: Path) -> None:
     pairs = red_pairs(8)
     for loss_type in ("sft", "dpo"):
-        options = {"loss_type": loss_type, "learning_rate": 1e-3, "eval_draws": 8, "max_steps": 20}
+        options = {"loss_type": loss_type, "learning_rate": 1e-3, "num_eval_noise_samples": 8, "max_steps": 20}
         trainer = make(tmp_path, pairs=pairs, evaluation=pairs, overwrite_output_dir=True, **options)
         trainer.train()
         metrics = trainer.evaluate()
@@ -149,14 +149,14 @@ def test_auto_beta_follows_the_scale_of_errors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "beta"), [("sd", 2000), ("sdxl", 5000), ("sd3", 100), ("flux2", 100)])
 def test_beta_as_published_for_the_family(name: str, beta: float, tmp_path: Path) -> None:
-    """Of the Diffusion-DPO paper and of Flow-GRPO's code, whose formulas have the same 1/2."""
-    trainer = make(tmp_path, name, beta="family", max_steps=1)
+    """Numbers from the Diffusion-DPO paper and Flow-GRPO's code, whose formulas have the same 1/2."""
+    trainer = make(tmp_path, name, beta="published", max_steps=1)
     trainer.train()
     assert logged(trainer, "beta") == [beta]
 
 
 def test_beta_of_mapo_is_its_own(tmp_path: Path) -> None:
-    for beta in ("auto", "family"):
+    for beta in ("auto", "published"):
         trainer = make(tmp_path / beta, beta=beta, loss_type="mapo", max_steps=1)
         trainer.train()
         assert trainer.beta == 0.1
@@ -189,7 +189,7 @@ def test_train_save_and_load_with_unmodified_clients(family: str, tmp_path: Path
     setattr(with_peft, name, denoiser.get_base_model())
     assert (loaded - before).abs().max() > 1e-3
     torch.testing.assert_close(draw(with_peft, "a red apple"), loaded, atol=1e-4, rtol=0)
-    # What was trained draws the same.
+    # The trained pipeline has the same weights.
     trained = getattr(trainer.pipeline, name)
     weights = dict(trained.named_parameters())
     for key, value in getattr(with_peft, name).named_parameters():
@@ -197,7 +197,7 @@ def test_train_save_and_load_with_unmodified_clients(family: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", ["sd", "flux"])
-@pytest.mark.parametrize("options", [{}, {"noise_draws": 2}, {"sample_latents": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_noise_samples": 2}, {"sample_latents": True}], ids=str)
 def test_resuming_gives_the_same_adapter_to_the_bit(family: str, options: dict, tmp_path: Path) -> None:
     whole = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 3, **options}
     trainer = make(tmp_path / "whole", family, **whole)
@@ -423,9 +423,9 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         ({"beta": -1}, "beta"),
         ({"beta": "strong"}, "beta"),
         ({"label_smoothing": 0.7}, "label_smoothing"),
-        ({"noise_draws": 0}, "noise_draws"),
+        ({"num_noise_samples": 0}, "num_noise_samples"),
         ({"undesirable_weight": -1}, "undesirable_weight"),
-        ({"safeguard_margin": 2.0}, "safeguard_margin"),
+        ({"safeguard_mu": 2.0}, "safeguard_mu"),
     ):
         with pytest.raises(ValueError, match=f"`{word}`"):
             make(tmp_path, **options)
@@ -435,7 +435,7 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of the pairs to train on, of those held out and of what is drawn."""
+    """Prompts to train on, held-out ones and those to draw."""
     pairs, long = red_pairs(4), "a red apple" + " and a dog" * 100
     pairs = pairs.map(lambda row, index: {"prompt": long} if index == 1 else row, with_indices=True)
     with caplog.at_level(logging.WARNING):

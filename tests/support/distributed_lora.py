@@ -16,7 +16,7 @@ from tiny_pipelines import SIZE, build
 ROWS = 7
 CASES = {
     "cached": {},
-    "draws": {"noise_draws": 2},
+    "samples": {"num_noise_samples": 2},
     "uncached": {"cache_latents": False},
     "kto": {"loss_type": "kto", "beta": 500},
 }
@@ -35,7 +35,7 @@ def train(folder: Path, batch: int, case: str) -> dict:
         learning_rate=3e-4,
         warmup_steps=0,
         logging_steps=1,
-        eval_draws=2,
+        num_eval_noise_samples=2,
         resolution=SIZE[0],
         cache_dir=str(folder / "cache"),
         save_strategy="no",

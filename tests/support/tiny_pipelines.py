@@ -350,5 +350,4 @@ def draw(pipeline: DiffusionPipeline, prompt: str | list[str] | None = "a red ap
 
 
 def encoder(sample: bool = False, name: str = "sd") -> PairEncoder:
-    pipeline = build(name)
-    return PairEncoder(find_family(pipeline), pipeline, DiffusionCollator(SIZE), sample, torch.device("cpu"))
+    return PairEncoder(find_family(build(name)), DiffusionCollator(SIZE), sample, torch.device("cpu"))

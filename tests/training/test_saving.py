@@ -58,3 +58,15 @@ def test_a_card_that_fails_comes_after_the_weights(tmp_path: Path, monkeypatch: 
     assert names(tmp_path / "saved") == WEIGHTS
     saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+def test_validation_that_fails_after_training_costs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make(tmp_path, validation_prompts=["a red apple"], validation_images=1, validation_inference_steps=1)
+    monkeypatch.setattr(trainer.validation, "draw_after", lambda *_: 1 / 0)
+    with caplog.at_level(logging.WARNING, logger="bt_hf.diffusion.trainer"):
+        trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert names(tmp_path / "saved") >= WEIGHTS
+    assert "not drawn after training: division by zero" in caplog.text

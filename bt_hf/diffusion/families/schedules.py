@@ -1,4 +1,4 @@
-"""How latents are noised in training: one interface, two schedules, both read from the scheduler of a pipeline."""
+"""Noise schedules of training: one interface, two schedules, both read from the scheduler of a pipeline."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,22 +8,18 @@ import torch
 
 
 class NoiseSchedule(Protocol):
-    """What the trainer needs to know about the noise of a model."""
-
-    @property
-    def prediction_type(self) -> str:
-        """What the denoiser predicts: "epsilon", "v_prediction", "sample" or "flow"."""
+    """Noise that a denoiser was trained with."""
 
     def times(self, u: torch.Tensor) -> torch.Tensor:
-        """Map uniform numbers `u` (N,) in [0, 1) to what `Family.predict` takes as time (N,)."""
+        """Map quantiles `u` (N,), uniform in [0, 1), to times (N,) as `Family.predict` takes them."""
 
     def corrupt(
         self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The noisy latents, and what the denoiser should predict for them; all (N, C, h, w), results in float32."""
+        """Return noisy latents and the target of the prediction, float32; all (N, C, h, w)."""
 
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Min-SNR-gamma weights (N,) of the squared errors at `times` (N,). https://arxiv.org/abs/2303.09556
+        """Return Min-SNR-gamma weights (N,) of the squared errors at `times` (N,). https://arxiv.org/abs/2303.09556
 
         min(snr, gamma) times the factor that turns the error of this prediction into the error of the clean latents.
         """
@@ -35,7 +31,7 @@ class DDPMSchedule:
 
     Attributes:
         alphas_cumprod: (T,) float32, the `a` of each timestep.
-        prediction_type: What the denoiser predicts: "epsilon" (the noise), "v_prediction" or "sample" (the latents).
+        prediction_type: Target of the denoiser: "epsilon" (the noise), "v_prediction" or "sample" (the latents).
     """
 
     alphas_cumprod: torch.Tensor = field(repr=False)
@@ -80,27 +76,23 @@ class DDPMSchedule:
 class FlowSchedule:
     """Straight lines from latents to noise: noisy = (1 - sigma) latents + sigma noise, target = noise - latents.
 
-    Sigma is drawn as Stable Diffusion 3 was trained (https://arxiv.org/abs/2403.03206, section 3.1 and appendix B.1):
-    logit-normal, then moved towards noise by `shift`, more so the larger the image. Time is sigma * `train_timesteps`.
+    Sigma is sampled as Stable Diffusion 3 was trained (https://arxiv.org/abs/2403.03206, section 3.1 and appendix
+    B.1): its logit is standard normal, then it moves towards noise by `shift`, more so the larger the image. Time is
+    sigma * `train_timesteps`.
 
     Attributes:
         shift: sigma becomes shift sigma / (1 + (shift - 1) sigma); 1 leaves it as it is.
         train_timesteps: The time of pure noise.
-        logit_mean: Mean of logit(sigma) before the shift.
-        logit_std: Its standard deviation.
     """
 
     shift: float = 1.0
     train_timesteps: int = 1000
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    prediction_type: str = "flow"
 
     def times(self, u: torch.Tensor) -> torch.Tensor:
         u = u.float()
         # The quantile of 0 is minus infinity: a latent without noise, about which nothing is to be learned.
         tiny = torch.finfo(u.dtype).eps
-        sigma = torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(u.clamp(tiny, 1 - tiny)))
+        sigma = torch.sigmoid(torch.special.ndtri(u.clamp(tiny, 1 - tiny)))
         return self.shift * sigma / (1 + (self.shift - 1) * sigma) * self.train_timesteps  # (N,)
 
     def corrupt(
@@ -121,7 +113,7 @@ class FlowSchedule:
 
 
 def find_schedule(scheduler: Any, tokens: int) -> NoiseSchedule:
-    """The schedule that a model was trained with, from the config of whatever scheduler its pipeline samples with.
+    """Return the schedule that a model was trained with, from the config of the scheduler that its pipeline has.
 
     Args:
         scheduler: A scheduler of diffusers.
@@ -152,7 +144,7 @@ def find_schedule(scheduler: Any, tokens: int) -> NoiseSchedule:
 
 
 def _shift(config: Any, tokens: int) -> float:
-    """Shift of a flow: fixed, or growing with the number of image tokens."""
+    """Return the shift of a flow: fixed, or growing with the number of image tokens."""
     if not config.get("use_dynamic_shifting"):
         return config.get("shift") or config.get("flow_shift") or 1.0
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift

@@ -1,4 +1,4 @@
-"""One image after another: drawn from its seed, judged by a reward, ranked, and paired."""
+"""Candidates of a prompt: draw each from its seed, judge them by a reward, rank and pair them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,15 +16,15 @@ _Skip: TypeAlias = Literal["skip", "raise"]
 
 
 class Scorer(Protocol):
-    """What judges images: `PreferenceScorer`, or anything of your own with this method."""
+    """Judge of images: `PreferenceScorer`, or anything of your own with this method."""
 
     def score(self, prompts: Any, images: Any) -> torch.Tensor:
-        """(N,) rewards of N images, each for its prompt; the larger the better."""
+        """Return rewards (N,) of N images, each for its prompt; the larger the better."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image that a pipeline drew from a text, or what was wrong with it; its reward is set once it has one."""
+    """Image that a pipeline drew from a text, or the problem with it; the reward is NaN until it is judged."""
 
     prompt: str
     seed: int
@@ -34,14 +34,14 @@ class Candidate:
 
 
 def image_seed(seed: int, place: int, index: int) -> int:
-    """The seed of one image, 32 bits that look random: no two images of a run share one but by chance."""
+    """Return the seed of one image, 32 bits that look random: no two images of a run share one but by chance."""
     return int(digest(str(seed), str(place), str(index))[:8], 16)
 
 
 def draw(
     pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], batch_size: int, **pipeline_kwargs: Any
 ) -> list[Candidate]:
-    """Draws one image for each prompt and seed, which alone decides what comes out, whatever it is drawn beside.
+    """Draw one image for each prompt and seed, which alone decides what comes out, whatever it is drawn beside.
 
     Raises:
         ValueError: The pipeline returns something else than one RGB image for each prompt.
@@ -68,7 +68,7 @@ def draw(
 
 
 def _candidate(prompt: str, seed: int, pixels: np.ndarray) -> Candidate:
-    """Pixels (H, W, 3) in [0, 1] as an image, or what is wrong with them."""
+    """Turn pixels (H, W, 3) in [0, 1] into an image, or name the problem with them."""
     if not np.isfinite(pixels).all():
         return Candidate(prompt, seed, None, "not finite")
     rounded = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
@@ -78,7 +78,7 @@ def _candidate(prompt: str, seed: int, pixels: np.ndarray) -> Candidate:
 
 
 def judge(scorer: Scorer, prompts: Sequence[str], drawn: Sequence[Candidate], on_bad_images: _Skip) -> list[Candidate]:
-    """The same candidates with rewards.
+    """Return the same candidates with rewards.
 
     Raises:
         ValueError: An image is bad and `on_bad_images` is "raise", or the rewards are not N finite numbers.
@@ -104,12 +104,12 @@ def judge(scorer: Scorer, prompts: Sequence[str], drawn: Sequence[Candidate], on
 
 
 def ranked(drawn: Iterable[Candidate]) -> list[Candidate]:
-    """The usable candidates, best first; of equal ones the first drawn."""
+    """Sort the usable candidates, best first; among equal ones, first drawn first."""
     return sorted((one for one in drawn if one.image is not None), key=lambda one: -one.reward)
 
 
 def pair_up(drawn: Sequence[Candidate], pairs: int, soft_labels: bool) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The best with the worst of one prompt's candidates, the second best with the second worst, and so on.
+    """Pair the best of one prompt's candidates with the worst, the second best with the second worst, and so on.
 
     Returns:
         Rows without the prompt, and counts of what was left out.
@@ -145,4 +145,5 @@ def pair_up(drawn: Sequence[Candidate], pairs: int, soft_labels: bool) -> tuple[
 
 
 def problems(drawn: Iterable[Candidate]) -> Counter[str]:
+    """Count the images that are not usable, by their problem."""
     return Counter(f"images {one.problem}" for one in drawn if one.problem)

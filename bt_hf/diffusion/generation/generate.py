@@ -37,7 +37,7 @@ def generate_preference_pairs(
     soft_labels: bool = False,
     **pipeline_kwargs: Any,
 ) -> Dataset:
-    """Draws several images for each prompt, ranks them with a reward, and pairs the best with the worst.
+    """Draw several images for each prompt, rank them with a reward, and pair the best with the worst.
 
     With `pairs_per_prompt=2` the second best also meets the second worst, and so on. Each image has a seed of its own,
     which follows from `seed`, the place of its prompt and its own place, so that the batch size decides how fast it
@@ -64,7 +64,7 @@ def generate_preference_pairs(
         output_dir: Folder for the pairs, which `load_preference_pairs` reads. Each prompt is kept as it is finished,
             and a call with the same settings goes on where one was stopped. Default: only in memory.
         on_bad_images: "skip" leaves bad images out and counts them; "raise" stops at the first.
-        soft_labels: Whether `preference` is the scorer's sigmoid(reward difference) instead of 1.
+        soft_labels: Let `preference` be sigmoid(reward difference) instead of 1.
         pipeline_kwargs: For the pipeline's call, such as `num_inference_steps` and `guidance_scale`. A text like
             `negative_prompt` counts for every image.
 
@@ -149,7 +149,7 @@ def best_of_n(
     batch_size: int = 8,
     **pipeline_kwargs: Any,
 ) -> tuple[PILImage.Image, list[tuple[PILImage.Image, float, int]]]:
-    """Draws several images for a prompt and returns the one that a reward likes best: taste without training.
+    """Draw several images for a prompt and return the one that a reward likes best: taste without training.
 
     Args:
         pipeline: As in `generate_preference_pairs`.
@@ -195,14 +195,14 @@ def best_of_n(
 
 
 def _name(pipeline: Any) -> str:
-    """Class and Hub id; of a folder only its last name, as the folder of pairs may be published."""
+    """Return class and Hub id, or a folder's last name alone, as the folder of pairs may be published."""
     name = str(getattr(pipeline, "name_or_path", "") or "")
     return (
         f"{type(pipeline).__name__} {Path(name).name if os.path.isabs(name) or os.path.exists(name) else name}".strip()
     )
 
 
-def _checked_prompts(prompts: Any) -> list[str]:
+def _checked_prompts(prompts: Sequence[str]) -> list[str]:
     if isinstance(prompts, str):
         raise ValueError("`prompts` should be a list of texts, but got a single one: put it into a list.")
     prompts = list(prompts)
@@ -214,7 +214,7 @@ def _checked_prompts(prompts: Any) -> list[str]:
     return prompts
 
 
-def _checked_templates(templates: Any) -> list[str]:
+def _checked_templates(templates: Sequence[str]) -> list[str]:
     if isinstance(templates, str):
         raise ValueError("`prompt_templates` should be a list of texts, but got a single one: put it into a list.")
     templates = list(templates)
@@ -233,7 +233,7 @@ def _check_number(name: str, value: int, least: int) -> None:
         raise ValueError(f"`{name}` should be a whole number of at least {least}, but got {value!r}.")
 
 
-def _check_options(scorer: Any, on_bad_images: str, pipeline_kwargs: Mapping[str, Any]) -> None:
+def _check_options(scorer: Scorer, on_bad_images: str, pipeline_kwargs: Mapping[str, Any]) -> None:
     if not callable(getattr(scorer, "score", None)):
         raise TypeError(
             "`scorer` should have a method `score(prompts, images)`, as `PreferenceScorer` has, but got "
@@ -272,7 +272,7 @@ def _loaded(pipeline: Any, options: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _quiet(pipeline: Any) -> Iterator[None]:
-    """No progress bar of the pipeline itself: there is one over the prompts."""
+    """Silence the pipeline's own progress bar: there is one over the prompts."""
     config = getattr(pipeline, "_progress_bar_config", None)
     if not hasattr(pipeline, "set_progress_bar_config"):
         yield

@@ -1,4 +1,4 @@
-"""What is kept of each finished prompt while pairs are drawn, in memory or in a folder."""
+"""Store of finished prompts while pairs are drawn, in memory or in a folder."""
 
 import io
 import json
@@ -43,12 +43,11 @@ class PairFolder:
 
     def __init__(self, folder: str | os.PathLike | None) -> None:
         self.folder = None if folder is None else Path(folder)
-        self.finished: dict[
-            int, dict[str, Any]
-        ] = {}  # place of the prompt -> its rows, and counts of what was skipped
+        # Place of the prompt -> its rows, and counts of what was skipped.
+        self.finished: dict[int, dict[str, Any]] = {}
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Start, or go on from what the folder holds.
+        """Start, or resume from the prompts that the folder holds.
 
         Raises:
             ValueError: The folder holds something else, or was begun with other settings.
@@ -106,7 +105,11 @@ class PairFolder:
                 os.fsync(file.fileno())
 
     def end(self) -> Dataset:
-        """The dataset, and the warning about what is not in it."""
+        """Return the dataset, and warn of the images and prompts that are not in it.
+
+        Raises:
+            ValueError: No pair is usable.
+        """
         places = [self.finished[place] for place in sorted(self.finished)]
         rows = [row for line in places for row in line["rows"]]
         skipped: Counter[str] = Counter()
@@ -137,4 +140,5 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def counted(counts: Mapping[str, int]) -> str:
+    """Write counts into a sentence: "images not finite: 2, pairs of equal rewards: 1"."""
     return ", ".join(f"{what}: {count}" for what, count in sorted(counts.items()))
