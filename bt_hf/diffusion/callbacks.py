@@ -89,7 +89,9 @@ class WinnerErrorGuard(Guard):
 class OverfittingGuard(Guard):
     """Stop when training accuracy is near 1 and held-out accuracy falls, and go back to the best adapter.
 
-    Its state is saved with each checkpoint, so that a resumed run stops where it would have.
+    Its state is saved with each checkpoint, so that a resumed run stops where it would have. Unlike
+    `EarlyStoppingCallback`, it needs no checkpoint at each evaluation to go back to, and lets held-out accuracy fall
+    for as long as training accuracy still has something to learn.
 
     Args:
         near: Training accuracy that counts as near 1. Default 0.98.

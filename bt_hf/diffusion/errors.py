@@ -6,6 +6,7 @@ and a noise sample that comes again need not be stored.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +18,6 @@ from bt_hf.diffusion.families.base import Family, Size
 TRAIN, EVAL, BETA, _LATENTS = range(4)
 # Steps of the golden ratio fill [0, 1) more evenly than independent numbers do (an additive recurrence).
 _GOLDEN_RATIO = 0.6180339887498949
-_PRIME, _OTHER_PRIME = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,6 @@ def sample_noise(
     return torch.stack(noise), torch.tensor(quantiles).clamp(max=1 - 2**-24)
 
 
-def _generator(*key: int) -> torch.Generator:
-    state = 0
-    for number in key:
-        state = ((state ^ (number + 1)) * _PRIME) % 2**64
-        state = ((state ^ (state >> 31)) * _OTHER_PRIME) % 2**64
-    return torch.Generator().manual_seed(state >> 1)
+def _generator(seed: int, *key: int) -> torch.Generator:
+    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
