@@ -15,9 +15,9 @@ from pathlib import Path
 import lora_speed
 import lora_step
 import reward_step
-import timing
 import torch
 
+import timing
 from emoji import DIFFUSION_FOLDER
 
 FURTHER = {  # that only pay on an accelerator

@@ -27,9 +27,9 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
-import timing
 from lora_step import Watch
 
+import timing
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceLoRAConfig, PreferenceLoRATrainer
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
 

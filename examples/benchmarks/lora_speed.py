@@ -24,12 +24,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import lora_step
-import timing
 from lora_step import bare, straight_loop, train
-from timing import report
 
+import timing
 from emoji import CLIP_FOLDER
 from taste import preference_pairs
+from timing import report
 
 PAIRS, SIZE, ROUNDS, DRAWS = 4, 256, 3, 8
 STRAIGHT, ENCODED = "straight loop, fp32", "trainer: images and prompts encoded once"

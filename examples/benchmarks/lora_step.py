@@ -40,12 +40,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import timing
-from timing import DEVICE, Turn
-
 from bt_hf import PreferenceLoRAConfig, PreferenceLoRATrainer
 from bt_hf.diffusion.families.sd import UNET_LAYERS
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
 from taste import preference_pairs
+from timing import DEVICE, Turn
 
 BATCH, STEPS, ROUNDS = 16, 5, 10  # pairs; steps in a turn, of which the first is not counted; turns of each
 # A rate at which hardly anything moves: a saturated loss has gradients of denormal numbers, which are slow.

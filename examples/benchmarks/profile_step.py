@@ -16,9 +16,10 @@ from typing import Any
 
 import lora_step
 import reward_step
-import timing
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
+
+import timing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from emoji import DIFFUSION_FOLDER

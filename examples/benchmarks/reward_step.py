@@ -27,7 +27,6 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import timing
-
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, bradley_terry_loss
 from emoji import CLIP_FOLDER
 from taste import preference_pairs
