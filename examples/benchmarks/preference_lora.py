@@ -53,11 +53,8 @@ LORA = {  # for every run below, where it does not say otherwise
     "per_device_eval_batch_size": 32,
 }
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
-PART_TASTES = {
-    "beta": ("noto", "fluent_3d", "mono"),
-    "draws": ("fluent", "mono"),
-    "rate": ("mono",),
-}  # others: all five
+SOME = ("noto", "fluent_3d", "mono")
+PART_TASTES = {"losses": SOME, "beta": SOME, "draws": ("fluent", "mono"), "rate": ("mono",)}  # others: all five
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 METHODS = {
     "sft on winners": {"loss_type": "sft"},
