@@ -35,7 +35,7 @@ from bt_hf.reward.collator import PreferenceCollator
 from bt_hf.reward.frozen_prefix import FeatureCache
 from bt_hf.reward.lora import add_adapter
 from emoji import CLIP_FOLDER, STYLES, load_emoji
-from results import Report, add_output, command_line
+from results import Report, make_parser
 from taste import preference_pairs, warmth
 
 SIZES = (4, 8, 16, 32, 64, 128)
@@ -310,7 +310,7 @@ PARTS: dict[str, Callable[[Bench, Report, argparse.Namespace], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--people", type=int, default=100, help="simulated people for the coverage of the interval")
@@ -327,15 +327,14 @@ def main() -> None:
         help="concepts to click on: those that the base was pretrained on, or held-out ones (for accuracy, flipped, "
         "warm and verdict; what was clicked on is then left out of what is measured)",
     )
-    add_output(parser)
     args = parser.parse_args()
     timing.quiet()
     logging.disable(logging.INFO)
     bench = Bench(args.split, args.seeds, args.clicks)
     for part in args.parts:
         name = f"few_pairs_{part}" + ("_on_training" if part in CLICKED and args.clicks == "train" else "")
-        command = command_line(parser, args, __file__, parts=[part])
-        with Report(name + ("_tuning" if args.split == "train" else ""), command, args.output_dir) as report:
+        name += "_tuning" if args.split == "train" else ""
+        with Report.of_script(__file__, parser, args, part, name) as report:
             PARTS[part](bench, report, args)
 
 

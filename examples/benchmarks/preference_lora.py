@@ -13,7 +13,6 @@ Each part writes its tables and every run to `docs/results/preference_lora_PART.
 run that several parts share is made once.
 """
 
-import argparse
 import logging
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from bt_hf import (
 from bt_hf.cli.lora import unpair
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
-from results import Report, add_output, command_line
+from results import Report, make_parser
 from taste import preference_pairs
 
 PAIRS = 64
@@ -181,7 +180,7 @@ def means_columns(splits: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
         "--tastes", nargs="+", choices=STYLES, help="by default all five; of beta, draws and rate fewer"
@@ -193,7 +192,6 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=scale, help=f"of all drawings, by default {scale}")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of every training, as in LORA")
     parser.add_argument("--name", help="stem of the JSON, by default preference_lora_PART")
-    add_output(parser)
     args = parser.parse_args()
     timing.quiet()
     logging.getLogger("bt_hf").setLevel(logging.ERROR)
@@ -202,10 +200,8 @@ def main() -> None:
     studio = Studio(args.prompts_of, args.prompts)
     known: dict[str, Any] = {}  # runs that parts share
     for part in args.parts:
-        command = command_line(parser, args, __file__, parts=[part])
         tastes = args.tastes or PART_TASTES.get(part, STYLES)
-        name = args.name or f"preference_lora_{part}"
-        with Report(name, command, args.output_dir, known) as report:
+        with Report.of_script(__file__, parser, args, part, args.name, known) as report:
             PARTS[part](studio, report, tastes, args.seeds)
 
 

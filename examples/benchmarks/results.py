@@ -32,10 +32,11 @@ class Report:
         name: Stem of the file.
         command: Command line that prints its tables, as of `command_line`.
         output_dir: Folder of the file. Default: `docs/results`.
-        known: Runs of other reports of this process, by key: what is measured there isn't measured again.
+        fresh: Measure again what the file holds already.
+        known: Runs of other reports of this process, by key, which are not made again.
 
     Example:
-        >>> with Report("few_pairs_accuracy", command) as report:
+        >>> with Report("few_pairs_accuracy", "python examples/benchmarks/few_pairs.py --parts accuracy") as report:
         ...     accuracy = report.run("mono, N = 4", lambda: measure("mono", 4))
         ...     report.table("mean", "Accuracy", ["N = 4"], [("mono", accuracy)], ".3f")
     """
@@ -45,6 +46,7 @@ class Report:
         name: str,
         command: str,
         output_dir: Path | str = RESULTS,
+        fresh: bool = False,
         known: MutableMapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(output_dir) / f"{name}.json"
@@ -59,12 +61,31 @@ class Report:
             "tables": {},
             "runs": {},
         }
-        if self.path.exists():
+        self._printed: dict[str, list[str]] = {}
+        if self.path.exists() and not fresh:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             same = ("command", "commit", "versions", "machine")
             if all(found.get(key) == self.content[key] for key in same):
                 self.content["runs"] = found["runs"]
         self.known.update(self.content["runs"])
+
+    @classmethod
+    def of_script(
+        cls,
+        script: str,
+        parser: argparse.ArgumentParser,
+        args: argparse.Namespace,
+        part: str | None = None,
+        name: str | None = None,
+        known: MutableMapping[str, Any] | None = None,
+    ) -> "Report":
+        """Return the report of one of the `args.parts` of a script, or of a script without parts.
+
+        The file has the name of the script and of the part, unless there is another `name`.
+        """
+        changed = {"parts": [part]} if part else {}
+        stem = Path(script).stem + (f"_{part}" if part else "")
+        return cls(name or stem, command_line(parser, args, script, **changed), args.output_dir, args.fresh, known)
 
     def __enter__(self) -> "Report":
         return self
@@ -83,7 +104,7 @@ class Report:
         return self.known[key]
 
     def table(self, name: str, title: str, columns: Sequence[str], rows: Iterable[Row], formats: Any = "") -> None:
-        """Print a table and keep it.
+        """Keep a table and print it; of one that has grown, print the new rows.
 
         Args:
             name: Name of the table in the file.
@@ -96,7 +117,12 @@ class Report:
         table = {"title": title, "columns": list(columns), "formats": formats, "rows": rounded([*map(list, rows)])}
         self.content["tables"][name] = table
         self.save()
-        print(f"\n{title}\n\n{markdown(table)}\n", flush=True)
+        lines, printed = markdown(table).splitlines(), self._printed.get(name, [])
+        if not printed or lines[: len(printed)] != printed:
+            printed = []
+            print(f"\n{title}\n")
+        print("\n".join(lines[len(printed) :]), flush=True)
+        self._printed[name] = lines
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
@@ -137,7 +163,9 @@ def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace, scri
     words = ["python", Path(script).resolve().relative_to(ROOT).as_posix()]
     for action in parser._actions:
         value = changed.get(action.dest, getattr(args, action.dest, None))
-        if action.dest in ("help", "output_dir") or value == action.default or value is None:
+        if action.dest in ("help", "output_dir", "fresh") or action.help == argparse.SUPPRESS:
+            continue
+        if value == action.default or value is None:
             continue
         words.append(action.option_strings[0])
         if not isinstance(value, bool):
@@ -145,9 +173,12 @@ def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace, scri
     return " ".join(words)
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says where the JSON goes."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has: where the JSON goes, and whether to start anew."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default=RESULTS, type=Path, help="folder of the JSON, by default docs/results")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the JSON holds already")
+    return parser
 
 
 def commit() -> str | None:
