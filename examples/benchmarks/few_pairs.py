@@ -39,13 +39,13 @@ from results import Report, make_parser
 from taste import preference_pairs, warmth
 
 SIZES = (4, 8, 16, 32, 64, 128)
-STRONG = 8.0  # of the adapter: taste above everything, as the probe sees it, which reads no caption
-CLICKERS = 3  # people of each taste who are asked for every number of pairs
+STRONG = 8.0  # scale of the adapter that puts taste above everything, as the probe does, which reads no caption
+CLICKERS = 3  # people of each taste, asked for every number of pairs
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 
 class Bench:
-    """One base, one cache of frozen features, many people."""
+    """Fit many people on one base with one cache of frozen features."""
 
     def __init__(self, split: str, seeds: int, clicks: str = "train") -> None:
         self.clicks = clicks
@@ -63,7 +63,7 @@ class Bench:
         pixels = self.processor.image_processor(list(drawings["image"]), return_tensors="pt")["pixel_values"]
         tokens = self.processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            # Behind these features only the two projections are left, which the adapter changes.
+            # Only the two projections come behind these features, and only they are adapted.
             chunks = [self.base.vision_model(pixel_values=chunk).pooler_output for chunk in pixels.split(256)]
             self.images = torch.cat(chunks).view(len(captions), len(STYLES), -1)[keep]
             self.texts = self.base.text_model(**tokens).pooler_output[keep]
@@ -78,12 +78,12 @@ class Bench:
 
     @staticmethod
     def _concepts(split: str) -> frozenset[str]:
-        """The concepts to measure on: all that are held out, or, for choosing defaults, a fifth of the others."""
+        """Return the concepts to measure on: all held-out ones or, for choosing defaults, a fifth of the others."""
         names = list(dict.fromkeys(load_emoji(split)["concept"]))
         return frozenset(names if split == "held_out" else names[::5])
 
     def embed(self, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised texts (C, D) and images (C, S, D) of the measured concepts."""
+        """Return normalised texts (C, D) and images (C, S, D) of the measured concepts."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         with torch.no_grad():
             texts, images = base.text_projection(self.texts), base.visual_projection(self.images)
@@ -94,7 +94,7 @@ class Bench:
         return preference_pairs(taste, count, split=self.clicks, seed=seed, flipped=flipped, exclude=exclude)
 
     def unseen(self, pairs) -> torch.Tensor:
-        """(C,) bool: the measured concepts that none of `pairs` shows."""
+        """Return (C,) bool: True for measured concepts that none of `pairs` shows."""
         clicked = set(pairs["concept"])
         return torch.tensor([name not in clicked for name in self.names])
 
@@ -114,27 +114,27 @@ class Bench:
         return result
 
     def preferred(self, taste: str) -> torch.Tensor:
-        """(C, S, S) bool: whether this person prefers the first drawing of a concept to the second."""
+        """Return (C, S, S) bool: True where this person prefers the first drawing of a concept to the second."""
         if taste == "warm":
             return self.heat[:, :, None] - self.heat[:, None, :] > 20
         wanted = torch.tensor([style == taste for style in STYLES])
         return (wanted[:, None] & ~wanted[None, :]).expand(len(self.texts), -1, -1)
 
     def accuracy(self, taste: str, scores: torch.Tensor, keep: torch.Tensor | None = None) -> float:
-        """Share of this person's pairs of the kept concepts that `scores` (C, S) order rightly; a tie counts half."""
+        """Return the share of this person's pairs that `scores` (C, S) order rightly; a tie counts half."""
         difference = scores[:, :, None] - scores[:, None, :]
         right = (difference > 0).float() + 0.5 * (difference == 0).float()
         preferred = self.preferred(taste)
         return right[preferred if keep is None else preferred & keep[:, None, None]].mean().item()
 
     def measure(self, taste: str, model: torch.nn.Module, pairs=None) -> tuple[float, float]:
-        """(preference accuracy on the concepts that `pairs` does not show, recall@5 on all)."""
+        """Return preference accuracy on the concepts that `pairs` does not show, and recall@5 on all."""
         texts, images = self.embed(model)
         keep = None if pairs is None else self.unseen(pairs)
         return self.accuracy(taste, torch.einsum("cd,csd->cs", texts, images), keep), recall(texts, images)
 
     def probe(self, taste: str, pairs) -> float:
-        """Logistic regression (scikit-learn's defaults, no intercept) on differences of frozen image embeddings."""
+        """Return the accuracy of logistic regression (scikit-learn's defaults, no intercept) on image embeddings."""
         embedded = []
         for column in ("chosen", "rejected"):
             pixels = self.processor.image_processor(list(pairs[column]), return_tensors="pt")["pixel_values"]
@@ -150,14 +150,14 @@ class Bench:
 
 
 def recall(texts: torch.Tensor, images: torch.Tensor, k: int = 5) -> float:
-    """How often a caption finds its drawing among the first `k` of all concepts' in one style; mean over styles."""
+    """Return the share of captions with their drawing among the first `k` of all in one style; mean over styles."""
     target = torch.arange(len(texts))[:, None]
     found = [((texts @ images[:, style].T).topk(k).indices == target).any(1).float().mean() for style in range(5)]
     return torch.stack(found).mean().item()
 
 
 def along_scale(bench: Bench, model: PeftModel, taste: str, scales: Iterable[float], pairs=None) -> list:
-    """(accuracy, recall@5) with the adapter at each of `scales`."""
+    """Return accuracy and recall@5 with the adapter at each of `scales`."""
     points = []
     for scale in scales:
         for layer in (module for module in model.modules() if hasattr(module, "set_scale")):
@@ -167,7 +167,7 @@ def along_scale(bench: Bench, model: PeftModel, taste: str, scales: Iterable[flo
 
 
 def part_accuracy(bench: Bench, report: Report, flipped: float = 0.0, tastes: tuple[str, ...] = STYLES) -> None:
-    """Accuracy by number of pairs."""
+    """Measure accuracy by number of pairs."""
     found = np.zeros((len(tastes), len(SIZES), len(bench.seeds), 4))
     jobs = [(t, n, s) for t in range(len(tastes)) for n in range(len(SIZES)) for s in bench.seeds]
     for t, n, s in tqdm(jobs, desc="fits", mininterval=10):
@@ -197,7 +197,7 @@ def part_accuracy(bench: Bench, report: Report, flipped: float = 0.0, tastes: tu
 
 
 def part_frontier(bench: Bench, report: Report) -> None:
-    """Taste against captions, by weight of the alignment and by scale of the adapter."""
+    """Weigh taste against captions, by `kl_weight` and by scale of the adapter."""
     scales = (0.25, 0.5, 1.0, 2.0, 4.0)
     default = BradleyTerryConfig.alignment_weight
     for count in (8, 64):
@@ -232,7 +232,7 @@ def part_frontier(bench: Bench, report: Report) -> None:
 
 
 def part_retrieval(bench: Bench, report: Report) -> None:
-    """For a held-out caption and all drawings of all held-out concepts: the first drawing found."""
+    """Search all drawings of all held-out concepts for a held-out caption, and judge the first one found."""
 
     def top_one(model: torch.nn.Module, taste: str) -> tuple[float, float, float]:
         texts, images = bench.embed(model)
@@ -262,7 +262,7 @@ def part_retrieval(bench: Bench, report: Report) -> None:
 
 
 def part_verdict(bench: Bench, report: Report, people: int) -> None:
-    """Coverage of the cross-validated interval, and how often the verdict is 'better', by number of pairs."""
+    """Measure coverage of the cross-validated interval, and count verdicts of 'better', by number of pairs."""
     config = BradleyTerryConfig("unused", **QUIET)
     sizes = (8, 16, 32, 64)
     asked = min(people, CLICKERS * len(STYLES))  # for every number of pairs; the others only for 32

@@ -1,4 +1,4 @@
-"""Measure what the caches in files cost as data grow: time, disk and memory, and what a million rows take.
+"""Measure the caches in files as data grow: time, disk and memory, up to a million rows.
 
     python examples/benchmarks/latent_cache.py                    # latents and embeddings of a pipeline
     python examples/benchmarks/latent_cache.py --of reward        # frozen features of a CLIP

@@ -70,7 +70,7 @@ Found = dict[str, dict[str, Any]]  # by split, what `Studio.measure` returns
 
 
 class Studio:
-    """Prompts, the judge, and what both say of a pipeline."""
+    """Train pipelines, let them draw prompts, and judge the drawings."""
 
     def __init__(self, splits: Iterable[str], count: int) -> None:
         self.judge = Judge.from_pretrained(JUDGE_FOLDER).eval()
@@ -119,11 +119,11 @@ class Studio:
         return found
 
     def before(self, report: Report, seed: int) -> Found:
-        """Return what the untouched pipeline draws."""
+        """Return the judgement of the untouched pipeline's drawings."""
         return report.run(f"before, seed {seed}", lambda: self.measure(self.pipeline(), seed))
 
     def after(self, report: Report, taste: str, seed: int, **options: Any) -> dict[str, Any]:
-        """Return what the pipeline draws after a LoRA of this person, `beta` and `seconds` of the training."""
+        """Return the judgement after a LoRA of this person, with `beta` and `seconds` of the training."""
         chosen = "".join(f", {name}={value}" for name, value in options.items())
 
         def measure() -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Studio:
         return report.run(f"{taste}, seed {seed}{chosen}", measure)
 
     def fit(self, pairs: Any, seed: int, **options: Any) -> tuple[StableDiffusionPipeline, dict[str, float | None]]:
-        """Train a LoRA; return the pipeline that draws with it, and what it took."""
+        """Train a LoRA; return the pipeline with it, the seconds and the beta."""
         pipeline = self.pipeline()
         config = PreferenceLoRAConfig("unused", seed=seed, cache_dir=self.cache.name, **{**QUIET, **LORA, **options})
         trainer = PreferenceLoRATrainer(pipeline, config, train_dataset=pairs)
@@ -275,7 +275,7 @@ def losses(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) ->
 
 def draws(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
     """Fix the noise samples of each pair, so that the errors of the base are computed once."""
-    # What makes steps faster: see lora_speed.py.
+    # Seconds are measured by lora_speed.py.
     methods = {
         "**new noise in every epoch (default)**": {},
         "8 noise samples for each pair": {"noise_draws": 8},

@@ -136,7 +136,7 @@ def markdown(table: dict[str, Any]) -> str:
     """Return a table of a report as Markdown."""
     lines = [["", *table["columns"]]]
     lines += [
-        [str(name), *(cell(value, spec) for value, spec in zip(cells, table["formats"], strict=True))]
+        [cell(name, ""), *(cell(value, spec) for value, spec in zip(cells, table["formats"], strict=True))]
         for name, *cells in table["rows"]
     ]
     left = [all(isinstance(row[column], str) for row in table["rows"]) for column in range(len(lines[0]))]
@@ -148,7 +148,7 @@ def cell(value: Cell, spec: str) -> str:
     """Return a number by its format, a string as it is, and nothing for `None`."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else format(value, spec)
+    return value.replace("|", "\\|") if isinstance(value, str) else format(value, spec)
 
 
 def command_line(parser: argparse.ArgumentParser, args: argparse.Namespace, script: str, **changed: Any) -> str:

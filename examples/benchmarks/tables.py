@@ -9,8 +9,8 @@ link to its source are put there:
     <!-- table: FILE.TABLE -->
     <!-- end -->
 
-Checked is, too, that a finished run is behind each table, that each JSON is used, and that a document of results has no
-table and no measured figure outside of these comments.
+The check also wants a finished run behind each table, a table of each JSON, and no other table and no measured figure
+in the prose of a document of results.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def load(file: str) -> dict[str, Any]:
     """Return the content of a JSON file of `docs/results`.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: The file does not exist.
     """
     path = RESULTS / f"{file}.json"
     if not path.exists():
@@ -55,7 +55,9 @@ def block(file: str, table: str, document: Path) -> str:
     if table not in content["tables"]:
         raise ValueError(f"docs/results/{file}.json has the tables {', '.join(content['tables'])}, but no {table!r}")
     if not content["complete"]:
-        raise ValueError(f"docs/results/{file}.json is of a run that was not finished: run `{content['command']}` again")
+        raise ValueError(
+            f"docs/results/{file}.json is of a run that was not finished: run `{content['command']}` again"
+        )
     link = os.path.relpath(RESULTS / f"{file}.json", document.parent).replace(os.sep, "/")
     source = f"`{content['command']}` ([rows and source]({link})):"
     return f"{source}\n\n{markdown(content['tables'][table])}\n"
@@ -72,7 +74,7 @@ def filled(text: str, document: Path) -> str:
 
 
 def differences(text: str, document: Path) -> Iterator[str]:
-    """Yield what is wrong with the tables of a document and, unless it is a README, with its prose."""
+    """Yield problems of a document's tables and, unless it is a README, of its prose."""
     for match in BLOCK.finditer(text):
         file, table, found = match.groups()
         line = text[: match.start()].count("\n") + 1

@@ -23,7 +23,7 @@ Build = Callable[[], Turn]
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next: all that the Trainer does in between, data included."""
+    """Time steps from end to end: all that the Trainer does in between, data included."""
 
     def __init__(self) -> None:
         self.began = 0.0

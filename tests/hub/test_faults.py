@@ -1,6 +1,6 @@
 """What can go wrong between this machine and the Hub: after each fault there is the old state or the new one.
 
-A table of all of them is printed after the tests: `pytest tests/test_hub_faults.py`.
+A table of all of them is printed after the tests; `examples/benchmarks/hub_faults.py` puts it into docs/hub.md.
 """
 
 import re
