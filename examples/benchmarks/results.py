@@ -20,7 +20,17 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
-LIBRARIES = ("torch", "transformers", "diffusers", "peft", "accelerate", "datasets", "numpy", "scikit-learn")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "numpy",
+    "scikit-learn",
+)
 Cell = str | float | int | None
 Row = Sequence[Cell]
 
@@ -141,7 +151,7 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     left = [all(isinstance(row[column], str) for row in table["rows"]) for column in range(len(lines[0]))]
     lines.insert(1, ["---" if words else "---:" for words in left])
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+    return "\n".join("|" + "|".join(f" {text} " if text else " " for text in line) + "|" for line in lines)
 
 
 def cell(value: Cell, spec: str) -> str:

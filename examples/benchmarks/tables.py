@@ -1,7 +1,7 @@
 """Write the tables of the documents from the JSON of the benchmarks, or check that they agree.
 
-    python examples/benchmarks/tables.py            # rewrite the tables
-    python examples/benchmarks/tables.py --check    # print each difference; the exit status is 1 if there is one
+    python examples/benchmarks/tables.py            # rewrite the tables, and print what is left to do
+    python examples/benchmarks/tables.py --check    # only print the differences; the exit status is 1 if there is one
 
 A document names a table of `docs/results/FILE.json` between two comments; the command that prints it, the table and a
 link to its source are put there:
@@ -55,20 +55,21 @@ def block(file: str, table: str, document: Path) -> str:
     if table not in content["tables"]:
         raise ValueError(f"docs/results/{file}.json has the tables {', '.join(content['tables'])}, but no {table!r}")
     if not content["complete"]:
-        raise ValueError(
-            f"docs/results/{file}.json is of a run that was not finished: run `{content['command']}` again"
-        )
+        raise ValueError(f"docs/results/{file}.json is of an unfinished run: go on with `{content['command']}`")
     link = os.path.relpath(RESULTS / f"{file}.json", document.parent).replace(os.sep, "/")
     source = f"`{content['command']}` ([rows and source]({link})):"
     return f"{source}\n\n{markdown(content['tables'][table])}\n"
 
 
 def filled(text: str, document: Path) -> str:
-    """Return the text of a document with every table as its JSON has it."""
+    """Return the text of a document with every table as its JSON has it; of a missing JSON, leave it as it is."""
 
     def replace(match: re.Match[str]) -> str:
         file, table, _ = match.groups()
-        return f"<!-- table: {file}.{table} -->\n{block(file, table, document)}<!-- end -->"
+        try:
+            return f"<!-- table: {file}.{table} -->\n{block(file, table, document)}<!-- end -->"
+        except ValueError:
+            return match.group()
 
     return BLOCK.sub(replace, text)
 
@@ -116,19 +117,18 @@ def unused() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, and say what differs")
+    parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args()
     problems = []
     for path in documents():
-        text = path.read_text(encoding="utf-8")
-        if args.check:
-            problems += [f"{path.relative_to(ROOT).as_posix()}:{problem}" for problem in differences(text, path)]
-        elif (new := filled(text, path)) != text:
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        if not args.check and (new := filled(text, path)) != text:
             path.write_text(new, encoding="utf-8")
-            print(f"Rewritten: {path.relative_to(ROOT).as_posix()}")
-    if args.check:
-        problems += [f"docs/results/{name}: no document shows it" for name in unused()]
-        print("\n".join(problems) or "All tables are as in docs/results.")
+            print(f"Rewritten: {name}")
+            text = new
+        problems += [f"{name}:{problem}" for problem in differences(text, path)]
+    problems += [f"docs/results/{name}: no document shows it" for name in unused()]
+    print("\n".join(problems) or "All tables are as in docs/results.")
     sys.exit(bool(problems))
 
 
