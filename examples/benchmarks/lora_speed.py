@@ -20,13 +20,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import lora_step
 import timing
-from emoji import CLIP_FOLDER
 from lora_step import bare, straight_loop, train
 from results import Report, make_parser
 from taste import preference_pairs
@@ -44,23 +42,12 @@ ROWS: dict[str, dict[str, Any]] = {  # each on top of those above it
 
 
 def save_pipeline(folder: Path) -> None:
-    """Save a random pipeline whose UNet has 71 M parameters, with the emoji tokenizer."""
+    """Save a random pipeline whose UNet has 71 M parameters."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = CLIPTextConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, **special
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=[32, 64, 128, 128],
-            layers_per_block=1,
-            sample_size=SIZE,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
+    lora_step.save_random(
+        folder,
+        text={"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4},
+        vae={"block_out_channels": [32, 64, 128, 128], "layers_per_block": 1, "sample_size": SIZE},
         unet=UNet2DConditionModel(
             sample_size=SIZE // 8,
             block_out_channels=[128, 256, 512],
@@ -73,12 +60,7 @@ def save_pipeline(folder: Path) -> None:
         scheduler=DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
-    print(f"UNet of {sum(weight.numel() for weight in pipeline.unet.parameters()) / 1e6:.1f} M parameters\n")
 
 
 def options(pairs: int = PAIRS, **others: Any) -> dict[str, Any]:

@@ -28,13 +28,14 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -203,26 +204,43 @@ def compare(report: Report, model: Path, bf16: bool) -> None:
 
 
 def save_sd15(folder: Path) -> None:
-    """Save a random pipeline of the shape of Stable Diffusion 1.5, with the emoji tokenizer."""
-    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **special
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=[128, 256, 512, 512],
-            layers_per_block=2,
-            sample_size=512,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
+    """Save a random pipeline of the shape of Stable Diffusion 1.5."""
+    save_random(
+        folder,
+        text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        vae={"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 512},
         unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # its other defaults are those of 1.x
         scheduler=PNDMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
         ),
+    )
+
+
+def save_random(
+    folder: Path,
+    text: dict[str, Any],
+    vae: dict[str, Any],
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+) -> None:
+    """Save a random pipeline with the emoji tokenizer, and print its size.
+
+    Args:
+        folder: Where it goes.
+        text: Options of its `CLIPTextConfig`.
+        vae: Options of its `AutoencoderKL` of stride 8.
+        unet: Its denoiser.
+        scheduler: Its scheduler.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(**blocks, **vae),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text, **special)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -72,7 +72,7 @@ def test_json_names_its_source_and_no_machine() -> None:
         text = file.read_text(encoding="utf-8")
         content = json.loads(text)
         assert content["command"].startswith("python examples/benchmarks/")
-        assert len(content["commit"]) == 12  # of committed code: changed code adds "-dirty"
+        assert len(content["commit"]) == 12  # measured with committed code: changed code adds "-dirty"
         assert content["versions"]["torch"]
         assert content["machine"]["cores"] >= 1
         assert str(ROOT) not in text
