@@ -1,7 +1,9 @@
-"""How well a taste is learnt from few pairs, and what it costs: the figures of the README.
+"""Measure how well a taste is learnt from few pairs, and what it costs: the tables of docs/results-reward.md.
 
     python examples/benchmarks/few_pairs.py                    # everything, about 15 minutes on 2 cores
     python examples/benchmarks/few_pairs.py --parts accuracy   # one part: see --help
+
+Each part writes its tables and every run to `docs/results/few_pairs_PART.json`, and goes on where it was cut.
 
 People are simulated on the emoji domain (`examples/emoji/taste.py`). They click on drawings of training concepts
 or, with `--clicks held_out`, of some held-out ones; everything is measured on held-out concepts that they did not
@@ -12,42 +14,44 @@ import argparse
 import gc
 import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import PeftModel
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+import timing
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
 from bt_hf.reward.cache import FeatureCache
 from bt_hf.reward.collator import PreferenceCollator
 from bt_hf.reward.lora import add_adapter
 from emoji import CLIP_FOLDER, STYLES, load_emoji
+from results import Report, make_parser
 from taste import preference_pairs, warmth
 
 SIZES = (4, 8, 16, 32, 64, 128)
-STRONG = 8.0  # of the adapter: taste above everything, as the probe sees it, which reads no caption
-CLICKERS = 3  # people of each taste who are asked for every number of pairs
+STRONG = 8.0  # scale of the adapter that puts taste above everything, as the probe does, which reads no caption
+CLICKERS = 3  # people of each taste, asked for every number of pairs
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
 
 class Bench:
-    """One base, one cache of frozen features, many people."""
+    """Fit many people on one base with one cache of frozen features."""
 
     def __init__(self, split: str, seeds: int, clicks: str = "train") -> None:
         self.clicks = clicks
         self.base = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32).eval()
         self.processor = CLIPProcessor.from_pretrained(CLIP_FOLDER)
-        adapted = add_adapter(self.base, None)
+        adapted = add_adapter(self.base)
         self.cache = FeatureCache(adapted, PreferenceCollator(self.processor))
         self.base = adapted.unload()
         self.seeds = range(seeds)
@@ -59,7 +63,7 @@ class Bench:
         pixels = self.processor.image_processor(list(drawings["image"]), return_tensors="pt")["pixel_values"]
         tokens = self.processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            # Behind these features only the two projections are left, which the adapter changes.
+            # Only the two projections come behind these features, and only they are adapted.
             chunks = [self.base.vision_model(pixel_values=chunk).pooler_output for chunk in pixels.split(256)]
             self.images = torch.cat(chunks).view(len(captions), len(STYLES), -1)[keep]
             self.texts = self.base.text_model(**tokens).pooler_output[keep]
@@ -74,12 +78,12 @@ class Bench:
 
     @staticmethod
     def _concepts(split: str) -> frozenset[str]:
-        """The concepts to measure on: all that are held out, or, for choosing defaults, a fifth of the others."""
+        """Return the concepts to measure on: all held-out ones or, for choosing defaults, a fifth of the others."""
         names = list(dict.fromkeys(load_emoji(split)["concept"]))
         return frozenset(names if split == "held_out" else names[::5])
 
     def embed(self, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised texts (C, D) and images (C, S, D) of the measured concepts."""
+        """Return normalised texts (C, D) and images (C, S, D) of the measured concepts."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         with torch.no_grad():
             texts, images = base.text_projection(self.texts), base.visual_projection(self.images)
@@ -90,7 +94,7 @@ class Bench:
         return preference_pairs(taste, count, split=self.clicks, seed=seed, flipped=flipped, exclude=exclude)
 
     def unseen(self, pairs) -> torch.Tensor:
-        """(C,) bool: the measured concepts that none of `pairs` shows."""
+        """Return (C,) bool: True for measured concepts that none of `pairs` shows."""
         clicked = set(pairs["concept"])
         return torch.tensor([name not in clicked for name in self.names])
 
@@ -110,27 +114,27 @@ class Bench:
         return result
 
     def preferred(self, taste: str) -> torch.Tensor:
-        """(C, S, S) bool: whether this person prefers the first drawing of a concept to the second."""
+        """Return (C, S, S) bool: True where this person prefers the first drawing of a concept to the second."""
         if taste == "warm":
             return self.heat[:, :, None] - self.heat[:, None, :] > 20
         wanted = torch.tensor([style == taste for style in STYLES])
         return (wanted[:, None] & ~wanted[None, :]).expand(len(self.texts), -1, -1)
 
     def accuracy(self, taste: str, scores: torch.Tensor, keep: torch.Tensor | None = None) -> float:
-        """Share of this person's pairs of the kept concepts that `scores` (C, S) order rightly; a tie counts half."""
+        """Return the share of this person's pairs that `scores` (C, S) order rightly; a tie counts half."""
         difference = scores[:, :, None] - scores[:, None, :]
         right = (difference > 0).float() + 0.5 * (difference == 0).float()
         preferred = self.preferred(taste)
         return right[preferred if keep is None else preferred & keep[:, None, None]].mean().item()
 
     def measure(self, taste: str, model: torch.nn.Module, pairs=None) -> tuple[float, float]:
-        """(preference accuracy on the concepts that `pairs` does not show, recall@5 on all)."""
+        """Return preference accuracy on the concepts that `pairs` does not show, and recall@5 on all."""
         texts, images = self.embed(model)
         keep = None if pairs is None else self.unseen(pairs)
         return self.accuracy(taste, torch.einsum("cd,csd->cs", texts, images), keep), recall(texts, images)
 
     def probe(self, taste: str, pairs) -> float:
-        """Logistic regression (scikit-learn's defaults, no intercept) on differences of frozen image embeddings."""
+        """Return the accuracy of logistic regression (scikit-learn's defaults, no intercept) on image embeddings."""
         embedded = []
         for column in ("chosen", "rejected"):
             pixels = self.processor.image_processor(list(pairs[column]), return_tensors="pt")["pixel_values"]
@@ -146,23 +150,14 @@ class Bench:
 
 
 def recall(texts: torch.Tensor, images: torch.Tensor, k: int = 5) -> float:
-    """How often a caption finds its drawing among the first `k` of all concepts' in one style; mean over styles."""
+    """Return the share of captions with their drawing among the first `k` of all in one style; mean over styles."""
     target = torch.arange(len(texts))[:, None]
     found = [((texts @ images[:, style].T).topk(k).indices == target).any(1).float().mean() for style in range(5)]
     return torch.stack(found).mean().item()
 
 
-def table(title: str, header: Iterable[str], rows: Iterable[tuple[str, Iterable[float]]]) -> None:
-    print(f"\n### {title}\n")
-    header = list(header)
-    print("| | " + " | ".join(header) + " |\n|---|" + "---:|" * len(header))
-    for name, values in rows:
-        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
-    sys.stdout.flush()
-
-
 def along_scale(bench: Bench, model: PeftModel, taste: str, scales: Iterable[float], pairs=None) -> list:
-    """(accuracy, recall@5) with the adapter at each of `scales`."""
+    """Return accuracy and recall@5 with the adapter at each of `scales`."""
     points = []
     for scale in scales:
         for layer in (module for module in model.modules() if hasattr(module, "set_scale")):
@@ -171,64 +166,80 @@ def along_scale(bench: Bench, model: PeftModel, taste: str, scales: Iterable[flo
     return points
 
 
-def part_accuracy(bench: Bench, flipped: float = 0.0, tastes: tuple[str, ...] = STYLES) -> None:
-    probe, adapted, recalls, strong = (np.zeros((len(tastes), len(SIZES), len(bench.seeds))) for _ in range(4))
+def part_accuracy(bench: Bench, report: Report, flipped: float = 0.0, tastes: tuple[str, ...] = STYLES) -> None:
+    """Measure accuracy by number of pairs."""
+    found = np.zeros((len(tastes), len(SIZES), len(bench.seeds), 4))
     jobs = [(t, n, s) for t in range(len(tastes)) for n in range(len(SIZES)) for s in bench.seeds]
     for t, n, s in tqdm(jobs, desc="fits", mininterval=10):
         pairs = bench.pairs(tastes[t], SIZES[n], s, flipped)
-        probe[t, n, s] = bench.probe(tastes[t], pairs)
-        measured = bench.fit(
-            pairs, lambda model, t=t, pairs=pairs: along_scale(bench, model, tastes[t], (1.0, STRONG), pairs)
-        )
-        (adapted[t, n, s], recalls[t, n, s]), (strong[t, n, s], _) = measured
-    rows = []
+
+        def measure(taste: str = tastes[t], pairs: Dataset = pairs) -> list[float]:
+            fitted = bench.fit(pairs, lambda model: along_scale(bench, model, taste, (1.0, STRONG), pairs))
+            (adapted, recalled), (strong, _) = fitted
+            return [adapted, strong, bench.probe(taste, pairs), recalled]
+
+        found[t, n, s] = report.run(f"{tastes[t]}, N = {SIZES[n]}, seed {s}", measure)
+    columns = [f"N = {n}" for n in SIZES]
+    adapted, strong, probe, recalls = np.moveaxis(found.mean((0, 2)), -1, 0)
     base_scores = torch.einsum("cd,csd->cs", *bench.base_embeddings)
-    for t, taste in enumerate(tastes):
-        rows.append((f"{taste}: base", [bench.accuracy(taste, base_scores)] * len(SIZES)))
-        rows.append((f"{taste}: probe", probe[t].mean(-1)))
-        rows.append((f"{taste}: bt_hf", adapted[t].mean(-1)))
-        rows.append((f"{taste}: bt_hf, adapter scaled by {STRONG:g}", strong[t].mean(-1)))
-    rows.append(("**mean: probe**", probe.mean((0, 2))))
-    rows.append(("**mean: bt_hf**", adapted.mean((0, 2))))
-    rows.append((f"**mean: bt_hf, adapter scaled by {STRONG:g}**", strong.mean((0, 2))))
-    rows.append((f"recall@5 (base {bench.base_recall:.3f})", recalls.mean((0, 2))))
-    clicks = f", {flipped:.0%} of the clicks wrong" if flipped else ""
-    table(f"Accuracy by number of pairs{clicks}", [f"N = {n}" for n in SIZES], rows)
+    base = np.mean([bench.accuracy(taste, base_scores) for taste in tastes])
+    rows = [
+        ("base", *[base] * len(SIZES)),
+        ("**bt_hf**", *adapted),
+        (f"bt_hf, adapter scaled by {STRONG:g}", *strong),
+        ("logistic regression on embedding differences", *probe),
+    ]
+    wrong = f", {flipped:.0%} of the clicks wrong" if flipped else ""
+    report.table("clicks", f"Accuracy by number of pairs{wrong}", columns, rows, ".3f")
+    rows = [(taste, *values) for taste, values in zip(tastes, found.mean(2)[..., 0], strict=True)]
+    rows.append((f"recall@5 of the caption (base {bench.base_recall:.3f})", *recalls))
+    report.table("tastes", f"Accuracy of bt_hf for each taste{wrong}", columns, rows, ".3f")
 
 
-def part_frontier(bench: Bench) -> None:
+def part_frontier(bench: Bench, report: Report) -> None:
+    """Weigh taste against captions, by `kl_weight` and by scale of the adapter."""
     scales = (0.25, 0.5, 1.0, 2.0, 4.0)
-
     default = BradleyTerryConfig.kl_weight
     for count in (8, 64):
-        rows = [("base", (0.5, bench.base_recall))]
+        rows: list[tuple[str, float, float]] = [("base", 0.5, bench.base_recall)]
+        by_scale = []
         for weight in (0.0, 0.1, 0.3, default, 3.0, 10.0):
-            results = [
-                bench.fit(
-                    bench.pairs(taste, count, seed),
-                    lambda model, taste=taste: along_scale(bench, model, taste, scales),
-                    kl_weight=weight,
-                )
-                for taste in STYLES
-                for seed in bench.seeds
-            ]
+            results = []
+            for taste in STYLES:
+                for seed in bench.seeds:
+                    results.append(
+                        report.run(
+                            f"N = {count}, weight {weight:g}, {taste}, seed {seed}",
+                            lambda taste=taste, seed=seed, count=count, weight=weight: bench.fit(
+                                bench.pairs(taste, count, seed),
+                                lambda model: along_scale(bench, model, taste, scales),
+                                kl_weight=weight,
+                            ),
+                        )
+                    )
             means = np.array(results).mean(0)  # (scales, 2)
-            rows.append((f"kl_weight {weight:g}", means[scales.index(1.0)]))
+            name = f"**kl_weight {weight:g} (default)**" if weight == default else f"kl_weight {weight:g}"
+            rows.append((name, *means[scales.index(1.0)]))
             if weight == default:
-                by_scale = [(f"default, scaled by {scale:g}", mean) for scale, mean in zip(scales, means, strict=True)]
-        with_share = [(name, (*point, point[1] / bench.base_recall)) for name, point in [*rows, *by_scale]]
-        table(f"Frontier at N = {count}", ["accuracy", "recall@5", "of the base's"], with_share)
+                by_scale = [
+                    (f"default, scaled by {scale:g}", *mean)
+                    for scale, mean in zip(scales, means, strict=True)
+                    if scale != 1.0
+                ]
+        with_share = [(*row, row[2] / bench.base_recall) for row in [*rows, *by_scale]]
+        columns = ["accuracy", "recall@5", "share of the base's recall"]
+        report.table(f"n{count}", f"Accuracy against recall at N = {count}", columns, with_share, ".3f")
 
 
-def part_retrieval(bench: Bench) -> None:
-    """For a held-out caption and all drawings of all held-out concepts: the first drawing found."""
+def part_retrieval(bench: Bench, report: Report) -> None:
+    """Search all drawings of all held-out concepts for a held-out caption, and judge the first one found."""
 
     def top_one(model: torch.nn.Module, taste: str) -> tuple[float, float, float]:
         texts, images = bench.embed(model)
         best = (texts @ images.flatten(0, 1).T).argmax(1)
         right = best // len(STYLES) == torch.arange(len(texts))
         liked = best % len(STYLES) == STYLES.index(taste)
-        # Classification the other way round: which of the 234 captions does a drawing get?
+        # Classification the other way round: the caption, of all, that a drawing gets.
         classes = ((images.flatten(0, 1) @ texts.T).argmax(1) == torch.arange(len(texts)).repeat_interleave(5)).float()
         return right.float().mean().item(), liked[right].float().mean().item(), classes.mean().item()
 
@@ -236,54 +247,70 @@ def part_retrieval(bench: Bench) -> None:
     for taste in STYLES:
         before = top_one(bench.base, taste)
         after = [
-            bench.fit(bench.pairs(taste, 64, seed), lambda model, taste=taste: top_one(model, taste))
+            report.run(
+                f"{taste}, seed {seed}",
+                lambda taste=taste, seed=seed: bench.fit(
+                    bench.pairs(taste, 64, seed), lambda model: top_one(model, taste)
+                ),
+            )
             for seed in bench.seeds
         ]
-        after = np.mean(after, 0)
-        rows.append((taste, (before[0], after[0], before[1], after[1], before[2], after[2])))
-    rows.append(("**mean**", np.mean([values for _, values in rows], 0)))
-    header = ["right concept, base", "adapted", "liked style given right concept, base", "adapted"]
-    table("Retrieval and classification, N = 64", [*header, "drawing's caption, base", "adapted"], rows)
+        rows.append((taste, *np.stack([before, np.mean(after, 0)], 1).flatten()))
+    rows.append(("**mean**", *np.mean([values for _, *values in rows], 0)))
+    columns = ["right concept, base", "adapted", "preferred style if so, base", "adapted", "drawing's caption, base"]
+    report.table("first", "Retrieval and classification, N = 64", [*columns, "adapted"], rows, ".3f")
 
 
-def part_verdict(bench: Bench, people: int) -> None:
-    """Coverage of the cross-validated interval, and how often the verdict is 'better' by number of pairs."""
+def part_verdict(bench: Bench, report: Report, people: int) -> None:
+    """Measure coverage of the cross-validated interval, and count verdicts of 'better', by number of pairs."""
     config = BradleyTerryConfig("unused", **QUIET)
     sizes = (8, 16, 32, 64)
-    better = np.zeros((len(STYLES), len(sizes)))
+    asked = min(people, CLICKERS * len(STYLES))  # for every number of pairs; the others only for 32
+    better: dict[int, list[bool]] = {size: [] for size in sizes}
     covered = []
-    jobs = [(person, size) for person in range(people) for size in range(len(sizes))]
+    jobs = [(person, size) for person in range(people) for size in sizes if size == 32 or person < asked]
     for person, size in tqdm(jobs, desc="people", mininterval=10):
         taste = STYLES[person % len(STYLES)]
-        pairs = bench.pairs(taste, sizes[size], seed=1000 + person)
-        if sizes[size] != 32 and person >= CLICKERS * len(STYLES):
-            continue
-        result = cross_validate(bench.base, pairs, config, processing_class=bench.processor, progress=False)
-        if person < CLICKERS * len(STYLES):
-            better[person % len(STYLES), size] += result.verdict.startswith("Better") / CLICKERS
-        if sizes[size] == 32:
-            truth = bench.fit(pairs, lambda model, taste=taste, pairs=pairs: bench.measure(taste, model, pairs))[0]
-            covered.append(result.metrics["accuracy_low"] <= truth <= result.metrics["accuracy_high"])
-    print(
-        f"\nThe 95 % interval of 5-fold cross-validation on 32 pairs holds the held-out accuracy for "
-        f"{sum(covered)} of {len(covered)} simulated people ({np.mean(covered):.1%})."
-    )
-    rows = [(taste, better[t]) for t, taste in enumerate(STYLES)]
-    table("Share of people for whom the verdict is 'better than the base'", [f"N = {n}" for n in sizes], rows)
+
+        def measure(person: int = person, size: int = size, taste: str = taste) -> dict[str, Any]:
+            pairs = bench.pairs(taste, size, seed=1000 + person)
+            result = cross_validate(bench.base, pairs, config, processing_class=bench.processor, progress=False)
+            found = {"better": result.verdict.startswith("Better")}
+            if size == 32:
+                found["interval"] = [result.metrics["accuracy_low"], result.metrics["accuracy_high"]]
+                found["accuracy"] = bench.fit(pairs, lambda model: bench.measure(taste, model, pairs))[0]
+            return found
+
+        found = report.run(f"person {person}, N = {size}", measure)
+        if person < asked:
+            better[size].append(found["better"])
+        if size == 32:
+            low, high = found["interval"]
+            covered.append(low <= found["accuracy"] <= high)
+    columns = [f"N = {size}" for size in sizes]
+    rows = [
+        ("people asked", *[asked] * len(sizes)),
+        ('verdict "better than the base"', *[sum(better[size]) for size in sizes]),
+    ]
+    report.table("verdict", "People for whom the verdict is 'better than the base'", columns, rows, "d")
+    rows = [("5-fold cross-validation on 32 pairs", len(covered), sum(covered), np.mean(covered))]
+    columns = ["people", "95 % interval holds the held-out accuracy", "share"]
+    report.table("interval", "Coverage of the interval", columns, rows, ["d", "d", ".3f"])
 
 
-PARTS: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
-    "accuracy": lambda bench, args: part_accuracy(bench),
-    "flipped": lambda bench, args: part_accuracy(bench, flipped=0.2),
-    "warm": lambda bench, args: part_accuracy(bench, tastes=("warm",)),
-    "frontier": lambda bench, args: part_frontier(bench),
-    "retrieval": lambda bench, args: part_retrieval(bench),
-    "verdict": lambda bench, args: part_verdict(bench, args.people),
+CLICKED = ("accuracy", "flipped", "warm", "verdict")  # parts whose people may click on held-out concepts
+PARTS: dict[str, Callable[[Bench, Report, argparse.Namespace], None]] = {
+    "accuracy": lambda bench, report, args: part_accuracy(bench, report),
+    "flipped": lambda bench, report, args: part_accuracy(bench, report, flipped=0.2),
+    "warm": lambda bench, report, args: part_accuracy(bench, report, tastes=("warm",)),
+    "frontier": lambda bench, report, args: part_frontier(bench, report),
+    "retrieval": lambda bench, report, args: part_retrieval(bench, report),
+    "verdict": lambda bench, report, args: part_verdict(bench, report, args.people),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--people", type=int, default=100, help="simulated people for the coverage of the interval")
@@ -301,14 +328,14 @@ def main() -> None:
         "warm and verdict; what was clicked on is then left out of what is measured)",
     )
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    timing.quiet()
     logging.disable(logging.INFO)
     bench = Bench(args.split, args.seeds, args.clicks)
-    print(f"Base on {args.split} concepts: recall@5 {bench.base_recall:.3f}")
     for part in args.parts:
-        PARTS[part](bench, args)
+        name = f"few_pairs_{part}" + ("_on_training" if part in CLICKED and args.clicks == "train" else "")
+        name += "_tuning" if args.split == "train" else ""
+        with Report.of_script(__file__, parser, args, part, name) as report:
+            PARTS[part](bench, report, args)
 
 
 if __name__ == "__main__":

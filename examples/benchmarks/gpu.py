@@ -1,33 +1,34 @@
-"""The tables of `lora_speed.py` and of `reward_step.py` on a GPU or another accelerator, with its peak memory.
+"""Print the tables of `lora_speed.py` and `reward_step.py` on a GPU or another accelerator, with its peak memory.
 
     python examples/benchmarks/gpu.py            # --smoke: a few small steps, on a CPU too, to try the script
 
 Not run by the authors yet on a GPU: none was at hand. Peak memory is that of the steps, model included, where the
-accelerator counts it (CUDA and XPU do, MPS does not). Optimizers of 8 bits need bitsandbytes.
+accelerator counts it (CUDA and XPU do, MPS does not). Optimizers of 8 bits need bitsandbytes. The tables are written
+to `docs/results/gpu_*.json`, or nowhere with `--smoke`.
 """
 
-import argparse
 import importlib.util
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 import lora_speed
 import lora_step
 import reward_step
 import timing
-import torch
-
 from emoji import DIFFUSION_FOLDER
+from results import Report, make_parser
 
-FURTHER = {  # that only pay on an accelerator
+FURTHER = {  # options that only pay on an accelerator
     "+ gradient_checkpointing (less memory, more time)": {"gradient_checkpointing": True},
     "+ adamw_bnb_8bit": {"optim": "adamw_bnb_8bit"},
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--smoke", action="store_true", help="a few steps on the small emoji models, on a CPU too")
     parser.add_argument("--no_compile", action="store_true", help="leave out torch_compile")
     args = parser.parse_args()
@@ -39,19 +40,19 @@ def main() -> None:
     rows = lora_speed.ROWS | FURTHER
     if importlib.util.find_spec("bitsandbytes") is None:
         del rows["+ adamw_bnb_8bit"]
-    name = torch.cuda.get_device_name() if timing.DEVICE.type == "cuda" else timing.DEVICE.type
-    print(f"{name}, torch {torch.__version__}\n\nPreference LoRA\n", flush=True)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as scratch:
         if args.smoke:
             model, lora_speed.SIZE = DIFFUSION_FOLDER, 64
         else:
             model = Path(folder)
             lora_speed.save_pipeline(model)
-        lora_speed.things(model, Path(scratch), args, rows)
-    print("\nRewards\n")
-    args.models = {"emoji CLIP": reward_step.emoji_clip} if args.smoke else reward_step.MODELS
-    args.parts = list(reward_step.PARTS)
-    reward_step.run(args)
+        args.output_dir = Path(scratch) if args.smoke else args.output_dir
+        with Report.of_script(__file__, parser, args, name="gpu_lora") as report:
+            lora_speed.things(report, model, Path(scratch), args, rows)
+        args.models = {"emoji CLIP": reward_step.emoji_clip} if args.smoke else reward_step.MODELS
+        for part, measure in reward_step.PARTS.items():
+            with Report.of_script(__file__, parser, args, name=f"gpu_reward_{part}") as report:
+                measure(report, args)
 
 
 if __name__ == "__main__":

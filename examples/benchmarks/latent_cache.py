@@ -1,4 +1,4 @@
-"""What the caches in files cost as data grow: time, disk and memory, and what a million rows take.
+"""Measure the caches in files as data grow: time, disk and memory, up to a million rows.
 
     python examples/benchmarks/latent_cache.py                    # latents and embeddings of a pipeline
     python examples/benchmarks/latent_cache.py --of reward        # frozen features of a CLIP
@@ -9,7 +9,8 @@ from the Hub does. Each number of rows has a process of its own, since a peak of
 those of the emoji domain; for others, seconds and bytes are other ones, but grow in the same way. Measured is making a
 trainer with `cache_dir`, with all that it does to the rows: checks, counting prompts that are too long, encoding. The
 loading of the model is in it too, the same for any number of rows. Memory is what the process holds of its own: pages
-of mapped files, which the system takes back when it needs them, don't count.
+of mapped files, which the system takes back when it needs them, don't count. The table is written to
+`docs/results/latent_cache_OF.json`.
 """
 
 import argparse
@@ -28,10 +29,10 @@ from PIL import Image as PILImage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import timing
-from lora_step import Watch
-
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceLoRAConfig, PreferenceLoRATrainer
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
+from lora_step import Watch
+from results import Report, make_parser
 
 SIZE, BATCH, MILLION = 64, 16, 1_000_000
 
@@ -50,18 +51,18 @@ TRAINERS = {
 
 
 def measure(of: str, count: int, folder: Path) -> None:
-    """Print what `count` rows took, as JSON."""
+    """Print the cost of `count` rows, as JSON."""
     columns = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
     pairs = Dataset.from_generator(rows, columns, cache_dir=str(folder), gen_kwargs={"count": count})
     trainer, config, model = TRAINERS[of]
     cache = folder / "cache"
 
     def store(pairs: Dataset, cache: Path) -> Any:
-        """What the trainer reads its batches from."""
+        """Return the rows that the trainer reads its batches from."""
         args = config(str(folder / "out"), cache_dir=str(cache), use_cpu=True, disable_tqdm=True, report_to="none")
         return trainer(str(model), args, train_dataset=pairs).train_dataset
 
-    store(pairs.select(range(8)), folder / "first")  # what a first batch allocates
+    store(pairs.select(range(8)), folder / "first")  # a first batch allocates memory of its own
     before = Watch(mapped=False)
     held = before.stop()
     building_memory = Watch(mapped=False)
@@ -82,10 +83,10 @@ def measure(of: str, count: int, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000], help="at least two, the largest last")
     parser.add_argument(
-        "--of", choices=TRAINERS, default="lora", help="whose cache: that of a LoRA's or a reward's trainer"
+        "--of", choices=TRAINERS, default="lora", help="trainer of the cache: of a LoRA or of a reward"
     )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -95,30 +96,38 @@ def main() -> None:
     if args.child:
         measure(args.of, int(args.child[0]), Path(args.child[1]))
         return
-    print("| rows | building, s | finding again, s | files, MB | memory grown by, MB | a batch of 16, ms |")
-    print("|---:" * 6 + "|", flush=True)
-    found = []
-    for count in args.rows:
+    with Report.of_script(__file__, parser, args, name=f"latent_cache_{args.of}") as report:
+        tabulate(report, args.of, args.rows)
+
+
+def tabulate(report: Report, of: str, counts: list[int]) -> None:
+    """Measure each number of rows in a process of its own, and draw the straight line through the last two."""
+    columns = ["building, s", "finding again, s", "files, MB", "memory grown by, MB", f"a batch of {BATCH}, ms"]
+    formats = [",.1f", ",.2f", ",.0f", ",.0f", ".1f"]
+    title = f"The cache of a {'preference LoRA' if of == 'lora' else 'reward'}, by rows"
+    found: list[dict[str, float]] = []
+    rows: list[list[str | float | None]] = []
+    for count in counts:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--of", args.of, "--child", str(count), folder]
+            command = [sys.executable, __file__, "--of", of, "--child", str(count), folder]
             found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
-        print(line(f"{count:,}", found[-1]), flush=True)
+        rows.append([f"{count:,}", *cells(found[-1])])
+        report.table("rows", title, columns, rows, formats)
     few, many = found[-2:]
-    further = args.rows[-1] - args.rows[-2]
-    rate = (MILLION - args.rows[-1]) / further
-    straight = {name: many[name] + rate * (many[name] - few[name]) for name in few}
-    print(line(f"{MILLION:,}, by a straight line through the last two", {**straight, "read": float("nan")}))
+    further = counts[-1] - counts[-2]
     each = {name: (many[name] - few[name]) / further for name in few}
-    print(
-        f"\nEach further row: {1000 * each['build']:.2f} ms to build and {1000 * each['find']:.3f} ms to find again, "
-        f"{each['bytes']:,.0f} bytes on disk, {each['memory']:,.0f} bytes of memory"
-    )
+    straight = {name: many[name] + (MILLION - counts[-1]) * each[name] for name in few}
+    rows.append([f"{MILLION:,}, by a straight line through the last two", *cells(straight)[:-1], None])
+    report.table("rows", title, columns, rows, formats)
+    row = [1000 * each["build"], 1000 * each["find"], each["bytes"], each["memory"]]
+    columns = ["to build, ms", "to find again, ms", "bytes on disk", "bytes of memory"]
+    report.table("each", "Each further row", columns, [[of, *row]], [".2f", ".3f", ",.0f", ",.0f"])
 
 
-def line(name: str, found: dict[str, float]) -> str:
-    read = "" if np.isnan(found["read"]) else f"{1000 * found['read']:.1f}"
+def cells(found: dict[str, float]) -> list[float]:
+    """Return the cells of a row of the table."""
     size, grown = found["bytes"] / 1e6, found["memory"] / 1e6
-    return f"| {name} | {found['build']:,.1f} | {found['find']:,.2f} | {size:,.0f} | {grown:,.0f} | {read} |"
+    return [found["build"], found["find"], size, grown, 1000 * found["read"]]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What makes the training of a preference LoRA faster, each thing in a row of its own, side by side in one run.
+"""Measure what makes the training of a preference LoRA faster, each thing in a row of its own, in one run.
 
     python examples/benchmarks/lora_speed.py                      # what each thing gives
     python examples/benchmarks/lora_speed.py --parts arguments batch size rank
@@ -7,7 +7,8 @@ The pipeline is random and of the layout of Stable Diffusion: a UNet of 71 M par
 step, a LoRA of rank 8. The first row stands for a training script such as diffusers' own for Diffusion-DPO: the
 formula of the paper in float32, with images and prompts encoded at every step (`straight_loop` of `lora_step.py`).
 Every row below keeps what the rows above it have brought. They take turns of a few steps, and medians are compared.
-What is spent once, before the first step or in it, is printed by itself, with how long it takes to earn it back.
+What is spent once, before the first step or in it, is printed by itself, with how long it takes to earn it back. Each
+part writes `docs/results/lora_speed_PART.json`.
 """
 
 import argparse
@@ -19,21 +20,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import lora_step
 import timing
 from lora_step import bare, straight_loop, train
-from timing import report
-
-from emoji import CLIP_FOLDER
+from results import Report, make_parser
 from taste import preference_pairs
 
 PAIRS, SIZE, ROUNDS, DRAWS = 4, 256, 3, 8
 STRAIGHT, ENCODED = "straight loop, fp32", "trainer: images and prompts encoded once"
-KNOWN, COMPILED = "+ errors of the base computed once (num_noise_samples)", "+ torch_compile"
+KNOWN, COMPILED = "+ errors of the base computed once", "+ torch_compile"
 ROWS: dict[str, dict[str, Any]] = {  # each on top of those above it
     ENCODED: {"channels_last": False},
     "+ channels-last": {"channels_last": True},
@@ -44,23 +42,12 @@ ROWS: dict[str, dict[str, Any]] = {  # each on top of those above it
 
 
 def save_pipeline(folder: Path) -> None:
-    """A random pipeline whose UNet has 71 M parameters, with the emoji tokenizer."""
+    """Save a random pipeline whose UNet has 71 M parameters."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = CLIPTextConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, **special
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=[32, 64, 128, 128],
-            layers_per_block=1,
-            sample_size=SIZE,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
+    lora_step.save_random(
+        folder,
+        text={"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4},
+        vae={"block_out_channels": [32, 64, 128, 128], "layers_per_block": 1, "sample_size": SIZE},
         unet=UNet2DConditionModel(
             sample_size=SIZE // 8,
             block_out_channels=[128, 256, 512],
@@ -73,20 +60,17 @@ def save_pipeline(folder: Path) -> None:
         scheduler=DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
-    print(f"UNet of {sum(weight.numel() for weight in pipeline.unet.parameters()) / 1e6:.1f} M parameters\n")
 
 
 def options(pairs: int = PAIRS, **others: Any) -> dict[str, Any]:
     return {"per_device_train_batch_size": pairs, "resolution": SIZE} | others
 
 
-def things(model: Path, scratch: Path, args: argparse.Namespace, rows: dict[str, dict[str, Any]] = ROWS) -> None:
-    """What each thing gives."""
+def things(
+    report: Report, model: Path, scratch: Path, args: argparse.Namespace, rows: dict[str, dict[str, Any]] = ROWS
+) -> None:
+    """Add one thing after another."""
     pairs = preference_pairs("fluent", 2 * PAIRS)  # two steps a pass: each pair comes again within a turn
     builds: dict[str, timing.Build] = {
         STRAIGHT: partial(straight_loop, model, pairs, False, PAIRS, SIZE, channels_last=False),
@@ -99,79 +83,93 @@ def things(model: Path, scratch: Path, args: argparse.Namespace, rows: dict[str,
             builds[name] = partial(train, model, pairs, scratch, **options(**chosen))
     turns, building = timing.build(builds)
     seconds = timing.compare(turns, args.rounds)
-    report(seconds, PAIRS, STRAIGHT, timing.peaks(builds))
-    once(turns, building, seconds, pairs)
+    title = f"What makes steps faster, {PAIRS} pairs a step"
+    timing.tabulate(report, "rates", title, seconds, PAIRS, STRAIGHT, timing.peaks(builds))
+    once(report, turns, building, seconds, pairs)
 
 
-def once(turns: dict[str, Any], building: dict[str, float], seconds: dict[str, float], pairs: Dataset) -> None:
-    """What is spent once, and after how many passes over the pairs faster steps have earned it back."""
+def once(
+    report: Report, turns: dict[str, Any], building: dict[str, float], seconds: dict[str, float], pairs: Dataset
+) -> None:
+    """Print the seconds that are spent once, and after how long faster steps have earned them back."""
     names = list(seconds)
     above = dict(zip(names[1:], names, strict=False))
     # The next trainer loads the same pipeline, but finds what this one has encoded.
     encoding = building[ENCODED] - building[names[names.index(ENCODED) + 1]]
     errors = (turns[KNOWN].before - turns[above[KNOWN]].before) * DRAWS
-    print(f"\n| once, for {len(pairs)} pairs | seconds | earned back after so many passes |\n|---|---:|---:|")
-    for name, cost, fast, slow in (
+    costs = [
         ("encoding, against the straight loop", encoding, ENCODED, STRAIGHT),
-        (f"errors of the base for {DRAWS} draws, against new draws", errors, KNOWN, above[KNOWN]),
+        (f"errors of the base for {DRAWS} noise samples, against new noise", errors, KNOWN, above[KNOWN]),
         ("both, and channels-last and bf16, against the straight loop", encoding + errors, KNOWN, STRAIGHT),
-    ):
-        saved = (seconds[slow] - seconds[fast]) * len(pairs) / PAIRS  # in each pass
-        print(f"| {name} | {cost:.1f} | {f'{cost / saved:.1f}' if saved > 0 else 'never'} |")
+    ]
     if COMPILED in turns:
-        cost, saved = turns[COMPILED].first - seconds[COMPILED], seconds[above[COMPILED]] - seconds[COMPILED]
-        after = f"{cost / saved:.0f} steps" if saved > 0 else "never"
-        print(f"\nCompiling, whatever the number of pairs: {cost:.0f} s, earned back after: {after}")
+        costs.append(("compiling", turns[COMPILED].first - seconds[COMPILED], COMPILED, above[COMPILED]))
+    rows: list[list[str | float]] = []
+    for name, cost, fast, slow in costs:
+        saved = seconds[slow] - seconds[fast]  # in each step
+        if saved <= 0:
+            rows.append([name, cost, "never", "never"])
+            continue
+        steps = cost / saved
+        passes = "" if fast == COMPILED else f"{steps * PAIRS / len(pairs):.1f}"
+        rows.append([name, cost, f"{steps:.0f}", passes])
+    columns = ["seconds", "earned back after steps", "after passes over the pairs"]
+    report.table("once", f"Spent once, for {len(pairs)} pairs", columns, rows, ".1f")
 
 
-def batch(model: Path, scratch: Path, args: argparse.Namespace) -> None:
-    """Pairs a step."""
+def sweep(
+    report: Report,
+    model: Path,
+    scratch: Path,
+    args: argparse.Namespace,
+    title: str,
+    rows: dict[str, dict[str, Any]],
+    pairs: int | dict[str, int] = PAIRS,
+    reference: str | None = None,
+) -> None:
+    """Compare steps of trainers with other options, by default with those of the first row."""
     data = preference_pairs("fluent", 32)
-    turns, counts = {}, {}
-    for count in (1, 4, 16):
-        name = f"{count} pairs a step"
-        turns[name] = train(model, data, scratch, **options(count, bf16=True))
-        counts[name] = count
-    report(timing.compare(turns, args.rounds), counts, "1 pairs a step")
+    turns = {name: train(model, data, scratch, **options(**chosen)) for name, chosen in rows.items()}
+    seconds = timing.compare(turns, args.rounds)
+    timing.tabulate(report, "rates", title, seconds, pairs, reference or next(iter(rows)))
 
 
-def size(model: Path, scratch: Path, args: argparse.Namespace) -> None:
-    """Resolution."""
-    data = preference_pairs("fluent", 8)
-    turns = {}
-    for side in (128, 256, 384):
-        turns[f"{side} px"] = train(model, data, scratch, **options(2, bf16=True, resolution=side))
-    report(timing.compare(turns, args.rounds), 2, "256 px")
+def batch(report: Report, model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Compare pairs a step."""
+    counts = {f"{count} pairs a step": count for count in (1, 4, 16)}
+    rows = {name: {"pairs": count, "bf16": True} for name, count in counts.items()}
+    sweep(report, model, scratch, args, "Pairs a step, bf16", rows, counts)
 
 
-def rank(model: Path, scratch: Path, args: argparse.Namespace) -> None:
-    """Rank of the LoRA."""
-    data = preference_pairs("fluent", 4 * PAIRS)
-    turns = {}
-    for value in (4, 8, 32, 128):
-        turns[f"rank {value}"] = train(model, data, scratch, **options(bf16=True, lora_r=value))
-    report(timing.compare(turns, args.rounds), PAIRS, "rank 8")
+def size(report: Report, model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Compare resolutions."""
+    rows = {f"{side} px": {"pairs": 2, "bf16": True, "resolution": side} for side in (128, 256, 384)}
+    sweep(report, model, scratch, args, "Resolution, 2 pairs a step, bf16", rows, 2, "256 px")
 
 
-def arguments(model: Path, scratch: Path, args: argparse.Namespace) -> None:
-    """Options of TrainingArguments, each alone: most of them save memory, not time."""
-    data = preference_pairs("fluent", 4 * PAIRS)
-    alone: dict[str, dict[str, Any]] = {
+def rank(report: Report, model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Compare ranks of the LoRA."""
+    rows = {f"rank {value}": {"bf16": True, "lora_r": value} for value in (4, 8, 32, 128)}
+    sweep(report, model, scratch, args, f"Rank, {PAIRS} pairs a step, bf16", rows, reference="rank 8")
+
+
+def arguments(report: Report, model: Path, scratch: Path, args: argparse.Namespace) -> None:
+    """Compare options of TrainingArguments, each alone: most of them save memory, not time."""
+    rows: dict[str, dict[str, Any]] = {
         "the trainer's defaults, fp32": {},
         "bf16": {"bf16": True},
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "optim adamw_torch (not fused)": {"optim": "adamw_torch"},
         "optim adafactor": {"optim": "adafactor"},
     }
-    turns = {name: train(model, data, scratch, **options(**chosen)) for name, chosen in alone.items()}
-    report(timing.compare(turns, args.rounds), PAIRS, "the trainer's defaults, fp32")
+    sweep(report, model, scratch, args, f"Options, each alone, {PAIRS} pairs a step", rows)
 
 
 PARTS = {"things": things, "arguments": arguments, "batch": batch, "size": size, "rank": rank}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["things"])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each")
     parser.add_argument("--steps", type=int, default=3, help="in a turn, of which the first is not counted")
@@ -182,9 +180,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as scratch:
         save_pipeline(Path(model))
         for part in args.parts:
-            print(f"{(PARTS[part].__doc__ or '').strip()} {torch.get_num_threads()} threads.\n", flush=True)
-            PARTS[part](Path(model), Path(scratch), args)
-            print()
+            with Report.of_script(__file__, parser, args, part) as report:
+                PARTS[part](report, Path(model), Path(scratch), args)
 
 
 if __name__ == "__main__":

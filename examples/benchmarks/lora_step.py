@@ -1,4 +1,4 @@
-"""What a training step of a preference LoRA costs beyond its network, and what the cache saves.
+"""Measure what a training step of a preference LoRA costs beyond its network, and what the cache saves.
 
     python examples/benchmarks/lora_step.py            # seconds a step, side by side in one run
     python examples/benchmarks/lora_step.py --memory   # peak memory with and without the cache
@@ -7,12 +7,13 @@ Compared are, on the emoji pipeline with batches of 16 pairs:
 
 - trainer: `PreferenceLoRATrainer.train`, from the end of one step to the end of the next; images and prompts are
   encoded beforehand;
-- trainer, num_noise_samples: the same, with the base's errors computed beforehand as well;
+- trainer, errors of the base computed once: the same with fixed noise, and those errors known beforehand;
 - straight loop: the paper's formula written down below, which encodes images and prompts at every step;
 - bare: forwards without and with the LoRA, one backward, and the optimizer's step, on one batch that lies in memory;
-- bare, base known: the same without the base's forward, as is due with num_noise_samples.
+- bare, base known: the same without the base's forward, as is due with fixed noise.
 
-They take turns of a few steps, so that a noisy machine is noisy for all; medians are compared.
+They take turns of a few steps, so that a noisy machine is noisy for all; medians are compared. The tables are written
+to `docs/results/lora_step_time.json` and `lora_step_memory.json`.
 """
 
 import argparse
@@ -27,29 +28,31 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import timing
-from timing import DEVICE, Turn
-
 from bt_hf import PreferenceLoRAConfig, PreferenceLoRATrainer
 from bt_hf.diffusion.families.sd import UNET_LAYERS
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
+from results import Report, make_parser
 from taste import preference_pairs
+from timing import DEVICE, Turn
 
 BATCH, STEPS, ROUNDS = 16, 5, 10  # pairs; steps in a turn, of which the first is not counted; turns of each
 # A rate at which hardly anything moves: a saturated loss has gradients of denormal numbers, which are slow.
 BETA, RATE, RANK = 2000.0, 1e-6, 8
+KNOWN = "trainer, errors of the base computed once"
 
 
 # --- The trainer ---
@@ -79,7 +82,7 @@ def train(model: Path, pairs: Dataset, scratch: Path, **options) -> timing.Train
 def network(
     model: Path, channels_last: bool = True
 ) -> tuple[StableDiffusionPipeline, PeftModel, torch.optim.Optimizer]:
-    """The pipeline, its denoiser with a LoRA as the trainer makes it, and the optimizer that the Trainer takes."""
+    """Load the pipeline, its denoiser with a LoRA as the trainer makes it, and the Trainer's optimizer."""
     pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(DEVICE)
     for module in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         module.eval().requires_grad_(False)
@@ -91,7 +94,7 @@ def network(
 
 @dataclass
 class Batch:
-    """What the denoiser is asked.
+    """Inputs and targets of the denoiser.
 
     Attributes:
         inputs: Noisy latents (2B, C, h, w), timesteps (2B,), and embeddings of the prompts (2B, L, D).
@@ -111,7 +114,7 @@ def errors(denoiser: PeftModel, batch: Batch, bf16: bool) -> torch.Tensor:
 
 
 def update(denoiser: PeftModel, optimizer: torch.optim.Optimizer, batch: Batch, bf16: bool) -> None:
-    """One step of Diffusion-DPO: https://arxiv.org/abs/2311.12908, equation 14."""
+    """Take one step of Diffusion-DPO: https://arxiv.org/abs/2311.12908, equation 14."""
     base = batch.base
     if base is None:
         denoiser.base_model.disable_adapter_layers()
@@ -128,7 +131,7 @@ def update(denoiser: PeftModel, optimizer: torch.optim.Optimizer, batch: Batch, 
 def straight_loop(
     model: Path, pairs: Dataset, bf16: bool, batch: int = BATCH, size: int = 64, channels_last: bool = True
 ) -> Turn:
-    """Images and prompts are encoded when a step needs them, in float32, as the trainer does it beforehand."""
+    """Return a turn that encodes images and prompts when a step needs them, in float32."""
     pipeline, denoiser, optimizer = network(model, channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     scheduler, generator = pipeline.scheduler, torch.Generator().manual_seed(0)
@@ -154,7 +157,7 @@ def straight_loop(
 
 
 def bare(model: Path, bf16: bool, base_known: bool, pairs: int = BATCH, channels_last: bool = True) -> Turn:
-    """Forwards, a backward and the optimizer's step on one batch of `pairs` pairs, made once."""
+    """Return a turn of forwards, backward and optimizer's step on one batch of `pairs` pairs, made once."""
     pipeline, denoiser, optimizer = network(model, channels_last)
     config, length = denoiser.config, pipeline.tokenizer.model_max_length
     noisy = torch.randn(2 * pairs, config.in_channels, config.sample_size, config.sample_size, device=DEVICE)
@@ -168,7 +171,7 @@ def bare(model: Path, bf16: bool, base_known: bool, pairs: int = BATCH, channels
     return timing.repeat(partial(update, denoiser, optimizer, batch, bf16), STEPS)
 
 
-def compare(model: Path, bf16: bool) -> None:
+def compare(report: Report, model: Path, bf16: bool) -> None:
     """Print a table of one precision."""
     torch.manual_seed(0)
     pairs = preference_pairs("fluent", 4 * BATCH)
@@ -177,49 +180,67 @@ def compare(model: Path, bf16: bool) -> None:
         began = time.perf_counter()
         cached = train(model, pairs, scratch, bf16=bf16)
         filling = time.perf_counter() - began
-        draws = train(model, pairs, scratch, bf16=bf16, num_noise_samples=1)  # a step costs the same with more
+        known = train(model, pairs, scratch, bf16=bf16, num_noise_samples=1)  # a step costs the same with more
         turns = {
             "trainer": cached,
-            "trainer, num_noise_samples": draws,
+            KNOWN: known,
             "straight loop": straight_loop(model, pairs, bf16),
             "bare": bare(model, bf16, base_known=False),
             "bare, base known": bare(model, bf16, base_known=True),
         }
         seconds = timing.compare(turns, ROUNDS)
-    print(f"\n{'bf16' if bf16 else 'fp32'}, {torch.get_num_threads()} threads, {BATCH} pairs\n")
-    print("| | seconds a step | to bare |\n|---|---:|---:|")
-    for name, value in seconds.items():
-        print(f"| {name} | {value:.4f} | {value / seconds['bare']:.2f} |")
-    print()
-    for name, least in (("trainer", "bare"), ("trainer, num_noise_samples", "bare, base known")):
-        print(f"{name}: {seconds[name] / seconds[least] - 1:+.1%} over {least}")
-    print(f"loading the pipeline and encoding {len(pairs)} pairs once: {filling:.1f} s", flush=True)
+    precision = "bf16" if bf16 else "fp32"
+    network = {"trainer": "bare", KNOWN: "bare, base known"}  # without the trainer
+    rows = [
+        (name, value, value / seconds["bare"], value / seconds[network[name]] - 1 if name in network else None)
+        for name, value in seconds.items()
+    ]
+    columns = ["seconds a step", "of bare", "over the same network, bare"]
+    report.table(precision, f"{precision}, {BATCH} pairs a step", columns, rows, [".4f", ".2f", "+.1%"])
+    print(f"\nloading the pipeline and encoding {len(pairs)} pairs once: {filling:.1f} s", flush=True)
 
 
 # --- Memory ---
 
 
 def save_sd15(folder: Path) -> None:
-    """A random pipeline of the shape of Stable Diffusion 1.5, with the emoji tokenizer."""
-    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **special
-    )
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=[128, 256, 512, 512],
-            layers_per_block=2,
-            sample_size=512,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
+    """Save a random pipeline of the shape of Stable Diffusion 1.5."""
+    save_random(
+        folder,
+        text={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        vae={"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 512},
         unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),  # its other defaults are those of 1.x
         scheduler=PNDMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
         ),
+    )
+
+
+def save_random(
+    folder: Path,
+    text: dict[str, Any],
+    vae: dict[str, Any],
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+) -> None:
+    """Save a random pipeline with the emoji tokenizer, and print its size.
+
+    Args:
+        folder: Where it goes.
+        text: Options of its `CLIPTextConfig`.
+        vae: Options of its `AutoencoderKL` of stride 8.
+        unet: Its denoiser.
+        scheduler: Its scheduler.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(CLIP_FOLDER, model_max_length=77)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(**blocks, **vae),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text, **special)),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -231,7 +252,7 @@ def save_sd15(folder: Path) -> None:
 
 
 def measure(model: Path, cached: bool, batch: int, size: int, checkpointing: bool) -> None:
-    """Print what this process held, in GB."""
+    """Print the memory that this process held, in GB."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         turn = train(
@@ -256,7 +277,7 @@ def peak_memory() -> float:
 
 
 def tensor_memory() -> float:
-    """All tensors that live; what a process holds may be more, as an allocator keeps freed memory to use it again."""
+    """Sum the tensors that live (GB); a process may hold more, as an allocator keeps freed memory to use it again."""
     gc.collect()
     tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -264,10 +285,10 @@ def tensor_memory() -> float:
 
 
 class Watch(threading.Thread):
-    """The largest memory of this process from now on: `peak_memory` never falls, so it would tell of the loading.
+    """Watch the largest memory of this process from now on: `peak_memory` never falls, so it tells of the loading.
 
     Args:
-        mapped: Whether pages of memory-mapped files count, which the system takes back when it needs them.
+        mapped: Count pages of memory-mapped files, too, which the system takes back when it needs them.
     """
 
     def __init__(self, mapped: bool = True) -> None:
@@ -281,7 +302,7 @@ class Watch(threading.Thread):
         process = psutil.Process()
         while True:
             held = process.memory_info()
-            files = 0 if self.mapped else getattr(held, "shared", 0)  # told on Linux
+            files = 0 if self.mapped else getattr(held, "shared", 0)  # Linux only
             self.peak = max(self.peak, (held.rss - files) / 1e9)
             if self._stopped.wait(0.02):
                 return
@@ -292,8 +313,8 @@ class Watch(threading.Thread):
         return self.peak
 
 
-def compare_memory(model: Path) -> None:
-    """Print a table; each case has a process of its own, as a peak never falls."""
+def compare_memory(report: Report, model: Path) -> None:
+    """Print a table of memory; each case has a process of its own, as a peak never falls."""
 
     def child(*arguments: object) -> str:
         command = [sys.executable, __file__, "--child", *map(str, arguments)]
@@ -301,14 +322,14 @@ def compare_memory(model: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         print(child("save_sd15", folder))
-        print("Two steps in float32; GB of memory\n")
         names = {
             "before": "peak of loading and encoding",
             "tensors": "tensors that are left",
             "training": "peak of the steps",
             "peak": "peak in all",
         }
-        print(f"| | cache | {' | '.join(names.values())} |\n|---|---|{'---:|' * len(names)}")
+        rows: list[list[str | float]] = []
+        title = "Two steps in float32: GB of memory"
         cases = (
             (f"emoji, 64 px, {BATCH} pairs a step", model, BATCH, 64),
             ("Stable Diffusion 1.5's shape, 256 px, 1 pair a step", Path(folder), 1, 256),
@@ -318,12 +339,12 @@ def compare_memory(model: Path) -> None:
             for setting, cached, checkpointing in settings:
                 printed = child("measure", path, int(cached), batch, size, int(checkpointing))
                 found = json.loads(printed.splitlines()[-1])
-                figures = " | ".join(f"{found[key]:.2f}" for key in names)
-                print(f"| {name} | {setting} | {figures} |", flush=True)
+                rows.append([name, setting, *(found[key] for key in names)])
+                report.table("peaks", title, ["cache", *names.values()], rows, ".2f")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--memory", action="store_true", help="compare memory instead of time")
     parser.add_argument("--model", type=Path, default=DIFFUSION_FOLDER, help="pipeline folder, for steps of 64 px")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -334,11 +355,14 @@ def main() -> None:
     elif options.child:
         _, model, cached, batch, size, checkpointing = options.child
         measure(Path(model), cached == "1", int(batch), int(size), checkpointing == "1")
-    elif options.memory:
-        compare_memory(options.model)
     else:
-        for bf16 in (False, True):
-            compare(options.model, bf16)
+        name = "lora_step_memory" if options.memory else "lora_step_time"
+        with Report.of_script(__file__, parser, options, name=name) as report:
+            if options.memory:
+                compare_memory(report, options.model)
+            else:
+                for bf16 in (False, True):
+                    compare(report, options.model, bf16)
 
 
 if __name__ == "__main__":

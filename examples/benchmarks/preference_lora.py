@@ -1,4 +1,4 @@
-"""How well a pipeline learns to draw one person's way from 64 pairs: the figures of the README.
+"""Measure how well a pipeline learns to draw one person's way from 64 pairs: the tables of docs/results-drawing.md.
 
     python examples/benchmarks/preference_lora.py                       # everything: hours on 2 cores
     python examples/benchmarks/preference_lora.py --parts taste         # one part: see --help
@@ -8,15 +8,16 @@ People are simulated on the emoji domain: each prefers one of five styles to all
 drawings of training concepts. What the pipeline then draws is judged by `examples/emoji/judge.py`, which no LoRA was
 ever trained with: whose style is it, and is its caption still among the 5 nearest of all the captions drawn? Defaults
 were chosen on training prompts only.
+
+Each part writes its tables and every run to `docs/results/preference_lora_PART.json`, and goes on where it was cut; a
+run that several parts share is made once.
 """
 
-import argparse
 import logging
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+import timing
 from bt_hf import (
     BradleyTerryConfig,
     BradleyTerryTrainer,
@@ -36,30 +38,39 @@ from bt_hf import (
     PreferenceScorer,
     generate_preference_pairs,
 )
+from bt_hf.cli.lora import unpair
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
+from results import Report, make_parser
 from taste import preference_pairs
 
 PAIRS = 64
-LORA = {  # of every run below, where it does not say otherwise
+LORA = {  # for every run below, where it does not say otherwise
     "learning_rate": 1e-3,
     "max_steps": 120,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
 }
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
+SOME = ("noto", "fluent_3d", "mono")
+PART_TASTES = {"losses": SOME, "beta": SOME, "draws": ("fluent", "mono"), "rate": ("mono",)}  # others: all five
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 METHODS = {
     "sft on winners": {"loss_type": "sft"},
     "bt": {"loss_type": "bt"},
-    "dpo": {"loss_type": "dpo"},
-    "dpo with safeguard": {"loss_type": "dpo", "safeguard": True},
+    "**dpo (default)**": {},
+    "dpo with safeguard": {"safeguard": True},
+    "ipo": {"loss_type": "ipo"},
+    "hinge": {"loss_type": "hinge"},
+    "mapo": {"loss_type": "mapo"},
+    "kto, 32 single images a step": {"loss_type": "kto", "per_device_train_batch_size": 32},
 }
-COLUMNS = (*STYLES, "mean", "caption", "both", "distance")
+SPLIT_NAMES = {"held_out": "held-out", "train": "training"}
+Found = dict[str, dict[str, Any]]  # by split, what `Studio.measure` returns
 
 
 class Studio:
-    """Prompts, the judge, and what both say of a pipeline."""
+    """Train pipelines, let them draw prompts, and judge the drawings."""
 
     def __init__(self, splits: Iterable[str], count: int) -> None:
         self.judge = Judge.from_pretrained(JUDGE_FOLDER).eval()
@@ -85,11 +96,12 @@ class Studio:
                 images += pipeline(chunk, generator=generators, **DRAWING).images
         return images
 
-    def measure(self, pipeline: StableDiffusionPipeline, seed: int) -> dict[str, dict[str, Any]]:
-        """For each split: what came out.
+    def measure(self, pipeline: StableDiffusionPipeline, seed: int) -> Found:
+        """Draw the prompts of each split and judge the drawings.
 
-        `shares` (5,) of the styles, `caption` (recall@5), `both` (5,) shares of the styles with the right caption, and
-        `distance` (mean pairwise, 0 to 2).
+        Returns:
+            For each split `shares` (5,) of the styles, `caption` (recall@5), `both` (5,) shares of the styles with the
+            right caption, and `distance` (mean pairwise, 0 to 2).
         """
         found = {}
         for split, prompts in self.prompts.items():
@@ -106,179 +118,226 @@ class Studio:
             }
         return found
 
-    def fit(self, pairs: Any, seed: int, **options: Any) -> tuple[StableDiffusionPipeline, dict[str, float]]:
-        """Train a LoRA; returns the pipeline that draws with it, and what it took."""
+    def before(self, report: Report, seed: int) -> Found:
+        """Return the judgement of the untouched pipeline's drawings."""
+        return report.run(f"before, seed {seed}", lambda: self.measure(self.pipeline(), seed))
+
+    def after(self, report: Report, taste: str, seed: int, **options: Any) -> dict[str, Any]:
+        """Return the judgement after a LoRA of this person, with `beta` and `seconds` of the training."""
+        chosen = "".join(f", {name}={value}" for name, value in options.items())
+
+        def measure() -> dict[str, Any]:
+            pairs = preference_pairs(taste, PAIRS, seed=seed)
+            if options.get("loss_type") == "kto":
+                pairs = unpair(pairs)
+            pipeline, facts = self.fit(pairs, seed, **options)
+            return self.measure(pipeline, seed) | facts
+
+        return report.run(f"{taste}, seed {seed}{chosen}", measure)
+
+    def fit(self, pairs: Any, seed: int, **options: Any) -> tuple[StableDiffusionPipeline, dict[str, float | None]]:
+        """Train a LoRA; return the pipeline with it, the seconds and the beta."""
         pipeline = self.pipeline()
         config = PreferenceLoRAConfig("unused", seed=seed, cache_dir=self.cache.name, **{**QUIET, **LORA, **options})
         trainer = PreferenceLoRATrainer(pipeline, config, train_dataset=pairs)
         trainer.remove_callback(PrinterCallback)
         began = time.perf_counter()
         trainer.train()
-        return pipeline, {"seconds": time.perf_counter() - began, "beta": trainer.beta or 0.0}
+        return pipeline, {
+            "seconds": time.perf_counter() - began,
+            "beta": None if config.loss_type == "sft" else trainer.beta,
+        }
 
 
-def row(name: str, results: list[dict[str, dict[str, Any]]], tastes: Iterable[str], note: str = "") -> str:
-    """A line of a table: for each split the share of each preferred style, and the means of all that was measured."""
-    cells = [f"| {name:32}"]
-    order = list(tastes)
-    for split in results[0]:
-        measured = [result[split] for result in results]
-        shares, both = (
-            {
-                taste: np.mean(
-                    [one[key][STYLES.index(taste)] for one, own in zip(measured, order, strict=True) if own == taste]
-                )
-                for taste in dict.fromkeys(order)
-            }
-            for key in ("shares", "both")
-        )
-        cells += [f"{shares[taste]:.2f}" if taste in shares else "-" for taste in STYLES]
-        cells.append(f"**{np.mean(list(shares.values())):.2f}**")
-        cells.append(f"{np.mean([one['caption'] for one in measured]):.3f}")
-        cells.append(f"{np.mean(list(both.values())):.2f}")
-        cells.append(f"{np.mean([one['distance'] for one in measured]):.2f}")
-    return " | ".join(cells) + f" | {note} |"
+def preferred(found: Sequence[Found], tastes: Sequence[str], split: str, key: str) -> float:
+    """Return the mean share of the preferred style over people, each with a result and a taste."""
+    return np.mean([one[split][key][STYLES.index(own)] for one, own in zip(found, tastes, strict=True)]).item()
 
 
-def header(studio: Studio, title: str) -> None:
-    print(f"\n{title}\n")
-    names = [f"{split}: {column}" for split in studio.prompts for column in COLUMNS]
-    print("| | " + " | ".join(names) + " | |")
-    print("|---" * (len(names) + 2) + "|", flush=True)
+def tastes_row(name: str, found: Sequence[Found], tastes: Sequence[str], split: str) -> list[str | float | None]:
+    """Return the share of each preferred style, their mean, captions that are right, and both."""
+    shares = []
+    for taste in STYLES:
+        own = [one for one, of in zip(found, tastes, strict=True) if of == taste]
+        shares.append(preferred(own, [taste] * len(own), split, "shares") if own else None)
+    mean = np.mean([share for share in shares if share is not None]).item()
+    caption = np.mean([one[split]["caption"] for one in found]).item()
+    return [name, *shares, mean, caption, preferred(found, tastes, split, "both")]
+
+
+def means_row(name: str, found: Sequence[dict[str, Any]], tastes: Sequence[str], splits: Iterable[str]) -> list[Any]:
+    """Return the means over tastes for each split, and the median beta if there was one."""
+    row: list[Any] = [name]
+    for split in splits:
+        row += tastes_row(name, found, tastes, split)[-3:]
+    return [*row, np.median([one["beta"] for one in found]).item() if found[0].get("beta") else None]
+
+
+def means_columns(splits: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the columns of `means_row` and their formats."""
+    names = [f"{SPLIT_NAMES[split]}: {what}" for split in splits for what in ("share", "caption", "both")]
+    return [*names, "beta"], [".2f", ".3f", ".2f"] * len(splits) + [".3g"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ("base", "taste", "losses", "loop", "draws", "beta")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--tastes", nargs="+", choices=STYLES, default=STYLES)
-    parser.add_argument("--seeds", type=int, default=3, help="of part taste; the others use one")
+    parser = make_parser(__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--tastes", nargs="+", choices=STYLES, help="by default all five; of beta, draws and rate fewer"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="people for each taste in part taste; the others ask one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")
-    parser.add_argument("--prompts_of", nargs="+", choices=["train", "held_out"], default=["train", "held_out"])
+    parser.add_argument("--prompts_of", nargs="+", choices=["held_out", "train"], default=["held_out", "train"])
     scale = DRAWING["guidance_scale"]
     parser.add_argument("--guidance_scale", type=float, default=scale, help=f"of all drawings, by default {scale}")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="of every training, as in LORA")
+    parser.add_argument("--name", help="stem of the JSON, by default preference_lora_PART")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    timing.quiet()
     logging.getLogger("bt_hf").setLevel(logging.ERROR)
     DRAWING["guidance_scale"] = args.guidance_scale
     LORA.update({name: number(value) for name, value in (option.split("=") for option in args.options)})
     studio = Studio(args.prompts_of, args.prompts)
+    known: dict[str, Any] = {}  # runs that parts share
     for part in args.parts:
-        globals()[part](studio, args)
+        tastes = args.tastes or PART_TASTES.get(part, STYLES)
+        with Report.of_script(__file__, parser, args, part, args.name, known) as report:
+            PARTS[part](studio, report, tastes, args.seeds)
 
 
 def number(text: str) -> Any:
-    try:
-        return int(text)
-    except ValueError:
+    """Return the number or the truth value that a word stands for, or the word."""
+    for kind in (int, float):
         try:
-            return float(text)
+            return kind(text)
         except ValueError:
-            return {"True": True, "False": False}.get(text, text)
+            continue
+    return {"True": True, "False": False}.get(text, text)
 
 
-def before(studio: Studio, tastes: Iterable[str], seeds: Iterable[int]) -> None:
-    base = studio.pipeline()
-    results = {seed: studio.measure(base, seed) for seed in seeds}
-    pairs = [(taste, seed) for taste in tastes for seed in seeds]
-    print(row("before", [results[seed] for _, seed in pairs], [taste for taste, _ in pairs]), flush=True)
-
-
-def run(studio: Studio, name: str, tastes: Iterable[str], seeds: Iterable[int], **options: Any) -> None:
-    results, order, seconds, betas = [], [], [], []
-    for taste in tastes:
-        for seed in seeds:
-            pipeline, facts = studio.fit(preference_pairs(taste, PAIRS, seed=seed), seed, **options)
-            results.append(studio.measure(pipeline, seed))
-            order.append(taste)
-            seconds.append(facts["seconds"])
-            betas.append(facts["beta"])
-    note = f"{np.median(seconds):.0f} s, beta {np.median(betas):.3g}"
-    print(row(name, results, order, note), flush=True)
-
-
-def base(studio: Studio, args: argparse.Namespace) -> None:
-    """Is the untouched pipeline neutral, and does it know the styles by name?"""
-    print("\nThe untouched pipeline: share of each style\n")
-    print("| | " + " | ".join(STYLES) + " | caption |")
-    print("|---" * (len(STYLES) + 2) + "|", flush=True)
+def base(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Ask the untouched pipeline for each style: is it neutral, and does it know the styles by name?"""
+    rows = []
     pipeline = studio.pipeline()
-    for split, found in studio.measure(pipeline, 0).items():
-        print(f"| {split}, bare captions | " + " | ".join(f"{share:.2f}" for share in found["shares"]), end="")
-        print(f" | {found['caption']:.3f} |", flush=True)
+    for split, prompts in studio.prompts.items():
+        bare = studio.before(report, 0)[split]
         shares, captions = [], []
         for index, style in enumerate(STYLES):
-            texts = studio.prompts[split]
-            images = studio.draw(pipeline, [f"{text}, {STYLE_NAMES[style]}" for text in texts], 0)
-            shares.append((studio.judge.style_probabilities(images).argmax(1) == index).float().mean().item())
-            captions.append((studio.judge.caption_ranks(images, texts) < 5).float().mean().item())
-        print(f"| {split}, captions that name this style | " + " | ".join(f"{share:.2f}" for share in shares) + " | |")
-        cells = " | ".join(f"{share:.3f}" for share in captions)
-        print(f"| {split}, captions of these drawings | {cells} | {np.mean(captions):.3f} |", flush=True)
+
+            def named(style: str = style, index: int = index, prompts: list[str] = prompts) -> list[float]:
+                images = studio.draw(pipeline, [f"{text}, {STYLE_NAMES[style]}" for text in prompts], 0)
+                right = studio.judge.style_probabilities(images).argmax(1) == index
+                return [right.float().mean().item(), (studio.judge.caption_ranks(images, prompts) < 5).float().mean()]
+
+            share, caption = report.run(f"{split}, named {style}", named)
+            shares.append(share)
+            captions.append(caption)
+        name = f"{SPLIT_NAMES[split]} prompts"
+        rows.append((f"{name}: share of the style", *bare["shares"], None))
+        rows.append((f"{name}, style named: its share", *shares, np.mean(shares)))
+        rows.append((f"{name}: caption", *[bare["caption"]] * len(STYLES), bare["caption"]))
+        rows.append((f"{name}, style named: caption", *captions, np.mean(captions)))
+    report.table("named", "The untouched pipeline", [*STYLES, "mean"], rows, ".3f")
 
 
-def taste(studio: Studio, args: argparse.Namespace) -> None:
-    """The default, all tastes, several people each."""
-    header(studio, f"The default loss, {args.seeds} people for each taste: share of the preferred style")
-    before(studio, args.tastes, range(args.seeds))
-    run(studio, "after", args.tastes, range(args.seeds))
+def taste(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Train with the defaults: all tastes, several people each."""
+    people = [(taste, seed) for taste in tastes for seed in range(seeds)]
+    order = [taste for taste, _ in people]
+    before = [studio.before(report, seed) for _, seed in people]
+    after = [studio.after(report, *person) for person in tqdm(people, desc="people", mininterval=10)]
+    rows = []
+    for split in studio.prompts:
+        name = f"{SPLIT_NAMES[split]} prompts"
+        rows.append(tastes_row(f"{name}, before", before, order, split))
+        rows.append(tastes_row(f"**{name}, after**", after, order, split))
+    title = f"The default loss, {seeds} people for each taste: share of the preferred style"
+    formats = [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f"]
+    report.table("styles", title, [*STYLES, "mean", "caption", "both"], rows, formats)
 
 
-def losses(studio: Studio, args: argparse.Namespace) -> None:
-    """Which loss to take, at the same number of steps."""
-    header(studio, "Losses, one person for each taste: share of the preferred style")
-    before(studio, args.tastes, [0])
-    for name, options in METHODS.items():
-        run(studio, name, args.tastes, [0], **options)
+def grid(
+    studio: Studio, report: Report, title: str, tastes: Sequence[str], methods: Mapping[str, dict[str, Any]]
+) -> None:
+    """Train one person of each taste with each of some options, and print a table of means."""
+    columns, formats = means_columns(list(studio.prompts))
+    rows = [means_row("before", [studio.before(report, 0)] * len(tastes), tastes, studio.prompts)]
+    for name, options in methods.items():
+        found = [studio.after(report, taste, 0, **options) for taste in tastes]
+        rows.append(means_row(name, found, tastes, studio.prompts))
+        report.table("means", title, columns, rows, formats)
 
 
-def draws(studio: Studio, args: argparse.Namespace) -> None:
-    """What fixed draws of noise and timestep do to quality, and what they save."""
-    header(studio, "Fixed draws of noise and timestep for each pair: share of the preferred style")
-    for count in (8, 32, 128, None):
-        run(studio, f"{count or 'new'} draws", args.tastes, [0], num_noise_samples=count)
-    # What makes steps faster: see lora_speed.py.
-    run(studio, "8 draws, bf16", args.tastes, [0], num_noise_samples=8, bf16=True)
+def losses(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Compare losses at the same number of steps."""
+    grid(studio, report, f"Losses, one person for each of {len(tastes)} tastes", tastes, METHODS)
 
 
-def beta(studio: Studio, args: argparse.Namespace) -> None:
-    """beta="auto" beside a grid."""
-    header(studio, "beta: share of the preferred style")
-    for value in ("auto", 30.0, 100.0, 300.0, 1000.0):
-        run(studio, f"beta {value}", args.tastes, [0], beta=value)
+def draws(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Fix the noise samples of each pair, so that the errors of the base are computed once."""
+    # Seconds are measured by lora_speed.py.
+    methods = {
+        "**new noise in every epoch (default)**": {},
+        "8 noise samples for each pair": {"num_noise_samples": 8},
+        "8 noise samples, bf16": {"num_noise_samples": 8, "bf16": True},
+    }
+    grid(studio, report, f"Fixed noise, one person for each of {', '.join(tastes)}", tastes, methods)
 
 
-def loop(studio: Studio, args: argparse.Namespace) -> None:
-    """From clicks only: 64 clicks -> reward -> pairs of the pipeline's own drawings -> LoRA."""
-    header(studio, "From clicks to images, the LoRA never sees a real drawing: share of the preferred style")
-    before(studio, args.tastes, [0])
+def beta(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Compare beta="auto" with a grid."""
+    methods = {"**auto (default)**": {}} | {f"{value:g}": {"beta": value} for value in (30.0, 100.0, 300.0, 1000.0)}
+    grid(studio, report, f"beta, one person for each of {', '.join(tastes)}", tastes, methods)
+
+
+def rate(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Compare learning rates at the trainer's own 200 steps of 4 pairs."""
+    own = {"max_steps": 200, "per_device_train_batch_size": 4}
+    methods = {f"learning rate {value:g}": own | {"learning_rate": value} for value in (1e-3, 1e-4)}
+    grid(studio, report, f"200 steps of 4 pairs, one person of {', '.join(tastes)}", tastes, methods)
+
+
+def loop(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Go from clicks only: 64 clicks -> reward -> pairs of the pipeline's own drawings -> LoRA."""
     captions = list(dict.fromkeys(load_emoji("train")["caption"]))
     prompts = captions[3 :: len(captions) // PAIRS][:PAIRS]
-    scorers = {taste: reward(taste) for taste in args.tastes}
     named = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
-    for name, templates in (("bare prompts", ["{prompt}"]), ("and prompts naming styles", named)):
-        results = []
-        for taste in args.tastes:
-            with torch.autocast("cpu", torch.bfloat16):
-                pairs = generate_preference_pairs(
-                    studio.pipeline(),
-                    prompts,
-                    scorers[taste],
-                    candidates=12,
-                    pairs_per_prompt=2,
-                    prompt_templates=templates,
-                    batch_size=48,
-                    **DRAWING,
-                )
-            results.append(studio.measure(studio.fit(pairs, 0)[0], 0))
-        print(row(f"after: {name}", results, args.tastes), flush=True)
+    found: dict[str, list[dict[str, Any]]] = {"before": [studio.before(report, 0)] * len(tastes)}
+    for name, templates in (
+        ("**drawn from prompts that name styles, too**", named),
+        ("drawn from bare prompts", None),
+    ):
+        found[name] = []
+        for taste in tastes:
+
+            def measure(taste: str = taste, templates: list[str] | None = templates) -> dict[str, Any]:
+                with torch.autocast("cpu", torch.bfloat16):
+                    pairs = generate_preference_pairs(
+                        studio.pipeline(),
+                        prompts,
+                        reward(taste),
+                        candidates=12,
+                        pairs_per_prompt=2,
+                        prompt_templates=templates or ["{prompt}"],
+                        batch_size=48,
+                        **DRAWING,
+                    )
+                pipeline, facts = studio.fit(pairs, 0)
+                return studio.measure(pipeline, 0) | facts
+
+            found[name].append(report.run(f"{taste}, {len(templates or [1])} templates", measure))
+    rows = [
+        tastes_row(f"{SPLIT_NAMES[split]} prompts: {name}", results, tastes, split)
+        for split in studio.prompts
+        for name, results in found.items()
+    ]
+    title = "From clicks to images, the LoRA never sees a real drawing: share of the preferred style"
+    formats = [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f"]
+    report.table("styles", title, [*STYLES, "mean", "caption", "both"], rows, formats)
 
 
 def reward(taste: str) -> PreferenceScorer:
-    """What 64 clicks taught."""
+    """Train a reward on 64 clicks."""
     clicks = preference_pairs(taste, PAIRS, split="held_out")
     trainer = BradleyTerryTrainer(CLIP_FOLDER, BradleyTerryConfig("unused", **QUIET), train_dataset=clicks)
     trainer.remove_callback(PrinterCallback)
@@ -286,6 +345,17 @@ def reward(taste: str) -> PreferenceScorer:
     scorer = PreferenceScorer(trainer.model, trainer.processing_class)
     scorer.set_scale(8)  # so it asks for the taste before the caption: all drawings of a prompt show the same thing
     return scorer
+
+
+PARTS: dict[str, Callable[[Studio, Report, Sequence[str], int], None]] = {
+    "base": base,
+    "taste": taste,
+    "losses": losses,
+    "rate": rate,
+    "beta": beta,
+    "draws": draws,
+    "loop": loop,
+}
 
 
 if __name__ == "__main__":

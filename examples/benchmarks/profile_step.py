@@ -1,32 +1,34 @@
-"""Where a training step spends its time: in the network or outside of it, and in which operators.
+"""Profile a training step: its time in the network and outside of it, and by operators.
 
     python examples/benchmarks/profile_step.py --trainer lora
     python examples/benchmarks/profile_step.py --trainer reward --uncached
 
 First the clock alone, since a profiler slows down what is small: seconds in forwards and backwards of the network, in
 the optimizer's step, and in all the rest of a step. Then the same steps under the profiler of torch: operators by the
-time they take themselves. For Python's share, `py-spy record -o step.svg -- python ...` takes this script as it is.
+time they take themselves. The first table is written to `docs/results/profile_step_TRAINER.json`. For Python's share,
+`py-spy record -o step.svg -- python ...` takes this script as it is.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import lora_step
-import reward_step
-import timing
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
 
+import lora_step
+import reward_step
+import timing
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from emoji import DIFFUSION_FOLDER
+from results import Report, make_parser
 from taste import preference_pairs
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds in the network and in the optimizer, from the end of the first step on; a profiler begins there, too."""
+    """Time the network and the optimizer, from the end of the first step on; a profiler begins there, too."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.spent: dict[str, float] = {}
@@ -64,7 +66,7 @@ class Stopwatch(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--trainer", choices=["reward", "lora"], default="lora")
     parser.add_argument("--uncached", action="store_true", help="read and encode at every step")
     parser.add_argument("--steps", type=int, default=10)
@@ -82,9 +84,10 @@ def main() -> None:
         watch = Stopwatch(turn.trainer)
         total = sum(turn())
         spent = watch.spent | {"all else": total - sum(watch.spent.values())}
-        print(f"Without the profiler, a step of {lora_step.BATCH} pairs\n\n| | seconds | share |\n|---|---:|---:|")
-        for name, seconds in (spent | {"in all": total}).items():
-            print(f"| {name} | {seconds / args.steps:.5f} | {seconds / total:.3f} |")
+        rows = [(name, value / args.steps, value / total) for name, value in (spent | {"in all": total}).items()]
+        title = f"Without the profiler, a step of {lora_step.BATCH} pairs"
+        with Report.of_script(__file__, parser, args, name=f"profile_step_{args.trainer}") as report:
+            report.table("spent", title, ["seconds", "share"], rows, [".5f", ".3f"])
         activities = [ProfilerActivity.CPU]
         if timing.DEVICE.type in ("cuda", "xpu"):
             activities.append(getattr(ProfilerActivity, timing.DEVICE.type.upper()))

@@ -1,4 +1,4 @@
-"""What a training step of a reward costs beyond its network, and what makes it faster.
+"""Measure what a training step of a reward costs beyond its network, and what makes it faster.
 
     python examples/benchmarks/reward_step.py                            # seconds a step, with and without cache
     python examples/benchmarks/reward_step.py --parts batch arguments    # pairs a step, and TrainingArguments
@@ -9,7 +9,7 @@ Compared are:
 - uncached: `BradleyTerryTrainer.train` from the end of one step to the end of the next, images read and fitted for it;
 - cached: the same, with what lies below the first trained layer computed once for each image and prompt.
 
-They take turns of a few steps, and medians are compared.
+They take turns of a few steps, and medians are compared. Each part writes `docs/results/reward_step_PART.json`.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 import timing
-
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, bradley_terry_loss
 from emoji import CLIP_FOLDER
+from results import Report, make_parser
 from taste import preference_pairs
 
 BATCH, STEPS, ROUNDS = 16, 4, 3
@@ -38,7 +38,7 @@ Load = Callable[[], tuple[CLIPModel, CLIPProcessor]]
 
 
 def vit_b_32() -> tuple[CLIPModel, CLIPProcessor]:
-    """A random model of the shape of openai/clip-vit-base-patch32, with the emoji tokenizer."""
+    """Return a random model of the shape of openai/clip-vit-base-patch32, with the emoji tokenizer."""
     tokenizer = CLIPProcessor.from_pretrained(CLIP_FOLDER).tokenizer
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(text_config=special, vision_config={}, projection_dim=512)
@@ -72,12 +72,12 @@ def make(load: Load, targets: str | None, pairs: Dataset, scratch: str, **option
 
 
 def train(*what: Any, **options: Any) -> timing.Training:
-    """A turn of a trainer; arguments as of `make`."""
+    """Return a turn of a trainer, with the arguments of `make`."""
     return timing.Training(make(*what, **options))
 
 
 def bare(load: Load, targets: str | None, pairs: Dataset, scratch: str) -> timing.Turn:
-    """The network of a trainer without the trainer."""
+    """Return a turn of the network of a trainer without the trainer."""
     trainer = make(load, targets, pairs, scratch, cache_features=False)
     model = trainer.model.to(timing.DEVICE).train()
     inputs = trainer.data_collator([pairs[index] for index in range(BATCH)])
@@ -99,19 +99,20 @@ def bare(load: Load, targets: str | None, pairs: Dataset, scratch: str) -> timin
     return timing.repeat(step, STEPS)
 
 
-def cache(args: argparse.Namespace) -> None:
-    """Seconds a step of 16 pairs, and what the cache saves."""
+def cache(report: Report, args: argparse.Namespace) -> None:
+    """Compare steps of 16 pairs with and without the cache."""
     rows: dict[str, tuple[Load, str | None]] = {
         f"{name}, LoRA on both projections": (load, None) for name, load in args.models.items()
     }
     if vit_b_32 in args.models.values():
         rows["ViT-B/32 shape, LoRA on the top 2 of 12 vision layers"] = vit_b_32, VISION.format(r"(10|11)")
         rows["ViT-B/32 shape, LoRA on all vision layers"] = vit_b_32, VISION.format(r"\d+")
-    columns = ["bare", "uncached", "cached", "uncached to bare", "uncached to cached", "filling the cache"]
+    columns = ["bare", "uncached", "cached", "uncached to bare", "uncached to cached", "filling the cache, s"]
     if timing.tells_memory():
         columns += [f"{name}: peak memory, GB" for name in columns[:3]]
-    print(f"| | {' | '.join(columns)} |\n|---{'|---:' * len(columns)}|", flush=True)
+    formats = [".4f", ".4f", ".4f", ".2f", ".2f", ".1f", ".2f", ".2f", ".2f"][: len(columns)]
     pairs = preference_pairs("fluent", STEPS * BATCH)
+    table: list[list[Any]] = []
     for name, what in rows.items():
         with tempfile.TemporaryDirectory() as scratch:
             builds = {
@@ -122,14 +123,13 @@ def cache(args: argparse.Namespace) -> None:
             turns, building = timing.build(builds)
             seconds = timing.compare(turns, args.rounds)
             memory = timing.peaks(builds).values()
-        cells = [f"{value:.4f}" for value in seconds.values()]
-        cells += [f"{seconds['uncached'] / seconds[other]:.2f}" for other in ("bare", "cached")]
-        cells += [f"{building['cached'] - building['uncached']:.1f}", *(f"{value:.2f}" for value in memory)]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        times = [seconds["uncached"] / seconds[other] for other in ("bare", "cached")]
+        table.append([name, *seconds.values(), *times, building["cached"] - building["uncached"], *memory])
+        report.table("seconds", f"Seconds of a step of {BATCH} pairs", columns, table, formats)
 
 
-def batch(args: argparse.Namespace) -> None:
-    """Pairs a step, with the default LoRA on both projections."""
+def batch(report: Report, args: argparse.Namespace) -> None:
+    """Compare pairs a step, with the default LoRA on both projections."""
     pairs = preference_pairs("fluent", STEPS * BATCH)
     counts = {
         f"{name}, {kind}, {count} pairs a step": (load, kind == "cached", count)
@@ -143,11 +143,12 @@ def batch(args: argparse.Namespace) -> None:
             for name, (load, cached, count) in counts.items()
         }
         seconds = timing.compare(turns, args.rounds)
-    timing.report(seconds, {name: count for name, (*_, count) in counts.items()}, next(iter(counts)))
+    sizes = {name: count for name, (*_, count) in counts.items()}
+    timing.tabulate(report, "rates", "Pairs a step", seconds, sizes, next(iter(counts)))
 
 
-def arguments(args: argparse.Namespace) -> None:
-    """Options of TrainingArguments, each alone, with a LoRA on all vision layers and no cache."""
+def arguments(report: Report, args: argparse.Namespace) -> None:
+    """Compare options of TrainingArguments, each alone, with a LoRA on all vision layers and no cache."""
     name, load = list(args.models.items())[-1]
     pairs = preference_pairs("fluent", STEPS * BATCH)
     alone: dict[str, dict[str, Any]] = {
@@ -165,14 +166,15 @@ def arguments(args: argparse.Namespace) -> None:
             for name, chosen in alone.items()
         }
         seconds = timing.compare(timing.build(builds)[0], args.rounds)
-        timing.report(seconds, BATCH, next(iter(alone)), timing.peaks(builds))
+        title = "Options, with a LoRA on all vision layers and no cache"
+        timing.tabulate(report, "rates", title, seconds, BATCH, next(iter(alone)), timing.peaks(builds))
 
 
 PARTS = {"cache": cache, "batch": batch, "arguments": arguments}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["cache"])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each")
     parser.add_argument("--emoji_only", action="store_true", help="leave out the models of ViT-B/32's shape")
@@ -180,15 +182,9 @@ def main() -> None:
     args = parser.parse_args()
     args.models = {"emoji CLIP": emoji_clip} if args.emoji_only else MODELS
     timing.quiet()
-    run(args)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Print the tables of `args.parts`."""
     for part in args.parts:
-        print(f"{PARTS[part].__doc__} {torch.get_num_threads()} threads.\n", flush=True)
-        PARTS[part](args)
-        print()
+        with Report.of_script(__file__, parser, args, part) as report:
+            PARTS[part](report, args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Pairs a second in one process and in two, each with one thread: how much of a second core training makes use of.
+"""Compare pairs a second in one process and in two, each with one thread.
 
     python examples/benchmarks/scaling.py
 
 Runs the two example scripts under `accelerate launch` on the emoji models, 16 pairs a step in each process. With two
-processes a step sees twice as many pairs; twice as many a second would be perfect.
+processes a step sees twice as many pairs; twice as many a second would be perfect. The table is written to
+`docs/results/scaling.json`.
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from emoji import CLIP_FOLDER, DIFFUSION_FOLDER
+from results import Report, make_parser
 from taste import preference_pairs
 
 EXAMPLES = Path(__file__).parents[1]
@@ -25,7 +27,7 @@ RUNS = {
 
 
 def rate(script: str, options: list[str], processes: int, folder: Path, steps: int) -> float:
-    """Pairs a second, as the Trainer counts them."""
+    """Return pairs a second, as the Trainer counts them."""
     launch = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *(launch if processes > 1 else ["--cpu"])]
     command += [str(EXAMPLES / script), *options, "--dataset", str(folder / "pairs.parquet")]
@@ -41,12 +43,15 @@ def rate(script: str, options: list[str], processes: int, folder: Path, steps: i
 
 
 def main() -> None:
-    print("| | 1 process, pairs a second | 2 processes | times |\n|---|---:|---:|---:|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    parser = make_parser(__doc__)
+    args = parser.parse_args()
+    columns, rows = ["1 process, pairs a second", "2 processes", "times"], []
+    with Report.of_script(__file__, parser, args) as report, tempfile.TemporaryDirectory() as folder:
         preference_pairs("fluent", 128).to_parquet(Path(folder) / "pairs.parquet")
         for script, options in RUNS.items():
             one, two = (rate(script, options, count, Path(folder), 24) for count in (1, 2))
-            print(f"| {script} | {one:.1f} | {two:.1f} | {two / one:.2f} |", flush=True)
+            rows.append([script, one, two, two / one])
+            report.table("rates", "One process and two", columns, rows, [".1f", ".1f", ".2f"])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Memory while training on a stream: does it stay flat over many rows?
+"""Measure memory while training on a stream: does it stay flat over many rows?
 
     python examples/benchmarks/streaming.py                       # rewards
     python examples/benchmarks/streaming.py --trainer lora --rows 4000
 
 Random pairs are written to Parquet files in a temporary folder, and trained on with the models of `examples/emoji/`.
-Every tenth of the rows it prints the process's resident memory, and in the end the largest against that after the
-first tenth, when everything has been loaded.
+Every tenth of the rows it prints the process's resident memory, and the same against that after the first tenth, when
+everything has been loaded. The table is written to `docs/results/streaming_TRAINER.json`.
 """
 
-import argparse
 import io
 import sys
 import tempfile
@@ -28,29 +27,31 @@ from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, load_preference_pairs
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 from emoji import DIFFUSION_FOLDER
 from pretrain_clip import CLIP_FOLDER
+from results import Report, make_parser
 
 BATCH = 20
 
 
 class Memory(TrainerCallback):
-    """Resident memory (MB) after so many rows."""
+    """Report the resident memory (MB) every so many rows."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.seen: dict[int, float] = {}
+    def __init__(self, report: Report, title: str, every: int) -> None:
+        self.report, self.title, self.every = report, title, every
+        self.seen: list[list[Any]] = []
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         rows = state.global_step * BATCH
         if rows % self.every == 0:
-            self.seen[rows] = psutil.Process().memory_info().rss / 1e6
-            print(
-                f"{rows:6d} rows  {self.seen[rows]:7.1f} MB  {rows / (time.perf_counter() - self.start):6.1f} rows/s"
-            )
+            held = psutil.Process().memory_info().rss / 1e6
+            first = self.seen[0][1] if self.seen else held
+            self.seen.append([f"{rows:,} rows", held, held / first, rows / (time.perf_counter() - self.start)])
+            columns = ["resident memory, MB", "times that after the first tenth", "rows a second"]
+            self.report.table("memory", self.title, columns, self.seen, [".0f", ".3f", ".1f"])
 
 
 def write_pairs(folder: Path, rows: int, shards: int, side: int) -> float:
-    """Parquet files of random pictures. Returns their size (MB)."""
+    """Write Parquet files of random pictures; return their size (MB)."""
     generator = np.random.default_rng(0)
 
     def picture() -> bytes:
@@ -69,7 +70,7 @@ def write_pairs(folder: Path, rows: int, shards: int, side: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--trainer", choices=["reward", "lora"], default="reward")
     parser.add_argument("--rows", type=int, default=10_000, help="a multiple of 1000")
     parser.add_argument("--shards", type=int, default=20)
@@ -77,11 +78,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="of the data loader; their memory is not counted")
     options = parser.parse_args()
     disable_progress_bars()
-    with tempfile.TemporaryDirectory() as scratch:
+    report = Report.of_script(__file__, parser, options, name=f"streaming_{options.trainer}")
+    with report, tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "pairs"
         data.mkdir()
         size = write_pairs(data, options.rows, options.shards, options.side)
-        print(f"{options.rows} pairs, {size:.0f} MB in {options.shards} files")
         arguments: dict[str, Any] = {
             "output_dir": f"{scratch}/out",
             "max_steps": options.rows // BATCH,
@@ -93,7 +94,8 @@ def main() -> None:
             "disable_tqdm": True,
         }
         pairs = load_preference_pairs(data, streaming=True).shuffle(seed=0, buffer_size=100)
-        memory = Memory(options.rows // 10)
+        title = f"{options.rows:,} pairs, {size:.0f} MB in {options.shards} files"
+        memory = Memory(report, title, options.rows // 10)
         if options.trainer == "reward":
             reward_args = BradleyTerryConfig(**arguments)
             BradleyTerryTrainer(CLIP_FOLDER, reward_args, train_dataset=pairs, callbacks=[memory]).train()
@@ -102,8 +104,6 @@ def main() -> None:
 
             lora_args = PreferenceLoRAConfig(**arguments)
             PreferenceLoRATrainer(DIFFUSION_FOLDER, lora_args, train_dataset=pairs, callbacks=[memory]).train()
-    first, *_ = memory.seen.values()
-    print(f"largest after the first tenth: {max(memory.seen.values()) / first:.3f} of what it was then")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Seconds of training steps that take turns, so that a noisy machine is noisy for all of them; and their memory."""
+"""Time training steps that take turns, so that a noisy machine is noisy for all of them, and their memory."""
 
 import gc
 import statistics
@@ -15,13 +15,15 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
+from results import Report
+
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
-Turn = Callable[[], list[float]]  # runs a few steps, and says how many seconds each took but the first
+Turn = Callable[[], list[float]]  # runs a few steps; returns the seconds of each but the first
 Build = Callable[[], Turn]
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next: all that the Trainer does in between, data included."""
+    """Time steps from end to end: all that the Trainer does in between, data included."""
 
     def __init__(self) -> None:
         self.began = 0.0
@@ -36,14 +38,14 @@ class Clock(TrainerCallback):
 
 
 def now() -> float:
-    """Seconds, once the device has done all that it was asked to."""
+    """Return seconds, once the device has done all its work."""
     if DEVICE.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 class Training:
-    """A turn is a whole `trainer.train()`.
+    """Turn that is a whole `trainer.train()`.
 
     Attributes:
         before: Seconds that the first turn took before its first step.
@@ -72,7 +74,7 @@ class Training:
 
 
 def repeat(step: Callable[[], None], count: int) -> Turn:
-    """A turn is `count` calls of `step`."""
+    """Return a turn of `count` calls of `step`."""
 
     def turn() -> list[float]:
         ends = []
@@ -85,7 +87,7 @@ def repeat(step: Callable[[], None], count: int) -> Turn:
 
 
 def build(builds: Mapping[str, Build]) -> tuple[dict[str, Turn], dict[str, float]]:
-    """The turns, and the seconds that building each took."""
+    """Build the turns; return them and the seconds that each took to build."""
     turns, seconds = {}, {}
     for name, make in builds.items():
         began = now()
@@ -95,7 +97,7 @@ def build(builds: Mapping[str, Build]) -> tuple[dict[str, Turn], dict[str, float
 
 
 def compare(turns: dict[str, Turn], rounds: int) -> dict[str, float]:
-    """Median seconds of a step of each; the first turn of each is slower, and not counted."""
+    """Return the median seconds of a step of each; the first turn of each is slower, and not counted."""
     for turn in turns.values():
         turn()
     times: dict[str, list[float]] = {name: [] for name in turns}
@@ -106,12 +108,12 @@ def compare(turns: dict[str, Turn], rounds: int) -> dict[str, float]:
 
 
 def tells_memory() -> bool:
-    """Whether the device counts what it holds at most; a CPU does not."""
+    """Return True if the device counts the memory that it holds at most; a CPU does not."""
     return hasattr(torch.get_device_module(DEVICE), "max_memory_allocated")
 
 
 def peaks(builds: Mapping[str, Build]) -> dict[str, float]:
-    """GB of the device that a turn of each takes at most, its models included; empty if the device doesn't tell.
+    """Return the peak memory (GB) of a turn of each, its models included; empty if the device doesn't tell.
 
     Each is built once more, and counted by what it takes beyond what is there already.
     """
@@ -131,21 +133,38 @@ def peaks(builds: Mapping[str, Build]) -> dict[str, float]:
     return found
 
 
-def report(
-    seconds: dict[str, float], pairs: int | dict[str, int], reference: str, memory: Mapping[str, float] | None = None
+def tabulate(
+    report: Report,
+    name: str,
+    title: str,
+    seconds: dict[str, float],
+    pairs: int | dict[str, int],
+    reference: str,
+    memory: Mapping[str, float] | None = None,
 ) -> None:
-    """Print a table of what `compare`, and `peaks`, gave. `pairs` are those of a step."""
+    """Print and keep a table of the results of `compare` and `peaks`.
+
+    Args:
+        report: Report that the table goes to.
+        name: Name of the table.
+        title: Printed above it.
+        seconds: Median seconds of a step, by row.
+        pairs: Pairs of a step, one number or one by row.
+        reference: Row whose rate is 1.
+        memory: Peak memory in GB, by row.
+    """
     count = pairs if isinstance(pairs, dict) else dict.fromkeys(seconds, pairs)
-    rates = {name: count[name] / value for name, value in seconds.items()}
-    print(f"| | seconds a step | pairs a second | times |{' peak memory, GB |' if memory else ''}")
-    print("|---" + "|---:" * (4 if memory else 3) + "|")
-    for name, value in seconds.items():
-        peak = f" {memory[name]:.2f} |" if memory else ""
-        print(f"| {name} | {value:.4g} | {rates[name]:.2f} | {rates[name] / rates[reference]:.2f} |{peak}", flush=True)
+    rates = {row: count[row] / value for row, value in seconds.items()}
+    columns, formats = ["seconds a step", "pairs a second", "times"], [".4g", ".2f", ".2f"]
+    rows: list[list[str | float]] = [[row, seconds[row], rates[row], rates[row] / rates[reference]] for row in seconds]
+    if memory:
+        columns, formats = [*columns, "peak memory, GB"], [*formats, ".2f"]
+        rows = [[*cells, memory[str(cells[0])]] for cells in rows]
+    report.table(name, title, columns, rows, formats)
 
 
 def quiet() -> None:
-    """Nothing but the tables."""
+    """Silence everything but the tables."""
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()

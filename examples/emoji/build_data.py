@@ -67,7 +67,7 @@ def read_package(modules: Path, package: str, file: str) -> Any:
 
 
 def slug(label: str) -> str:
-    """The name that the icon sets give to a CLDR short name: "piñata" -> "pinata"."""
+    """Return the name that the icon sets give to a CLDR short name: "piñata" -> "pinata"."""
     ascii_label = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", ascii_label).strip("-")
 
@@ -122,7 +122,7 @@ def build() -> Dataset:
 
 
 def compare(fresh: Dataset, shipped: Dataset) -> dict[str, float]:
-    """Shares of the shipped rows that the fresh build reproduces.
+    """Return the shares of the shipped rows that the fresh build reproduces.
 
     Args:
         fresh: What `build` returned.

@@ -1,4 +1,4 @@
-"""An independent judge of generated emoji: whose style is it, and what does it show?
+"""Judge generated emoji independently: whose style is it, and what does it show?
 
     python examples/emoji/judge.py                  # trains, writes examples/emoji/judge
     python examples/emoji/judge.py --evaluate_only  # prints the figures of the shipped weights
@@ -35,7 +35,7 @@ from pretrain_clip import EmojiCorpus, augment
 JUDGE_FOLDER = FOLDER / "judge"
 STYLE_WEIGHT = 3.0  # captions have gradients enough: there are 1,326 of them to be told apart
 CHOICES = 96  # captions that a drawing is measured against
-SETS = 50  # of so many captions, the same ones each time
+SETS = 50  # sets of so many captions, the same ones each time
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module, PyTorchModelHubMixin):
-    """A small CNN with a head for styles, and one for captions beside a bag of words and of pieces of words.
+    """Small CNN with a head for styles, and one for captions beside a bag of words and of pieces of words.
 
     Example:
         >>> judge = Judge.from_pretrained(JUDGE_FOLDER)
@@ -71,7 +71,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
             Block(3, first, 5, 2), Block(first, second, 3, 2), Block(second, second)
         )
         self.far = nn.Sequential(Block(second, third, 3, 2), Block(third, third))  # -> (N, third, 8, 8)
-        # What tells a style is how surfaces and lines are drawn, near by; what it shows needs the whole.
+        # A style is told by surfaces and lines, near by; the concept needs the whole drawing.
         self.style_head = nn.Linear(2 * (second + third), len(STYLES))
         self.image_head = nn.Linear(2 * third, embedding_dim)
         self.words = nn.EmbeddingBag(buckets, word_dim, mode="sum")
@@ -82,7 +82,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         nn.init.normal_(self.words.weight, std=0.5)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of the styles (N, 5) and normalised embeddings (N, D) of `pixels` (N, 3, 64, 64) in [0, 1]."""
+        """Return logits of the styles (N, 5) and normalised embeddings (N, D) of `pixels` (N, 3, 64, 64) in [0, 1]."""
         near = self.near((0.5 - pixels).contiguous(memory_format=torch.channels_last) * 2)
         far = self.far(near)
         whole = torch.cat([far.mean((2, 3)), far.amax((2, 3))], 1)
@@ -91,7 +91,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         return style, F.normalize(shown.float(), dim=1)
 
     def embed_captions(self, captions: Sequence[str]) -> torch.Tensor:
-        """Normalised embeddings (N, D) of captions, in the space of `embed_images`."""
+        """Return normalised embeddings (N, D) of captions, in the space of `embed_images`."""
         pieces, weights, offsets = [], [], []
         for caption in captions:
             offsets.append(len(pieces))
@@ -106,21 +106,21 @@ class Judge(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward` without gradients and in small batches."""
+        """Run `forward` without gradients and in small batches."""
         styles, embeddings = zip(*(self(chunk) for chunk in pixels.split(256)), strict=True)
         return torch.cat(styles), torch.cat(embeddings)
 
     def style_probabilities(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """How probable each of `STYLES` is for each image: (N, 5)."""
+        """Return the probability of each of `STYLES` for each image: (N, 5)."""
         return self.look(to_pixels(images))[0].softmax(1)
 
     def embed_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Normalised embeddings (N, D) of what the images show."""
+        """Return normalised embeddings (N, D) of the concepts that the images show."""
         return self.look(to_pixels(images))[1]
 
     @torch.no_grad()
     def caption_ranks(self, images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
-        """How many of the distinct captions are nearer to each image than its own.
+        """Count the distinct captions that are nearer to each image than its own.
 
         Args:
             images: N images of any size.
@@ -141,7 +141,7 @@ class Judge(nn.Module, PyTorchModelHubMixin):
 
 @cache
 def word_pieces(word: str, buckets: int) -> tuple[list[int], list[float]]:
-    """Buckets of a word and of its parts of three and four letters, and their shares.
+    """Return the buckets of a word and of its parts of three and four letters, and their shares.
 
     The word falls into two buckets, since two words that share one rarely share the other. Its parts are what a word
     has in common with others that nobody has seen in training.
@@ -154,7 +154,7 @@ def word_pieces(word: str, buckets: int) -> tuple[list[int], list[float]]:
 
 
 def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """(N, 3, 64, 64) in [0, 1]."""
+    """Return images as pixels (N, 3, 64, 64) in [0, 1]."""
     resized = [
         image.convert("RGB") if image.size == (64, 64) else image.convert("RGB").resize((64, 64), Image.Resampling.BOX)
         for image in images
@@ -163,7 +163,7 @@ def to_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def ranks(scores: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """How many scores of a row (N, C) are larger than the one at its place in `own` (N,)."""
+    """Count the scores of a row (N, C) that are larger than the one at its place in `own` (N,)."""
     return (scores > scores.gather(1, own[:, None])).sum(1)
 
 
@@ -175,7 +175,7 @@ def degrade(pixels: torch.Tensor) -> torch.Tensor:
     count = len(pixels)
 
     def strength(share: float) -> torch.Tensor:
-        """(N, 1, 1, 1) in [0, 1], 0 for all but about `share` of the drawings."""
+        """Draw amounts (N, 1, 1, 1) in [0, 1], 0 for all but about `share` of the drawings."""
         return torch.rand(count, 1, 1, 1) * (torch.rand(count, 1, 1, 1) < share)
 
     pixels = pixels + strength(0.4).sqrt() * (resample(pixels, random.uniform(0.35, 0.8)) - pixels)
@@ -199,7 +199,7 @@ def resample(pixels: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def blur(pixels: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Gaussian blur of images (N, 3, H, W), each of its own width (N,) in pixels."""
+    """Blur images (N, 3, H, W) with a Gaussian, each of its own width (N,) in pixels."""
     taps = torch.arange(-4, 5).float()
     kernels = torch.softmax(-(taps**2) / (2 * sigmas[:, None] ** 2), dim=1)  # (N, 9), sums to 1
     kernels = kernels.repeat_interleave(3, 0)[:, None]  # (N*3, 1, 9)
@@ -209,12 +209,12 @@ def blur(pixels: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
 
 
 def some(share: float, changed: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """The changed drawings for about `share` of them, and the others as they were."""
+    """Return the changed drawings for about `share` of them, and the others as they were."""
     return torch.where(torch.rand(len(pixels), 1, 1, 1) < share, changed, pixels)
 
 
 def caption_loss(images: torch.Tensor, captions: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Contrastive loss between images (N, D) and the captions (C, D) of all training concepts.
+    """Return the contrastive loss between images (N, D) and the captions (C, D) of all training concepts.
 
     Args:
         images: Scaled embeddings, S drawings after one another for each of N/S concepts.
@@ -261,7 +261,7 @@ def train(corpus: EmojiCorpus, steps: int, concepts: int, learning_rate: float) 
 
 @torch.no_grad()
 def evaluate(model: Judge, pixels: torch.Tensor, captions: Sequence[str]) -> dict[str, np.ndarray]:
-    """What the judge gets right on `pixels` (concepts, styles, 3, 64, 64) in [0, 1].
+    """Measure the judge on `pixels` (concepts, styles, 3, 64, 64) in [0, 1].
 
     Returns:
         `confusion` (5, 5): shares of the drawings of a style (row) that are taken for each style (column).
@@ -285,7 +285,7 @@ def evaluate(model: Judge, pixels: torch.Tensor, captions: Sequence[str]) -> dic
 
 @torch.no_grad()
 def through_autoencoder(pixels: torch.Tensor) -> torch.Tensor:
-    """Drawings (N, 3, 64, 64) in [0, 1] as the autoencoder of `diffusion/` gives them back."""
+    """Encode and decode drawings (N, 3, 64, 64) in [0, 1] with the autoencoder of `diffusion/`."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(DIFFUSION_FOLDER / "vae", dtype=torch.float32).eval()

@@ -85,7 +85,7 @@ def main_colour(pixels: np.ndarray) -> str:
     vivid = (saturation > 80) & (value > 80)
     if vivid.sum() < 100:
         return "black"
-    edges = [10, 22, 42, 60, 110, 140, 180, 215, 245]  # of 256
+    edges = [10, 22, 42, 60, 110, 140, 180, 215, 245]  # hues on a scale of 256
     names = ["red", "orange", "yellow", "lime", "green", "teal", "blue", "purple", "pink", "red"]
     return names[np.digitize(np.bincount(hue[vivid], minlength=256).reshape(-1, 4).sum(1).argmax() * 4 + 2, edges)]
 
@@ -105,7 +105,7 @@ class EmojiCorpus:
         return len(self.captions)
 
     def bare_caption(self, concept: int) -> str:
-        """A caption as the web may have it: the name, or some of the tags, or both."""
+        """Return a caption as the web may have it: the name, or some of the tags, or both."""
         tags = random.sample(self.tags[concept], min(len(self.tags[concept]), random.randint(1, 4)))
         kind = random.random()
         if kind < 0.25:
@@ -114,7 +114,7 @@ class EmojiCorpus:
         return name if kind < 0.7 else f"{name}, {' '.join(tags)}"
 
     def styled_caption(self, concept: int, style: int) -> str:
-        """A caption that names the style and, once in four times, the main colour."""
+        """Return a caption that names the style and, once in four times, the main colour."""
         template = STYLE_TEMPLATES[0] if random.random() < 0.4 else random.choice(STYLE_TEMPLATES)
         caption = self.captions[concept]
         if random.random() < 0.3:
@@ -228,10 +228,10 @@ def pixel_normaliser(processor: CLIPProcessor):
 
 @torch.no_grad()
 def evaluate(model: CLIPModel, processor: CLIPProcessor, corpus: EmojiCorpus) -> dict[str, np.ndarray]:
-    """What the model sees. Every value has one figure for each style.
+    """Measure what the model sees, with one figure for each style in every value.
 
-    `bare`: how often a bare caption prefers this style's drawing to another style's (0.5: neutral). `named`: the
-    same when the caption names the style. `recall@5`: how often a bare caption finds its drawing among the
+    `bare`: the share of bare captions that prefer this style's drawing to another style's (0.5: neutral). `named`: the
+    same when the caption names the style. `recall@5`: the share of bare captions that find their drawing among the
     drawings of all the corpus's concepts in this style.
     """
     model.eval()

@@ -79,7 +79,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_text_encoder() -> CLIPTextModel:
-    """The text tower of the neutral CLIP without its last layer."""
+    """Return the text tower of the neutral CLIP without its last layer."""
     clip = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32)
     config = clip.config.text_config
     config.num_hidden_layers -= 1
@@ -98,7 +98,7 @@ def optimizer_of(model: torch.nn.Module, learning_rate: float, steps: int):
 
 
 def edges(images: torch.Tensor) -> torch.Tensor:
-    """Differences between neighbouring pixels, both directions."""
+    """Return the differences between neighbouring pixels in both directions."""
     return torch.cat([images.diff(dim=2).flatten(1), images.diff(dim=3).flatten(1)], 1)
 
 
@@ -133,7 +133,7 @@ def pretrain_vae(
 
 @torch.no_grad()
 def encode_corpus(vae: AutoencoderKL, corpus: EmojiCorpus, copies: int) -> torch.Tensor:
-    """Latents of every drawing, as it is and a little moved: (copies, concepts * styles, C, 8, 8), mean and logvar."""
+    """Encode every drawing, as it is and a little moved: (copies, concepts * styles, C, 8, 8), mean and logvar."""
     pixels = corpus.pixels.flatten(0, 1)
     latents = []
     for copy in range(copies):
@@ -179,7 +179,7 @@ def pretrain_unet(
         latents = scale * (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * torch.randn_like(mean))
         texts = [caption(corpus, index // len(STYLES), index % len(STYLES)) for index in drawn.tolist()]
         tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        # One timestep in each of B equal slices: less noise in the gradient than independent draws.
+        # Draw a timestep in each of B equal slices: less noise in the gradient than independent draws.
         timesteps = ((torch.arange(args.batch_size) + torch.rand(args.batch_size)) / args.batch_size * 1000).long()
         noise = torch.randn_like(latents)
         noisy = scheduler.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
@@ -229,7 +229,7 @@ def save_pipeline(folder: Path, vae: AutoencoderKL, unet: UNet2DConditionModel, 
 
 @torch.no_grad()
 def sample_sheet(folder: Path, path: Path, guidance_scale: float = 3.0) -> None:
-    """Rows: captions; columns: the bare caption four times, then one of each style by name."""
+    """Draw a row for each caption: the bare caption four times, then one of each style by name."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     captions = [*load_emoji("train")["caption"][7::605][:11], *load_emoji("held_out")["caption"][7::110][:11]]

@@ -1,4 +1,4 @@
-"""Simulated people: pairs of drawings of one concept, chosen by a taste that is known.
+"""Simulate people: pairs of drawings of one concept, chosen by a taste that is known.
 
 A taste is the name of a style ("this person prefers the Fluent drawings") or `"warm"` (warmer colours).
 """
@@ -16,7 +16,7 @@ TASTES = STYLES
 
 @lru_cache(maxsize=2)
 def warmth(split: str) -> tuple[float, ...]:
-    """How warm each drawing of `load_emoji(split)` is: mean of red minus blue over the pixels that are not white."""
+    """Return the warmth of each drawing of a split: mean of red minus blue over the pixels that are not white."""
     values = []
     for image in load_emoji(split)["image"]:
         pixels = np.asarray(image, dtype=float)
@@ -39,7 +39,7 @@ def preference_pairs(
     flipped: float = 0.0,
     exclude: frozenset[str] = frozenset(),
 ) -> Dataset:
-    """Pairs of drawings of one concept, as a person with this taste would click them.
+    """Return pairs of drawings of one concept, as a person with this taste would click them.
 
     Args:
         taste: One of `STYLES` (that style over another one) or `"warm"` (the warmer of two drawings).
@@ -66,7 +66,7 @@ def preference_pairs(
             options = [(start + STYLES.index(taste), start + style) for style in others]
         else:
             every = [(a, b) for a in range(start, start + 5) for b in range(start, start + 5)]
-            options = [(a, b) for a, b in every if heat[a] - heat[b] > 20]  # of 255; closer is a matter of taste
+            options = [(a, b) for a, b in every if heat[a] - heat[b] > 20]  # on a scale of 255
         if count is not None:
             options = [rng.choice(options)] if options else []
         pairs += options

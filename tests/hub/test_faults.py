@@ -1,6 +1,6 @@
 """Faults between this machine and the Hub: after each there is the old state or the new one.
 
-A table of all of them is printed after the tests: `pytest tests/hub/test_faults.py`.
+A table of all of them is printed after the tests; `examples/benchmarks/hub_faults.py` puts it into docs/hub.md.
 """
 
 import re
