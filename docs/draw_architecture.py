@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bt_hf"
 PAGE, PICTURE = ROOT / "docs" / "architecture.md", ROOT / "docs" / "images" / "architecture.svg"
-MAP = re.compile(r"(?<=<!-- map -->\n).*?(?=<!-- end -->)", re.DOTALL)
+MAP = re.compile(r"(?<=<!-- map -->\n).*?(?=<!-- end map -->)", re.DOTALL)
 
 
 def wings() -> dict[str, list[Path]]:
