@@ -1,4 +1,4 @@
-"""The judge of generated emoji: it knows styles and captions that it was not trained on, and it stays small."""
+"""Judge of generated emoji: knows styles and captions that it was not trained on, and stays small."""
 
 import sys
 from pathlib import Path
