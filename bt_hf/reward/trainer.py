@@ -140,8 +140,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does; a fresh LoRA begins at the best constant shift (`warm_start`)."""
-        resume = resume_from_checkpoint or self.args.resume_from_checkpoint
-        self._prepare(begin=not resume)
+        self._prepare(begin=self.checkpoint_of(resume_from_checkpoint) is None)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

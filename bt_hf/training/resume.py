@@ -1,9 +1,71 @@
-"""Position in the training rows: saved with each checkpoint, so that a resumed run sees the rows that are left."""
+"""Resuming: find the checkpoint that is meant, and the position in the training rows that it holds."""
 
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+_WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": False, "": False}
+
+
+def find_checkpoint(resume: str | Path | bool | None, output_dir: str | Path) -> str | None:
+    """Find the checkpoint to resume from.
+
+    Args:
+        resume: Folder of a checkpoint; `True`, or "true" on a command line, for the newest whole one in `output_dir`;
+            `False`, "false" or `None` for none.
+        output_dir: Folder of the run.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no whole checkpoint in `output_dir`.
+        ValueError: The folder is not a whole checkpoint.
+    """
+    if isinstance(resume, str):
+        resume = _WORDS.get(resume.lower(), resume)
+    if resume is None or resume is False:
+        return None
+    if resume is not True:
+        if not Path(resume).is_dir():
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint` is {str(resume)!r}, but there is no such folder: pass a checkpoint, or "
+                f"True for the newest one in {str(output_dir)!r}."
+            )
+        if problem := _problem(Path(resume)):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {str(resume)!r}, which is not a whole checkpoint: {problem}."
+            )
+        return str(resume)
+    checkpoints = sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []
+    for checkpoint in reversed(checkpoints):
+        if not (problem := _problem(Path(checkpoint))):
+            return str(checkpoint)
+        logger.warning("%s is not a whole checkpoint (%s): going on from an older one.", checkpoint, problem)
+    raise FileNotFoundError(
+        f"`resume_from_checkpoint` is True, but {str(output_dir)!r} holds no whole checkpoint: leave it out to begin "
+        "anew, or name a checkpoint."
+    )
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """Describe a problem of a checkpoint; None if it is whole. The Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, "pt"):  # reads the header, and compares the length of the file with it
+                pass
+    except FileNotFoundError:
+        return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    except (OSError, ValueError, SafetensorError) as error:
+        return " ".join(str(error).split())
+    return None
 
 
 class Position(TrainerCallback, ExportableState):

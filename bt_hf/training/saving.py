@@ -10,10 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from transformers import Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bt_hf.hub.card_sections import add_metadata
 from bt_hf.hub.contract import ADAPTER_CONFIG, CARD
 from bt_hf.training.config import PreferenceConfig
+from bt_hf.training.resume import find_checkpoint
 from bt_hf.training.sharding import gathered_state_dict
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,12 @@ def prepare_run(args: PreferenceConfig) -> None:
 
 
 def refuse_to_overwrite(args: PreferenceConfig) -> None:
-    """Raise a `FileExistsError` if `args.output_dir` already holds an adapter, unless writing over it is allowed."""
-    allowed = args.overwrite_output_dir or bool(args.resume_from_checkpoint)
+    """Raise a `FileExistsError` if `args.output_dir` already holds an adapter, unless writing over it is allowed.
+
+    It is by `overwrite_output_dir`, and where training goes on from a checkpoint that exists.
+    """
+    resumes = find_checkpoint(args.resume_from_checkpoint, args.output_dir) is not None
+    allowed = args.overwrite_output_dir or resumes
     if not allowed and (Path(args.output_dir) / ADAPTER_CONFIG).is_file():
         raise FileExistsError(
             f"{args.output_dir!r} already holds an adapter: choose another `output_dir`, pass "
@@ -110,8 +116,10 @@ class SavingTrainer(Trainer):
 @contextmanager
 def _written_beside(folder: Path) -> Iterator[Path]:
     """Yield a scratch folder, whose files are moved into `folder` at the end unless an error ends it."""
-    # Beside its destination: a move within one file system replaces a file in one step.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+    # On the same file system, where a move replaces a file in one step; but not inside a checkpoint, which would not
+    # load with a folder in it that a kill has left.
+    inside = folder.parent if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else folder
+    with tempfile.TemporaryDirectory(dir=inside, prefix=".saving-") as scratch:
         yield Path(scratch)
         _move_files(Path(scratch), folder)
 

@@ -15,13 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import EvalPrediction
+from transformers.trainer_utils import TrainOutput
 
 from bt_hf.data.cache import CachedPairs
 from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
 from bt_hf.training.publishing import PublishingTrainer
-from bt_hf.training.resume import Position
+from bt_hf.training.resume import Position, find_checkpoint
 from bt_hf.training.sharding import wrap_by_layer
 from bt_hf.training.shutdown import destroy_group_at_exit
 
@@ -55,6 +56,22 @@ class PreferenceTrainer(PublishingTrainer):
         self.add_callback(Position())
         if self.args.world_size > 1:
             destroy_group_at_exit(self)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train as `Trainer.train` does; a checkpoint that is named in the arguments counts too.
+
+        Args:
+            resume_from_checkpoint: See `find_checkpoint`; default `args.resume_from_checkpoint`.
+            kwargs: As in `Trainer.train`.
+        """
+        checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def checkpoint_of(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Return the checkpoint that `train` resumes from, `None` to begin anew."""
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        return find_checkpoint(resume_from_checkpoint, self.args.output_dir)
 
     # --- Batches ---
 

@@ -1,0 +1,98 @@
+"""Resuming from a checkpoint that is named in the arguments, as a word, or not at all."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer
+from bt_hf.training.resume import find_checkpoint
+from tiny_models import build, red_pairs
+from tiny_trainers import make
+
+STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "report_to": "none", "disable_tqdm": True}
+
+
+def reward(folder: Path, **options: object) -> BradleyTerryTrainer:
+    model, processor = build("clip")
+    args = BradleyTerryConfig(str(folder), **{"per_device_train_batch_size": 4, **STEPS, **options})
+    return BradleyTerryTrainer(model, args, train_dataset=red_pairs(16), processing_class=processor)
+
+
+def weights(trainer: BradleyTerryTrainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters() if "lora_" in name}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = reward(folder)
+    trainer.train()
+    trainer.save_model()
+    torch.save(weights(trainer), folder / "expected.pt")
+    return folder
+
+
+@pytest.mark.parametrize("word", [True, "true", "True", "checkpoint-2"])
+def test_the_arguments_resume_and_end_at_the_same_adapter(whole: Path, tmp_path: Path, word: str | bool) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    for step in (3, 4):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    trainer = reward(folder, resume_from_checkpoint=str(folder / word) if word == "checkpoint-2" else word)
+    seen: list[int] = []
+    step = trainer.training_step
+    trainer.training_step = lambda *args, **kwargs: (seen.append(trainer.state.global_step), step(*args, **kwargs))[1]
+    trainer.train()
+    assert seen == [2, 3]
+    expected = torch.load(whole / "expected.pt")
+    found = weights(trainer)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("word", [False, "false", "False", "no"])
+def test_a_word_for_no_does_not_lift_the_guard(whole: Path, word: str | bool) -> None:
+    with pytest.raises(FileExistsError, match="already holds an adapter"):
+        reward(whole, resume_from_checkpoint=word)
+
+
+@pytest.mark.parametrize("kind", ["reward", "lora"])
+def test_a_missing_checkpoint_is_refused_before_the_model_is_loaded(tmp_path: Path, kind: str) -> None:
+    run = reward if kind == "reward" else make
+    with pytest.raises(FileNotFoundError, match="'nowhere', but there is no such folder"):
+        run(tmp_path, resume_from_checkpoint="nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no whole checkpoint"):
+        run(tmp_path, resume_from_checkpoint="true")
+
+
+def test_the_newest_whole_checkpoint_is_taken(whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()
+    cut = folder / "checkpoint-3" / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING, logger="bt_hf.training.resume"):
+        assert find_checkpoint(True, folder) == str(folder / "checkpoint-2")
+    assert "checkpoint-4 is not a whole checkpoint (it has no trainer_state.json" in caplog.text
+    assert "checkpoint-3 is not a whole checkpoint" in caplog.text
+    for step in (3, 4):
+        with pytest.raises(ValueError, match=f"checkpoint-{step}.*is not a whole checkpoint"):
+            find_checkpoint(str(folder / f"checkpoint-{step}"), folder)
+
+
+def test_scratch_of_a_killed_save_does_not_stand_in_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = reward(tmp_path)
+    held: list[list[str]] = []
+    write = trainer.save_beside_adapter
+
+    def look(folder: Path) -> None:
+        held.append([path.name for path in (tmp_path / "checkpoint-1").iterdir() if path.is_dir()])
+        write(folder)
+
+    monkeypatch.setattr(trainer, "save_beside_adapter", look)
+    trainer.train()
+    assert held[0] == []
