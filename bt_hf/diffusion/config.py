@@ -27,7 +27,13 @@ class PreferenceLoRAConfig(PreferenceConfig):
         'dpo'
     """
 
-    max_steps: int = field(default=200, metadata={"help": "Optimizer steps; -1 to count in `num_train_epochs`."})
+    # None only stands for an option that is not given: `__post_init__` replaces it.
+    max_steps: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Optimizer steps: 200 by default, unless `num_train_epochs` is given."}
+    )
+    num_train_epochs: float = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "How often each pair is seen, if `max_steps` is not given."}
+    )
     per_device_train_batch_size: int = field(
         default=4, metadata={"help": "Pairs in a batch on each device; the denoiser sees twice as many images."}
     )
@@ -123,6 +129,10 @@ class PreferenceLoRAConfig(PreferenceConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.max_steps is None:
+            self.max_steps = 200 if self.num_train_epochs is None else -1
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 3.0  # as in `TrainingArguments`
         super().__post_init__()
         if self.beta not in ("auto", "published"):
             self.beta = _positive("beta", self.beta, ", 'auto' or 'published'")
@@ -132,6 +142,20 @@ class PreferenceLoRAConfig(PreferenceConfig):
                 _positive(name, getattr(self, name))
         if not 0.0 <= self.safeguard_mu <= 1.0:
             raise ValueError(f"`safeguard_mu` should be in [0, 1], but got {self.safeguard_mu}.")
+        self._check_effects()
+
+    def _check_effects(self) -> None:
+        """Raise a `ValueError` for an option that would have no effect beside the others."""
+        needs = {
+            "desirable_weight": (self.loss_type == "kto", "`loss_type='kto'`"),
+            "undesirable_weight": (self.loss_type == "kto", "`loss_type='kto'`"),
+            "label_smoothing": (self.loss_type != "kto", "a loss of pairs, and not `loss_type='kto'`"),
+            "safeguard_mu": (self.safeguard, "`safeguard=True`"),
+        }
+        for name, (has_effect, needed) in needs.items():
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default and not has_effect:
+                raise ValueError(f"`{name}={value!r}` has no effect without {needed}: leave it out, or ask for that.")
         if self.safeguard and self.loss_type in ("sft", "kto"):
             raise ValueError(
                 f"`safeguard` scales the gradient of a pair's rejected image, but `{self.loss_type}` has no such "

@@ -54,5 +54,7 @@ class PreferenceConfig(LoraOptions, TrainingArguments):
         # Pinned memory is for copies to a GPU; without one torch only warns about it.
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` should stay off: the collator reads prompts, images and labels.")
         if not 0.0 <= self.label_smoothing <= 0.5:
             raise ValueError(f"`label_smoothing` should be in [0, 0.5], but got {self.label_smoothing}.")

@@ -72,6 +72,14 @@ def test_help_shows_every_field(command: str, capsys: pytest.CaptureFixture[str]
     assert not [name for name in shown if name not in text]
 
 
+# Options that have an effect only beside others.
+COMPANIONS = {
+    "safeguard_mu": ["--safeguard", "True"],
+    "desirable_weight": ["--loss_type", "kto"],
+    "undesirable_weight": ["--loss_type", "kto"],
+}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_hyphens_are_as_good_as_underscores(command: str) -> None:
     module = importlib.import_module(f"bt_hf.cli.{command}")
@@ -80,10 +88,13 @@ def test_hyphens_are_as_good_as_underscores(command: str) -> None:
         for field in dataclasses.fields(part):
             if field.name not in own_options([type(part)]) or "positional" in field.metadata:
                 continue
+            if field.name == "remove_unused_columns":  # refused if it is on
+                continue
             words, value = option_for(field, hints[field.name])
             required = REQUIRED[command]
             if (command, field.name) == ("pairs", "dataset"):  # instead of a file of prompts
                 required = required[:-2]
+            required = [*required, *COMPANIONS.get(field.name, ())]
             for spelling in (words, [words[0].replace("-", "_").replace("__", "--", 1), *words[1:]]):
                 options = module.parse([*required, *spelling])
                 options = options if isinstance(options, tuple) else (options,)
@@ -94,7 +105,7 @@ def test_hyphens_are_as_good_as_underscores(command: str) -> None:
 @pytest.mark.parametrize(
     ("command", "wrong", "meant"),
     [
-        ("lora", "--lora_r", "--lora_r"),
+        ("lora", "--lora_rank", "--lora_r"),
         ("reward", "--crossvalidate", "--cross_validate"),
         ("reward", "--learning_rat=1", "--learning_rate"),
         ("pairs", "--candidate", "--candidates"),
