@@ -49,6 +49,9 @@ def workplace(
             train_reward("my-taste")
         if needs("my-taste-lora", text):
             train_lora("my-taste-lora")
+        if "pull_adapter(" in text and "push_adapter(" not in text:
+            train_reward("published")
+            hub.put("me/my-taste", folder / "published")
         return folder
 
     return prepare
