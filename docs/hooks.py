@@ -30,13 +30,13 @@ def on_page_markdown(markdown: str, **kwargs: object) -> str:
 
 
 def command_help(arguments: list[str]) -> str:
-    """Return the help of a command, 100 columns wide.
+    """Return the help of a command, 80 columns wide.
 
     Raises:
         RuntimeError: The command does not end well.
     """
     printed = io.StringIO()
-    with mock.patch.dict(os.environ, {"COLUMNS": "100"}), contextlib.redirect_stdout(printed):
+    with mock.patch.dict(os.environ, {"COLUMNS": "80"}), contextlib.redirect_stdout(printed):
         code = main(arguments)
     if code != 0:
         raise RuntimeError(f"`bt-hf {' '.join(arguments)}` ended with code {code}.")

@@ -1,4 +1,4 @@
-"""Griffe extension: list the options of a config from the help texts of its fields, and find `Example:` sections."""
+"""Griffe extension: read the docstrings of this package, and document fields from where they are declared."""
 
 import dataclasses
 import importlib
@@ -13,12 +13,12 @@ EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 SEVERAL = re.compile(r"^( +)(\w+(?:, \w+)+): (.+(?:\n\1 +.+)*)$", re.MULTILINE)
 
 
-class DocumentedOptions(griffe.Extension):
+class DocumentedFields(griffe.Extension):
     """Render what docstrings leave to the code.
 
     A config documents each field once, in `metadata={"help": ...}`: its class gets them as a list of parameters, with
-    types and defaults. Docstrings say `Example:`, and describe parameters of one kind together; Griffe's parser knows
-    `Examples:`, and one name at a time.
+    types and defaults. A named tuple documents a field beside it, in a comment. Docstrings say `Example:`, and
+    describe parameters of one kind together; Griffe's parser knows `Examples:`, and one name at a time.
     """
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
@@ -29,13 +29,14 @@ class DocumentedOptions(griffe.Extension):
 
     def on_class(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         """Add the documented fields to the sections of the docstring."""
-        if cls.docstring is None or "dataclass" not in cls.labels or not cls.path.endswith("Config"):
+        if cls.docstring is None:
             return
-        options = list(documented_fields(load(cls.path)))
-        parameters = [describe(option) for option in options]
-        if parameters:
-            section = griffe.DocstringSectionParameters(parameters, title="Options:")
-            cls.docstring.parsed.append(section)
+        if "dataclass" in cls.labels and cls.name.endswith("Config"):
+            options = describe_options(load(cls.path))
+            cls.docstring.parsed.append(griffe.DocstringSectionParameters(options, title="Options:"))
+        elif "NamedTuple" in map(str, cls.bases):
+            fields = [describe_field(field) for field in cls.attributes.values()]
+            cls.docstring.parsed.append(griffe.DocstringSectionAttributes(fields, title="Fields:"))
 
 
 def describe_each(match: re.Match) -> str:
@@ -50,23 +51,43 @@ def load(path: str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
-def documented_fields(config: type) -> list[dataclasses.Field]:
-    """Return the fields that classes of this package declare, those of the class itself first."""
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    own = [base for base in config.__mro__ if base.__module__.startswith("bt_hf.")]
-    return [fields[name] for name in dict.fromkeys(name for base in own for name in inspect.get_annotations(base))]
+def documented_fields(config: type) -> dict[str, type]:
+    """Return the names and types of fields that classes of this package declare, those of the class itself first.
+
+    The types are those of the declaration, since `HfArgumentParser` changes them in the fields.
+    """
+    types: dict[str, type] = {}
+    for base in config.__mro__:
+        if base.__module__.startswith("bt_hf."):
+            for name, kind in inspect.get_annotations(base).items():
+                types.setdefault(name, kind)
+    return types
 
 
-def describe(field: dataclasses.Field) -> griffe.DocstringParameter:
-    """Return a field as a parameter of a docstring.
+def describe_field(field: griffe.Attribute) -> griffe.DocstringAttribute:
+    """Return a field of a named tuple as an attribute of a docstring; the comment on its line describes it."""
+    _, _, comment = field.source.partition("#")
+    return griffe.DocstringAttribute(field.name, annotation=field.annotation, description=comment.strip())
+
+
+def describe_options(config: type) -> list[griffe.DocstringParameter]:
+    """Return the documented fields of a config as parameters of a docstring.
 
     Raises:
-        KeyError: The field has no help.
+        KeyError: A field has no help.
     """
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return griffe.DocstringParameter(
-        field.name,
-        annotation=field.type if isinstance(field.type, str) else inspect.formatannotation(field.type),
-        description=field.metadata["help"],
-        value=repr(default),
-    )
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    return [
+        griffe.DocstringParameter(
+            name,
+            annotation=inspect.formatannotation(kind),
+            description=fields[name].metadata["help"],
+            value=repr(default_of(fields[name])),
+        )
+        for name, kind in documented_fields(config).items()
+    ]
+
+
+def default_of(field: dataclasses.Field) -> object:
+    """Return the default of a field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

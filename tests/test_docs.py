@@ -3,7 +3,7 @@
 import importlib
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import bt_hf
 import bt_hf.losses
 import bt_hf.metrics
 import bt_hf.plots
+from bt_hf import BradleyTerryConfig, PreferenceLoRAConfig
 from code_examples import fenced_blocks, run_blocks
 
 pytest_plugins = ["hub_fixtures", "workplace"]
@@ -86,3 +87,11 @@ def test_site_builds_without_warnings(tmp_path: Path, monkeypatch: pytest.Monkey
     from mkdocs.config import load_config
 
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    for config, page in ((BradleyTerryConfig, "rewards"), (PreferenceLoRAConfig, "diffusion")):
+        text = (tmp_path / "reference" / f"{page}.html").read_text(encoding="utf-8")
+        for name in {name for base in config.__mro__ for name in own_annotations(base)}:
+            assert f"<code>{name}</code>" in text
+
+
+def own_annotations(base: type) -> Iterable[str]:
+    return base.__dict__.get("__annotations__", ()) if base.__module__.startswith("bt_hf.") else ()
