@@ -7,10 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL_DEPENDS := $(BIN)/python pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check docs docs-serve clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-6s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.demo ## learn one person's taste from a few clicks (examples/quickstart.py)
 	@$(BIN)/python examples/quickstart.py
@@ -24,8 +24,15 @@ check: $(VENV)/.dev ## lint, formatting, types, and the direction of the imports
 	@$(BIN)/mypy bt_hf
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
+# The theme tells on each start that another one will succeed it; it is kept until May 2027.
+docs: $(VENV)/.docs ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: $(VENV)/.docs ## show the documentation on http://127.0.0.1:8000, and again after each change
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find bt_hf tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -45,3 +52,8 @@ $(VENV)/.dev: $(INSTALL_DEPENDS)
 	@echo "Installing bt_hf and its development tools into $(VENV) (PyTorch is large: minutes the first time) ..."
 	@$(PIP) install -c constraints.txt -e '.[demo,dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(INSTALL_DEPENDS)
+	@echo "Installing bt_hf and what the documentation needs into $(VENV) (PyTorch is large: minutes the first time) ..."
+	@$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@

@@ -1,12 +1,11 @@
 """The Bradley-Terry loss: numbers worked out by hand, and PickScore's published criterion."""
 
-import doctest
 import math
 
 import pytest
 import torch
 
-from bt_hf import bradley_terry_loss, losses
+from bt_hf import bradley_terry_loss
 from bt_hf.losses import agreement, retrieval_kl
 
 
@@ -70,11 +69,6 @@ def test_dtype_of_margin_is_kept() -> None:
 def test_label_smoothing_out_of_range(value: float) -> None:
     with pytest.raises(ValueError, match=rf"`label_smoothing` should be in \[0, 0.5\], but got {value}"):
         bradley_terry_loss(torch.zeros(1), label_smoothing=value)
-
-
-def test_docstrings() -> None:
-    assert doctest.testmod(losses).attempted > 0
-    assert doctest.testmod(losses).failed == 0
 
 
 def pickscore(

@@ -34,7 +34,7 @@ class DiffusionCollator:
     Example:
         Two rows become
 
-        ```python
+        ```text
         {
             "prompt": ["a red apple", "a zebra"],
             "pixels": ...,  # (4, H, W, 3) uint8: chosen 0, chosen 1, rejected 0, rejected 1

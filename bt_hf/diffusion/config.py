@@ -9,7 +9,7 @@ from bt_hf.training.config import PreferenceConfig
 
 @dataclass
 class PreferenceLoRAConfig(PreferenceConfig):
-    """Options of [`PreferenceLoRATrainer`]: those of `transformers.TrainingArguments`, with defaults for few pairs.
+    """Options of `PreferenceLoRATrainer`: those of `transformers.TrainingArguments`, with defaults for few pairs.
 
     With dpo, the default, the loss is the mean over pairs of
 

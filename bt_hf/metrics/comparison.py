@@ -30,7 +30,7 @@ def mcnemar_test(correct_a: ArrayLike, correct_b: ArrayLike) -> McNemarResult:
     Source: McNemar 1947, https://doi.org/10.1007/BF02295996.
 
     Args:
-        correct_a: (N,) correctness of the model in question in [0, 1] or booleans, as [`agreement`] returns it.
+        correct_a: (N,) correctness of the model in question in [0, 1] or booleans, as `agreement` returns it.
             Rows that are nan in both are ties and are left out.
         correct_b: (N,) the same for the model it is compared with, on the same pairs in the same order.
 
@@ -56,14 +56,14 @@ def paired_difference_interval(
     """Interval for accuracy(a) - accuracy(b) on the same pairs: the adjusted Wald interval of Agresti and Min.
 
     It adds half a pair to each of the four cells (both right, only a, only b, both wrong) before taking the usual
-    interval, which then covers well even for small N. It is not the inversion of [`mcnemar_test`]; close to the limit
+    interval, which then covers well even for small N. It is not the inversion of `mcnemar_test`; close to the limit
     the two may disagree on whether 0 is possible.
 
     Source: Agresti and Min 2005, "Simple improved confidence intervals for comparing matched proportions",
     https://doi.org/10.1002/sim.1781.
 
     Args:
-        correct_a: (N,) correctness of the model in question; see [`mcnemar_test`].
+        correct_a: (N,) correctness of the model in question; see `mcnemar_test`.
         correct_b: (N,) the same for the model it is compared with.
         confidence: Coverage in (0, 1). Default 0.95.
 
@@ -87,7 +87,7 @@ def paired_difference_interval(
 
 
 def pairs_needed(n_better: int, n_worse: int, n: int, power: float = 0.8, alpha: float = 0.05) -> int | None:
-    """About how many more pairs would make [`mcnemar_test`] significant, if the difference is as large as it looks.
+    """About how many more pairs would make `mcnemar_test` significant, if the difference is as large as it looks.
 
     The number of pairs is the one that gives the test the wanted power (Connor 1987, "Sample size for testing
     differences in proportions for the paired-sample design", https://doi.org/10.2307/2531961), with two changes. The
@@ -133,7 +133,7 @@ def verdict_sentence(correct_a: ArrayLike, correct_b: ArrayLike, other: str = "t
     """One plain sentence: is the model better than the other, worse, or is it too early to tell?
 
     Args:
-        correct_a: (N,) correctness of the model in question; see [`mcnemar_test`].
+        correct_a: (N,) correctness of the model in question; see `mcnemar_test`.
         correct_b: (N,) the same for the model it is compared with.
         other: What to call the latter. Default `"the base"`.
         alpha: Significance level. Default 0.05.

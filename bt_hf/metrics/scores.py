@@ -37,7 +37,7 @@ def preference_accuracy(
     """Share of pairs on which the sign of the margin agrees with the preference.
 
     A margin of exactly 0 counts one half: the model would toss a coin. Rows with a preference of exactly 0.5 are left
-    out, as no answer is right or wrong there; [`log_loss`] and [`brier_score`] do judge them.
+    out, as no answer is right or wrong there; `log_loss` and `brier_score` do judge them.
 
     Args:
         margins: (N,) reward of the chosen image minus that of the rejected one.
@@ -62,7 +62,7 @@ def preference_accuracy(
 def agreement(margins: ArrayLike, preference: ArrayLike | None = None) -> Floats:
     """Per pair: 1 where the margin agrees with the preference, 0 where it doesn't, 1/2 where the margin is 0.
 
-    This is what [`mcnemar_test`] and its companions compare between two models.
+    This is what `mcnemar_test` and its companions compare between two models.
 
     Args:
         margins: (N,) margins.
@@ -86,7 +86,7 @@ def log_loss(margins: ArrayLike, preference: ArrayLike | None = None, weight: Ar
     A model that knows nothing scores log 2 = 0.693. With soft preferences the best score is their entropy, not 0.
 
     Args:
-        margins, preference, weight: (N,) columns, as for [`preference_accuracy`].
+        margins, preference, weight: (N,) columns, as for `preference_accuracy`.
 
     Returns:
         `float`, or nan without rows.
@@ -105,7 +105,7 @@ def brier_score(margins: ArrayLike, preference: ArrayLike | None = None, weight:
     """Mean squared difference between `sigmoid(margin)` and the preference: 0.25 knows nothing, 0 is perfect.
 
     Args:
-        margins, preference, weight: (N,) columns, as for [`preference_accuracy`].
+        margins, preference, weight: (N,) columns, as for `preference_accuracy`.
 
     Returns:
         `float`, or nan without rows.
@@ -127,12 +127,12 @@ def calibration_error(
     them is called chosen. Hence each pair enters with the confidence `max(p, 1 - p)` in [0.5, 1] of the image the
     model favours, against the preference for that image (1/2 when the margin is 0). Ties take part as preferences
     of 0.5. The bins have equal width. With few pairs the error is biased upwards, as each bin is noisy: compare models
-    on the same pairs, and look at [`reliability_bins`].
+    on the same pairs, and look at `reliability_bins`.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", https://arxiv.org/abs/1706.04599, equation 3.
 
     Args:
-        margins, preference, weight: (N,) columns, as for [`preference_accuracy`].
+        margins, preference, weight: (N,) columns, as for `preference_accuracy`.
         bins: Number of equal bins on [0.5, 1]. Default 10.
 
     Returns:
@@ -150,10 +150,10 @@ def calibration_error(
 def reliability_bins(
     margins: ArrayLike, preference: ArrayLike | None = None, weight: ArrayLike | None = None, bins: int = 10
 ) -> list[ReliabilityBin]:
-    """Confidence against agreement in equal bins on [0.5, 1]; see [`calibration_error`].
+    """Confidence against agreement in equal bins on [0.5, 1]; see `calibration_error`.
 
     Args:
-        margins, preference, weight: (N,) columns, as for [`preference_accuracy`].
+        margins, preference, weight: (N,) columns, as for `preference_accuracy`.
         bins: Number of equal bins on [0.5, 1]. Default 10.
 
     Returns:
@@ -195,7 +195,7 @@ def preference_metrics(
     """Every metric of this module at once, under the names that the trainers log.
 
     Args:
-        margins, preference, weight: (N,) columns, as for [`preference_accuracy`].
+        margins, preference, weight: (N,) columns, as for `preference_accuracy`.
 
     Returns:
         `accuracy` with its 95 % Wilson interval `accuracy_low` and `accuracy_high` (ties left out; with weights, at

@@ -95,7 +95,7 @@ def plot_reliability(
     """Reliability diagram: when the model is 80 % sure, is it right 80 % of the time?
 
     Below the diagonal a model is surer than it should be, above it less sure. The bars are 95 % Wilson intervals; the
-    panel beneath counts the pairs in each bin. See [`~bt_hf.metrics.calibration_error`] for the definitions.
+    panel beneath counts the pairs in each bin. See `bt_hf.metrics.calibration_error` for the definitions.
 
     Args:
         margins: (N,) reward of the chosen image minus that of the rejected one.

@@ -20,7 +20,7 @@ class PreferenceCollator:
     Example:
         Two rows become
 
-        ```python
+        ```text
         {
             "input_ids": ...,       # (2, L)
             "attention_mask": ...,  # (2, L), if the tokenizer gives one

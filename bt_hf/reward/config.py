@@ -7,7 +7,7 @@ from bt_hf.training.config import PreferenceConfig
 
 @dataclass
 class BradleyTerryConfig(PreferenceConfig):
-    """Options of [`BradleyTerryTrainer`]: those of `transformers.TrainingArguments`, with defaults for few pairs.
+    """Options of `BradleyTerryTrainer`: those of `transformers.TrainingArguments`, with defaults for few pairs.
 
     The objective is the mean over pairs of
 

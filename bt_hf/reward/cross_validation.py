@@ -108,6 +108,8 @@ def cross_validate(
 
     Example:
         ```python
+        from bt_hf import cross_validate, load_preference_pairs
+
         result = cross_validate("openai/clip-vit-base-patch32", load_preference_pairs("my-clicks/"))
         print(result.verdict)
         ```

@@ -1,7 +1,6 @@
 """`load_preference_pairs` on real files of every known layout, and each way in which data can be bad."""
 
 import csv
-import doctest
 import io
 import json
 import logging
@@ -13,8 +12,6 @@ from datasets import Image as ImageFeature
 from datasets.utils.logging import disable_progress_bar
 from PIL import Image
 
-import bt_hf.data.images
-import bt_hf.data.pairs
 from bt_hf.data.checks import check_columns, check_unpaired, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.data.images import to_rgb
@@ -507,10 +504,3 @@ def test_overlapping_rows():
     assert overlapping_rows(train, held_out) == 2  # swapped, and in another format; not: other image, other prompt
     assert overlapping_rows(train.to_iterable_dataset(), load_preference_pairs(held_out, streaming=True)) == 2
     assert overlapping_rows(train.select([0]), train.select([1])) == 0
-
-
-@pytest.mark.parametrize("module", [bt_hf.data.images, bt_hf.data.pairs])
-def test_examples_in_docstrings(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,6 +1,5 @@
 """The pictures: what stands on them is checked in the artists, and that something is drawn in the pixels."""
 
-import doctest
 import subprocess
 import sys
 
@@ -10,7 +9,6 @@ from PIL import Image, ImageColor
 
 pytest.importorskip("matplotlib")
 
-from bt_hf import plots
 from bt_hf.plots import contact_sheet, plot_accuracy_by_pairs, plot_reliability, plot_training_curve
 from bt_hf.plots.style import BLUE
 
@@ -41,10 +39,6 @@ def assert_nothing_sticks_out(figure):
         assert box.y0 >= -1
         assert box.x1 <= width + 1
         assert box.y1 <= height + 1
-
-
-def test_examples_in_the_docstrings():
-    assert doctest.testmod(plots).failed == 0
 
 
 def test_import_is_light_and_pyplot_stays_out(tmp_path):

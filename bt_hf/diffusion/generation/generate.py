@@ -171,7 +171,10 @@ def best_of_n(
 
     Example:
         ```python
-        image, ranking = best_of_n(pipeline, "a red apple", PreferenceScorer.from_pretrained("my-taste"))
+        from bt_hf import PreferenceScorer, best_of_n
+
+        scorer = PreferenceScorer.from_pretrained("my-taste")
+        image, ranking = best_of_n("stable-diffusion-v1-5/stable-diffusion-v1-5", "a red apple", scorer)
         ```
     """
     if not isinstance(prompt, str):
