@@ -11,8 +11,8 @@ from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from bt_hf.hub import push as hub_push
 from bt_hf.hub.contract import contract_files
+from bt_hf.hub.push import full_name, publish, push_adapter
 from bt_hf.training.saving import CARD_ARGUMENTS, SavingTrainer
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class PublishingTrainer(SavingTrainer):
         """Find out who publishes, so that a wrong token shows before the training; the first commit makes the repo."""
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(self.args.output_dir).resolve().name
-            self.hub_model_id = hub_push.full_name(name, token or self.args.hub_token)
+            self.hub_model_id = full_name(name, token or self.args.hub_token)
             self.push_in_progress = None
 
     def push_to_hub(
@@ -67,7 +67,7 @@ class PublishingTrainer(SavingTrainer):
         self.create_model_card(**{name: kwargs.pop(name) for name in CARD_ARGUMENTS & set(kwargs)})
         self._finish_current_push()
         job = self._pusher.submit(
-            hub_push.push_adapter,
+            push_adapter,
             self.args.output_dir,
             self.hub_model_id,
             self.args.hub_private_repo if private is None else private,
@@ -97,7 +97,7 @@ class PublishingTrainer(SavingTrainer):
 
     def _publish_checkpoint(self, source: str, step: int, files: Mapping[str, bytes], also_in: str | None) -> None:
         try:
-            hub_push.publish(
+            publish(
                 files,
                 source,
                 self.hub_model_id,
