@@ -179,9 +179,9 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         """Evaluate at fixed noise samples; while training, draw the validation prompts too.
 
         Returns:
-            Metrics with `metric_key_prefix`: `accuracy` (of the implicit reward, with its interval), `loss`,
-            `winner_error_base`, `winner_error_change` and `loser_error_change` (mean denoising error of the base, and
-            against it; a positive change is worse), and those of `metrics.preference_metrics`.
+            Metrics whose names begin with `metric_key_prefix`, among them `accuracy` (of the implicit reward, with its
+            interval), `loss`, `winner_error_base`, `winner_error_change` and `loser_error_change` (mean denoising
+            error of the base, and against it; a positive change is worse), and those of `metrics.preference_metrics`.
         """
         self._prepare_evaluation(self.eval_dataset if eval_dataset is None else eval_dataset)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
