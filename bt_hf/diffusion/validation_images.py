@@ -66,8 +66,10 @@ class Validation:
             return {}
         training = model.training
         model.eval()
-        self.after, self._drawn_at = self._draw(), step
-        model.train(training)
+        try:
+            self.after, self._drawn_at = self._draw(), step
+        finally:
+            model.train(training)
         return {
             "validation_distance": mean_pairwise_distance(self.after),
             "validation_distance_base": mean_pairwise_distance(self.before),
