@@ -22,7 +22,7 @@ check: $(VENV)/.dev ## lint, formatting, types, and the direction of the imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy bt_hf
-	@$(BIN)/python -m pytest -q tests/test_architecture.py
+	@$(BIN)/python -m pytest -q tests/test_architecture.py tests/test_english.py
 
 # The theme tells on each start that another one will succeed it; it is kept until May 2027.
 docs: $(VENV)/.docs ## build the documentation into site/
