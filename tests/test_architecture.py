@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,3 +177,21 @@ def test_public_names_are_sorted_and_resolve() -> None:
     code = "import bt_hf, json; [getattr(bt_hf, name) for name in bt_hf.__all__]; print(json.dumps(bt_hf.__all__))"
     names = run_python(code)
     assert names == sorted(set(names))
+
+
+def test_files_that_are_mentioned_exist() -> None:
+    """A move must not leave a document, comment or docstring behind that names the old place."""
+    root = PACKAGE.parent
+    named = re.compile(r"\b(?:bt_hf|tests|examples|docs)/[\w/.-]+\.(?:py|md|yaml)\b")
+    sources = [path for folder in ("bt_hf", "docs", "examples", "tests") for path in (root / folder).rglob("*.py")]
+    sources += [
+        *root.glob("*.md"),
+        *(path for folder in ("docs", "examples") for path in (root / folder).rglob("*.md")),
+    ]
+    missing = {
+        f"{source.relative_to(root)}: {name}"
+        for source in sources
+        for name in named.findall(source.read_text(encoding="utf-8"))
+        if not (root / name).exists()
+    }
+    assert not missing
