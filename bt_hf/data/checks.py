@@ -6,9 +6,9 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
-from sys import float_info
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, IterableDataset
@@ -20,7 +20,7 @@ from bt_hf.data.reading import features_of
 logger = logging.getLogger(__name__)
 
 _UNPAIRED = {"prompt": "text", "completion": "image", "label": "number"}
-_LARGEST = {"preference": 1.0, "label": 1.0, "weight": float_info.max}  # the smallest is 0
+_LARGEST = {"preference": 1.0, "label": 1.0, "weight": float(np.finfo(np.float32).max)}  # the smallest is 0
 
 
 def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:

@@ -1,11 +1,9 @@
 """Per-row losses and logged metrics from denoising errors."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from bt_hf.diffusion import losses
 from bt_hf.diffusion.collator import Batch
@@ -145,35 +143,6 @@ def error_changes(
     changes = {"winner_error_change": winner - base_winner, "loser_error_change": loser - base_loser}
     values = {"winner_error_base": base_winner, **changes}
     return {name: float(np.average(value, weights=weight)) for name, value in values.items()}
-
-
-def check_finite(values: torch.Tensor, prompts: Sequence[str], step: int, output_dir: str | Path) -> None:
-    """Raise a `FloatingPointError`, with the prompt and the checkpoint to go back to, if a loss is not finite.
-
-    Args:
-        values: (B,) losses.
-        prompts: B prompts.
-        step: Number of the optimizer step.
-        output_dir: Folder with the checkpoints.
-    """
-    if torch.isfinite(values).all():
-        return
-    index = int((~torch.isfinite(values)).nonzero()[0])
-    good = _last_finite_checkpoint(Path(output_dir))
-    kept = f"The last good checkpoint is {good}." if good else "There is not yet a good checkpoint."
-    raise FloatingPointError(
-        f"the loss became {values[index].item()} at step {step}, at the pair with the prompt {prompts[index]!r}. "
-        f"{kept} Lower `learning_rate` or `beta`, use bf16 instead of fp16, or look at that pair's images."
-    )
-
-
-def _last_finite_checkpoint(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint with finite weights; the newest of all may hold those that gave a bad loss."""
-    files = output_dir.glob("checkpoint-*/adapter_model.safetensors")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        if all(bool(torch.isfinite(value).all()) for value in load_file(file).values()):
-            return file.parent
-    return None
 
 
 def _pair(errors: torch.Tensor, reference: torch.Tensor | None) -> losses.Errors:

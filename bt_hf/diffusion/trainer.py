@@ -24,10 +24,11 @@ from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
 from bt_hf.diffusion.loading import add_adapter, check_rows, load_family, training_size, warn_of_long_prompts
-from bt_hf.diffusion.pair_loss import PairLoss, by_preference, check_finite, error_changes
+from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
 from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.validation_images import Validation
 from bt_hf.metrics import preference_metrics
+from bt_hf.training.finite import check_losses
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.trainer import Metrics, PreferenceTrainer
 
@@ -281,7 +282,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         errors, predicted = self._errors(model, noisy)
         reference = self.reference.errors(noisy, batch, sample) if self.pair_loss.needs_reference else None
         values = self.pair_loss.losses(errors, reference, batch, self._beta, predicted, noisy.target)
-        check_finite(values, inputs["prompt"], self.state.global_step + 1, self.args.output_dir)
+        check_losses(values, inputs["prompt"].__getitem__, self.state.global_step + 1, self.args.output_dir)
         self.pair_loss.log(errors, reference, batch, self._beta)
         loss = self.weighted_mean(values, batch["weight"], num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss

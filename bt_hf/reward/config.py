@@ -1,5 +1,6 @@
 """Options of `BradleyTerryTrainer`."""
 
+import math
 from dataclasses import dataclass, field
 
 from bt_hf.training.config import PreferenceConfig
@@ -72,5 +73,5 @@ class BradleyTerryConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("prior_weight", "kl_weight"):
-            if getattr(self, name) < 0:
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):  # so that NaN fails, too
                 raise ValueError(f"`{name}` should be at least 0, but got {getattr(self, name)}.")

@@ -167,7 +167,16 @@ class PreferenceScorer:
         return torch.cat(chunks).cpu() if chunks else torch.empty(0, 0)
 
     def _rewards(self, cosines: torch.Tensor) -> torch.Tensor:
-        return self.scale.cpu() * cosines
+        """Scale cosines (N,) or (N, L) of N images; one that is not finite would come first in a ranking."""
+        rewards = self.scale.cpu() * cosines
+        if not torch.isfinite(rewards).all():
+            image = int((~torch.isfinite(rewards)).nonzero()[0, 0])
+            dtype = next(self.model.parameters()).dtype
+            raise ValueError(
+                f"the reward of image {image} is not finite, computed in {dtype}: load the model with "
+                "`dtype=torch.float32`, or look at its weights."
+            )
+        return rewards
 
     def _move(self, inputs: Any) -> dict[str, torch.Tensor]:
         dtype = next(self.model.parameters()).dtype

@@ -26,6 +26,7 @@ from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
+from bt_hf.training.finite import check_losses
 from bt_hf.training.lora_options import check_adapter_options
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.sharding import make_shardable
@@ -57,6 +58,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
 
     Raises:
         FileExistsError: `args.output_dir` already holds an adapter.
+        FloatingPointError: A loss is not finite; names the pair.
         PreferenceDataError: A dataset is not in the row contract, or has no rows.
         TypeError: The model is not a dual encoder.
         ValueError: The options contradict each other.
@@ -256,12 +258,19 @@ class BradleyTerryTrainer(PreferenceTrainer):
             self.track(weight, kl=divergence)
         loss = self.weighted_mean(losses, weight, num_items_in_batch)
         if model.training:
+            counted = losses.detach().where(weight > 0, 0.0)
+            check_losses(counted, self._prompt_of(inputs), self.state.global_step + 1, self.args.output_dir)
             self.track(weight * (preference != 0.5), accuracy=agreement(margins, preference))
             self.track(weight, margin=margins, reward_chosen=chosen, reward_rejected=rejected)
         if not return_outputs:
             return loss
         base_margins = scale * (base_text * (base_images[: len(text)] - base_images[len(text) :])).sum(-1)
         return loss, {"loss": loss, "margins": margins, "base_margins": base_margins}
+
+    def _prompt_of(self, inputs: dict[str, torch.Tensor]) -> Callable[[int], str]:
+        """Return a function that reads the prompt of a row of a batch."""
+        tokenizer = self.processing_class.tokenizer
+        return lambda index: tokenizer.decode(inputs["input_ids"][index], skip_special_tokens=True)
 
     def _kl_divergence(
         self,

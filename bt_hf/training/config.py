@@ -1,5 +1,6 @@
 """Options that the trainers of rewards and of preference LoRAs share."""
 
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -56,5 +57,7 @@ class PreferenceConfig(LoraOptions, TrainingArguments):
             self.dataloader_pin_memory = False
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` should stay off: the collator reads prompts, images and labels.")
+        if not (self.learning_rate >= 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"`learning_rate` should be a finite number of at least 0, but got {self.learning_rate}.")
         if not 0.0 <= self.label_smoothing <= 0.5:
             raise ValueError(f"`label_smoothing` should be in [0, 0.5], but got {self.label_smoothing}.")

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from bt_hf.hub.card_sections import add_metadata
 from bt_hf.hub.contract import ADAPTER_CONFIG, CARD
 from bt_hf.training.config import PreferenceConfig
+from bt_hf.training.finite import check_weights
 from bt_hf.training.resume import find_checkpoint
 from bt_hf.training.sharding import gathered_state_dict
 
@@ -63,8 +64,13 @@ class SavingTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
         with _written_beside(folder) as scratch:
             with gathered_state_dict(self.accelerator.unwrap_model(self.model), state_dict) as model:
+                if not is_checkpoint:  # a training stops at its next loss, and names the checkpoint to go back to
+                    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+                    weights = {name: value for name, value in model.state_dict().items() if name in trained}
+                    check_weights(weights, self.args.output_dir)
                 model.save_pretrained(scratch, safe_serialization=True, **self.save_options)
                 self.save_beside_adapter(scratch)
             if self.processing_class is not None:
