@@ -128,4 +128,4 @@ def sample_noise(
 
 def _generator(seed: int, *key: int) -> torch.Generator:
     state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
