@@ -37,10 +37,14 @@ class BradleyTerryConfig(PreferenceConfig):
         },
     )
     prior_weight: float = field(
-        default=0.02, metadata={"help": "Weight of the Gaussian prior on the shift; larger is more cautious."}
+        default=0.5,
+        metadata={
+            "help": "Nats of likelihood that a looser prior has to gain, for each factor of e, to be believed as much "
+            "as a tight one; larger keeps closer to the mean difference of the clicked images."
+        },
     )
     kl_weight: float = field(
-        default=0.7,
+        default=0.0,
         metadata={
             "help": "Weight of KL(base || adapted) over the images that a prompt retrieves: larger keeps more of the "
             "base's text-image alignment, 0 turns it off."

@@ -1,6 +1,7 @@
 """Default LoRA layers of each family of dual encoders."""
 
 import re
+from dataclasses import dataclass
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -8,13 +9,31 @@ from torch import nn
 
 from bt_hf.training.lora_options import LoraOptions
 
-# The last linear layer of each tower, by family: a small change there moves the embedding directly, everything below
-# stays frozen and is computed once (see `reward/cache.py`).
+
+@dataclass(frozen=True)
+class OutputLayers:
+    """Last linear layers of the two towers of a family, by name.
+
+    Attributes:
+        text, image: The layers. A small change there moves the embedding directly; everything below stays frozen and
+            is computed once (see `reward/cache.py`).
+        writers: Layers whose outputs add up to the image embedding.
+    """
+
+    text: str
+    image: str
+    writers: tuple[str, ...]
+
+
 OUTPUT_LAYERS = (
-    # CLIP, MetaCLIP 2, AltCLIP, Chinese-CLIP
-    ("text_projection", "visual_projection"),
+    # CLIP, MetaCLIP 2, AltCLIP, Chinese-CLIP, VisionTextDualEncoder
+    OutputLayers("text_projection", "visual_projection", ("visual_projection",)),
     # SigLIP and SigLIP 2, whose vision tower ends in an attention-pooling head
-    ("text_model.head", "vision_model.head.mlp.fc2"),
+    OutputLayers(
+        "text_model.head",
+        "vision_model.head.mlp.fc2",
+        ("vision_model.head.attention.out_proj", "vision_model.head.mlp.fc2"),
+    ),
 )
 
 
@@ -25,7 +44,8 @@ def default_target_modules(model: nn.Module) -> str:
         ValueError: The family is unknown; name the layers in `lora_target_modules` or in a `peft_config`.
     """
     modules = dict(model.named_modules())
-    for names in OUTPUT_LAYERS:
+    for layers in OUTPUT_LAYERS:
+        names = (layers.text, layers.image)
         if all(isinstance(modules.get(name), nn.Linear) for name in names):
             return rf"^({'|'.join(re.escape(name) for name in names)})$"
     raise ValueError(

@@ -1,11 +1,19 @@
-"""Taste direction: fit the best constant shift of the text embedding, where training begins.
+"""Write a linear taste into a LoRA of the two projections, where training begins.
 
-With few pairs, most of what can be learnt is one direction: the person prefers images that lie *there*. Adding a
-constant `delta` to every text embedding is the smallest change that says so. Finding it is a small smooth problem in
-D unknowns, solved in well under a second, and it fits into the LoRA of the text projection (`lora.constant_direction`
-tells how), so plain gradient steps go on from it. A LoRA that begins at zero needs hundreds of steps to get there and
-disturbs more on its way: Adam moves all coordinates alike, whether the pairs say something about them or not.
+`fit.fit_taste` finds what a person likes as weights of normalised embeddings. A LoRA can hold them, but for a norm:
+
+- A constant added to every text embedding is a direction that they like. Behind a layer norm, one rank of a LoRA can
+  add it without a bias (`lora.constant_direction`).
+- What depends on the prompt is a linear map of the text embedding; the further ranks hold its largest parts.
+- What only the inputs of the image projection show is one rank there, along the same direction.
+- The model divides by the length of the text embedding. A component that all images share brings it to the length
+  that the fitted strength asks for, and changes no comparison.
+
+Plain gradient steps go on from there. A LoRA that begins at zero needs hundreds of them to get as far, and disturbs
+more on its way: Adam moves all coordinates alike, whether the pairs say something about them or not.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,76 +23,176 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bt_hf.losses import bradley_terry_loss, retrieval_kl
-from bt_hf.reward.lora import OUTPUT_LAYERS, constant_direction
+from bt_hf.reward.fit import Taste
+from bt_hf.reward.lora import OUTPUT_LAYERS, OutputLayers, constant_direction
 
 # Largest relative variation from text to text at which a shift still counts as constant.
 TOLERANCE = 0.2
+# Largest factor by which images are stretched along the direction of a taste, where the logit scale is too small.
+MAX_STRETCH = 30.0
 
 
-def fit_shift(
-    text: torch.Tensor,
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    preference: torch.Tensor,
-    weight: torch.Tensor,
-    scale: float,
-    *,
-    prior_weight: float,
-    kl_weight: float,
-    label_smoothing: float = 0.0,
-    bank_size: int = 256,
-    words: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Maximum a posteriori shift of normalised text embeddings, by L-BFGS on the trainer's own objective.
+@dataclass
+class EmbeddedPairs:
+    """Training pairs as the base embeds them, in float64 on the CPU.
 
-    Minimises sum_i w_i [bradley_terry_loss(margin_i, p_i) + kl_weight * KL_i] + prior_weight / 2 * |z|^2,
-    with reward scale * cos(text_i + delta, image) and z = scale * rms(|chosen - rejected|) * delta (weighted rms): the
-    prior counts in units of margin, so it means the same for every model.
+    Attributes:
+        text, chosen, rejected: (N, D) normalised embeddings.
+        preference, weight: (N,).
+        inputs: (2N, H) inputs of the image projection, chosen images first, divided by the length of its output;
+            `None` if its output is not yet the image embedding.
+    """
+
+    text: torch.Tensor
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    preference: torch.Tensor
+    weight: torch.Tensor
+    inputs: torch.Tensor | None = None
+
+    @property
+    def features(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Features of the chosen and of the rejected images, each (N, H)."""
+        if self.inputs is None:
+            return None
+        chosen, rejected = self.inputs.chunk(2)
+        return chosen, rejected
+
+    def margins(self, taste: Taste, scale: float) -> torch.Tensor:
+        """Return the margins (N,) that `taste` asks for."""
+        difference = self.chosen - self.rejected
+        features = None if self.features is None else self.features[0] - self.features[1]
+        return taste.margins(self.text, difference, scale * (self.text * difference).sum(1), features)
+
+
+@dataclass
+class Update:
+    """Change of both towers' embeddings, for texts and images of length 1 before it.
+
+    Attributes:
+        shift: (D,) added to each text embedding.
+        left, right: (D, K) and (K, D); each text embedding t gets left @ right @ t on top.
+        along: (D,) direction in which images are moved; unit length.
+        stretch: Factor minus one of an image's component along it.
+        by_feature: (H,) weights of the inputs of the image projection, which move images along it; or `None`.
+    """
+
+    shift: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    along: torch.Tensor
+    stretch: float = 0.0
+    by_feature: torch.Tensor | None = None
+
+    def texts(self, text: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """Return adapted embeddings of normalised `text` (N, D), with the update scaled by `scale`."""
+        return F.normalize(text + scale * (self.shift + text @ self.right.T @ self.left.T), dim=-1)
+
+    def images(self, images: torch.Tensor, inputs: torch.Tensor | None, scale: float = 1.0) -> torch.Tensor:
+        """Return adapted embeddings of normalised `images` (N, D)."""
+        moved = self.stretch * (images @ self.along)
+        if self.by_feature is not None and inputs is not None:
+            moved = moved + inputs @ self.by_feature
+        return F.normalize(images + scale * moved[:, None] * self.along, dim=-1)
+
+    def margins(self, pairs: EmbeddedPairs, logit_scale: float, scale: float = 1.0) -> torch.Tensor:
+        """Return the adapted model's margins (N,)."""
+        images = self.images(torch.cat([pairs.chosen, pairs.rejected]), pairs.inputs, scale)
+        chosen, rejected = images.chunk(2)
+        return logit_scale * (self.texts(pairs.text, scale) * (chosen - rejected)).sum(1)
+
+
+def plan_update(
+    taste: Taste,
+    pairs: EmbeddedPairs,
+    words: torch.Tensor,
+    logit_scale: float,
+    shared: torch.Tensor,
+    rank: int,
+    image_rank: int,
+) -> Update:
+    """Find the update whose margins are those of `taste`.
 
     Args:
-        text, chosen, rejected: (N, D) normalised base embeddings.
-        preference, weight: (N,).
-        scale: exp(logit_scale).
-        prior_weight, kl_weight, label_smoothing, bank_size: See `BradleyTerryConfig`.
-        words: (K, D) normalised embeddings of many words. They stand for images of what the pairs do not show: a
-            shift that would move some of them up and others down confuses a taste with a topic.
+        taste: The taste.
+        pairs: Pairs on which the strength is compared.
+        words: (K, D) normalised embeddings of many texts.
+        logit_scale: exp(logit_scale) of the base.
+        shared: (D,) unit vector along which images hardly differ, see `shared_direction`.
+        rank: Ranks of the text LoRA. One is for the shift, the others for what depends on the prompt.
+        image_rank: Ranks of the image LoRA, 0 without one.
 
     Returns:
-        (D,) float64 shift. Zeros if the pairs say nothing new (all ties, and the base also prefers neither image).
+        The update. Where the logit scale bounds margins below those of `taste`, and images can't be stretched, its
+        margins are the largest possible.
     """
-    text, chosen, rejected = text.double(), chosen.double(), rejected.double()
-    preference, weight = preference.double(), weight.double()
-    squares = (chosen - rejected).pow(2).sum(1)
-    spread = scale * ((weight * squares).sum() / weight.sum().clamp(min=1e-12)).sqrt().clamp(min=1e-6)
-    banks = [chosen[:bank_size], rejected[:bank_size]] + ([] if words is None else [words.double()])
-    references = [scale * text @ bank.T for bank in banks]
-    z = torch.zeros(text.shape[1], dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([z], max_iter=200, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    caption = taste.caption * logit_scale
+    left, sizes, right = torch.linalg.svd(taste.by_prompt)
+    kept = min(rank - 1, int((sizes > 1e-6 * sizes[0].clamp(min=1e-12)).sum()))
+    left, right = left[:, :kept] * sizes[:kept] / caption, right[:kept]
+    wanted = caption * words + taste.direction + caption * (words @ right.T @ left.T)  # (K, D), in logits
+    along = F.normalize(wanted.mean(0), dim=0)
+    shared = F.normalize(shared - (shared @ along) * along, dim=0)
+    pull = (wanted @ along).mean()
+    by_feature = None if taste.by_feature is None or not image_rank else taste.by_feature / pull
+    update = Update(taste.direction / caption, left, right, along, by_feature=by_feature)
+    target = pairs.margins(taste, logit_scale)
+    if not target.any():
+        return update
+    length, stretch = logit_scale, 1.0
+    for _ in range(30):
+        across = (wanted @ shared).mean()
+        rest = length**2 - wanted.square().sum(1).mean()
+        filler = float((across.square() + rest).sqrt() - across) if rest > 0 else 0.0
+        update.shift = (taste.direction + filler * shared) / caption
+        slope = float((update.margins(pairs, logit_scale) * target).sum() / target.square().sum())
+        if abs(slope - 1) < 0.01:
+            break
+        if filler > 0 or slope > 1:
+            length *= slope
+        elif image_rank and pairs.inputs is not None and stretch < MAX_STRETCH:
+            stretch = min(stretch / max(slope, 0.1), MAX_STRETCH)
+            update.stretch = stretch - 1
+            update.by_feature = None if by_feature is None else stretch * by_feature
+        else:
+            break
+    return update
 
-    def objective() -> torch.Tensor:
-        optimizer.zero_grad()
-        shifted = F.normalize(text + z / spread, dim=-1)
-        margin = scale * (shifted * (chosen - rejected)).sum(1)
-        loss = bradley_terry_loss(margin, preference, label_smoothing)
-        if kl_weight:
-            for bank, reference in zip(banks, references, strict=True):
-                loss = loss + kl_weight / len(banks) * retrieval_kl(scale * shifted @ bank.T, reference)
-        total = (weight * loss).sum() + prior_weight / 2 * z.square().sum()
-        total.backward()
-        return total
 
-    optimizer.step(objective)
-    return z.detach() / spread
+def best_scale(
+    update: Update,
+    pairs: EmbeddedPairs,
+    words: torch.Tensor,
+    logit_scale: float,
+    kl_weight: float,
+    label_smoothing: float,
+    bank_size: int,
+) -> float:
+    """Return the scale of the update, in [0, 1], with the least mean loss + kl_weight * KL(base || adapted)."""
+    if not kl_weight:
+        return 1.0
+    inputs = (None, None) if pairs.features is None else pairs.features
+    banks = [(pairs.chosen, inputs[0]), (pairs.rejected, inputs[1])]
+    banks = [(images[:bank_size], None if x is None else x[:bank_size]) for images, x in banks]
+
+    def objective(scale: float) -> float:
+        text = update.texts(pairs.text, scale)
+        loss = bradley_terry_loss(update.margins(pairs, logit_scale, scale), pairs.preference, label_smoothing)
+        groups = [(update.images(images, x, scale), images) for images, x in banks] + [(words, words)]
+        for adapted, base in groups:
+            divergence = retrieval_kl(logit_scale * text @ adapted.T, logit_scale * pairs.text @ base.T)
+            loss = loss + kl_weight / len(groups) * divergence
+        return float(pairs.weight @ loss)
+
+    return min((step / 40 for step in range(41)), key=objective)
 
 
-def text_lora(model: nn.Module) -> LoraLayer | None:
-    """Return the LoRA on the last linear layer of the text tower, if `model` has a plain one."""
+def plain_lora(model: nn.Module, name: str) -> LoraLayer | None:
+    """Return the LoRA on the layer `name` of the base, if it is a plain one that still changes nothing."""
     if not isinstance(model, PeftModel):
         return None
-    base = model.get_base_model()
-    name = text_output_name(base)
     # PEFT keeps the name and puts its layer around the original one.
-    layer = base.get_submodule(name) if name else None
+    layer = dict(model.get_base_model().named_modules()).get(name)
     if not isinstance(layer, LoraLayer) or model.active_adapter not in layer.lora_B:
         return None
     up = layer.lora_B[model.active_adapter]
@@ -93,21 +201,54 @@ def text_lora(model: nn.Module) -> LoraLayer | None:
     return layer if plain else None
 
 
-def text_output_name(base: nn.Module) -> str | None:
-    """Return the name of the last linear layer of the text tower; `None` for an unknown family."""
+def output_layers(model: nn.Module) -> OutputLayers | None:
+    """Return the names of the last linear layers of both towers; `None` for an unknown family."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     modules = dict(base.named_modules())
-    return next((text for text, _ in OUTPUT_LAYERS if text in modules), None)
+    return next((layers for layers in OUTPUT_LAYERS if layers.text in modules), None)
 
 
 @torch.no_grad()
-def write_shift(model: PeftModel, layer: LoraLayer, delta: torch.Tensor, features: torch.Tensor) -> float:
-    """Make the first rank of `layer`'s LoRA add `delta`, in units of the text embedding's length, to its output.
+def shared_direction(model: PeftModel, layers: OutputLayers, pairs: EmbeddedPairs) -> torch.Tensor:
+    """Return a unit vector (D,) along which image embeddings hardly differ.
+
+    Few images say little about that, but the weights that write the embedding do: the vector is the least eigenvector
+    of their W W^T and of the covariance of the pairs' images, in proportion to the images that stand for either.
+    """
+    base = model.get_base_model()
+    modules = dict(base.named_modules())
+    images = torch.cat([pairs.chosen, pairs.rejected])
+    images = images - images.mean(0)
+    seen = images.T @ images
+    expected = torch.zeros_like(seen)
+    for name in layers.writers:
+        if name in modules:
+            weight = modules[name].weight.double().cpu()
+            expected += weight @ weight.T
+    if expected.any():
+        # As if as many images had been seen as there are dimensions.
+        typical = seen.trace().clamp(min=1e-12) / len(images)
+        seen = seen + len(seen) * typical / expected.trace() * expected
+    return torch.linalg.eigh(seen).eigenvectors[:, 0]
+
+
+@torch.no_grad()
+def write_update(
+    model: PeftModel,
+    text_layer: LoraLayer,
+    image_layer: LoraLayer | None,
+    update: Update,
+    features: torch.Tensor,
+    scale: float = 1.0,
+) -> float:
+    """Write an update into plain LoRAs of the text projection and, where there is one, of the image projection.
 
     Args:
         model: The adapted dual encoder; its active adapter is written.
-        layer: LoRA of the text projection, as `text_lora` gives it; its update should still be zero.
-        delta: (D,) shift of normalised text embeddings.
+        text_layer, image_layer: LoRAs as `plain_lora` gives them; they should still change nothing.
+        update: The update, in units of the embeddings' lengths.
         features: (N, H) inputs of the text projection, from many different texts.
+        scale: Scale of the update.
 
     Returns:
         How far the shift is from constant: the root mean square of (a·x - 1) over `features`. Nothing is written if
@@ -118,11 +259,28 @@ def write_shift(model: PeftModel, layer: LoraLayer, delta: torch.Tensor, feature
     error = (features.double() @ direction - 1).square().mean().sqrt().item()
     if error > TOLERANCE:
         return error
-    norm = layer.get_base_layer()(features.to(layer.get_base_layer().weight)).double().norm(dim=1).mean()
-    down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    projection = text_layer.get_base_layer()
+    output = projection(features.to(projection.weight)).double().cpu()
+    length = output.norm(dim=1).mean()
+    down, up = text_layer.lora_A[adapter].weight, text_layer.lora_B[adapter].weight
+    factor = scale / text_layer.scaling[adapter]
+    shift = update.shift
+    if projection.bias is not None:
+        shift = shift + update.left @ (update.right @ projection.bias.double().cpu()) / length
     # The length of the embedding goes into A: a step of AdamW on B is then a step of its size on the unit sphere.
-    down[0] = (direction * norm).to(down)
-    up[:, 0] = (delta / layer.scaling[adapter]).to(up)
+    down[0] = (direction * length).to(down)
+    up[:, 0] = (factor * shift).to(up)
+    kept = update.left.shape[1]
+    down[1 : 1 + kept] = (update.right @ projection.weight.double().cpu()).to(down)
+    up[:, 1 : 1 + kept] = (factor * update.left).to(up)
+    if image_layer is not None and (update.by_feature is not None or update.stretch):
+        down, up = image_layer.lora_A[adapter].weight, image_layer.lora_B[adapter].weight
+        weights = update.stretch * update.along @ image_layer.get_base_layer().weight.double().cpu()
+        if update.by_feature is not None:
+            weights = weights + update.by_feature
+        size = weights.norm()
+        down[0] = (weights / size).to(down)
+        up[:, 0] = (scale / image_layer.scaling[adapter] * size * update.along).to(up)
     return error
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -25,7 +26,9 @@ from bt_hf.reward.cache import FeatureCache, FilePairs, MemoryPairs, store_pairs
 from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
-from bt_hf.reward.lora import add_adapter
+from bt_hf.reward.fit import FITTED_PAIRS, fit_taste
+from bt_hf.reward.lora import OutputLayers, add_adapter
+from bt_hf.reward.taste import EmbeddedPairs
 from bt_hf.training.finite import check_losses
 from bt_hf.training.lora_options import check_adapter_options
 from bt_hf.training.saving import prepare_run
@@ -151,51 +154,84 @@ class BradleyTerryTrainer(PreferenceTrainer):
         return super()._prepare_for_training(*args, **kwargs)
 
     def _prepare(self, begin: bool) -> None:
-        """Embed training pairs with the base, for the KL term, and begin a fresh LoRA at the best constant shift."""
+        """Embed training pairs with the base, for the KL term, and begin a fresh LoRA at the fitted taste."""
         start = begin and self._fresh_adapter and self.args.warm_start
         if not (start or self.args.kl_weight) or self.train_dataset is None:
             return
         self.place_unsharded()
-        embedded = self._embed_training_pairs(512)
-        size = self.args.kl_bank_size
-        self._banks = {name: embedded[name][:size].to(self.args.device) for name in ("text", "chosen", "rejected")}
-        layer = taste.text_lora(self.model) if start else None
-        words, features = self._embed_vocabulary(layer)
-        self._banks["words"] = words.to(self.args.device)
-        if layer is not None and features is not None:
-            self._write_shift(layer, features, embedded, words)
+        layers = taste.output_layers(self.model)
+        text_layer = taste.plain_lora(self.model, layers.text) if start and layers else None
+        image_layer = taste.plain_lora(self.model, layers.image) if text_layer and layers else None
+        pairs = self._embed_training_pairs(FITTED_PAIRS, image_layer)
+        words, features = self._embed_vocabulary(text_layer)
+        if self.args.kl_weight:
+            size = self.args.kl_bank_size
+            banks = {"text": pairs.text, "chosen": pairs.chosen, "rejected": pairs.rejected}
+            banks = {name: bank[:size] for name, bank in banks.items()} | {"words": words}
+            self._banks = {name: bank.float().to(self.args.device) for name, bank in banks.items()}
+        if layers and text_layer is not None and features is not None:
+            self._write_taste(layers, text_layer, image_layer, pairs, words.double(), features)
 
-    def _write_shift(
-        self, layer: LoraLayer, features: torch.Tensor, embedded: dict[str, torch.Tensor], words: torch.Tensor
+    def _write_taste(
+        self,
+        layers: OutputLayers,
+        text_layer: LoraLayer,
+        image_layer: LoraLayer | None,
+        pairs: EmbeddedPairs,
+        words: torch.Tensor,
+        features: torch.Tensor,
     ) -> None:
-        """Fit the shift of the text embedding to the embedded pairs, and write it into the LoRA `layer`."""
-        delta = taste.fit_shift(
-            **embedded,
-            scale=encoders.logit_scale(self.model).item(),
-            prior_weight=self.args.prior_weight,
-            kl_weight=self.args.kl_weight,
-            label_smoothing=self.args.label_smoothing,
-            bank_size=self.args.kl_bank_size,
-            words=words,
+        """Fit a taste to the embedded pairs, and write it into the LoRAs of both projections."""
+        args, adapter = self.args, self.model.active_adapter
+        scale = encoders.logit_scale(self.model).item()
+        fitted = fit_taste(
+            pairs.text,
+            pairs.chosen,
+            pairs.rejected,
+            pairs.preference,
+            pairs.weight,
+            scale,
+            features=pairs.features,
+            prior_weight=args.prior_weight,
+            label_smoothing=args.label_smoothing,
         )
-        error = taste.write_shift(self.model, layer, delta, features)
+        shared = taste.shared_direction(self.model, layers, pairs)
+        image_rank = image_layer.r[adapter] if image_layer is not None else 0
+        update = taste.plan_update(fitted, pairs, words, scale, shared, text_layer.r[adapter], image_rank)
+        part = taste.best_scale(update, pairs, words, scale, args.kl_weight, args.label_smoothing, args.kl_bank_size)
+        error = taste.write_update(self.model, text_layer, image_layer, update, features, part)
         if error > taste.TOLERANCE:
             logger.info("No warm start: a shift would vary by %.0f %% from text to text.", 100 * error)
         self._fresh_adapter = False
 
     @torch.no_grad()
-    def _embed_training_pairs(self, limit: int) -> dict[str, torch.Tensor]:
-        """Embed up to `limit` training pairs with the base, in their own order: each (N, D), on the CPU."""
+    def _embed_training_pairs(self, limit: int, image_layer: nn.Module | None = None) -> EmbeddedPairs:
+        """Embed up to `limit` training pairs with the base, in their own order, and the inputs of `image_layer`."""
         columns: dict[str, list[torch.Tensor]] = defaultdict(list)
-        for batch in self.read_batches(self.train_dataset, limit):
-            with self.base_model() as model:
-                text, images = self._embed(model, batch)
-            chosen, rejected = images.chunk(2)
-            values = {"text": text, "chosen": chosen, "rejected": rejected}
-            values |= {name: batch[name] for name in ("preference", "weight")}
-            for name, value in values.items():
-                columns[name].append(value.cpu())
-        return {name: torch.cat(values) for name, values in columns.items()}
+        inputs: list[list[torch.Tensor]] = [[], []]
+        seen: list[torch.Tensor] = []
+        with ExitStack() as stack:
+            if image_layer is not None:
+                hook = image_layer.register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
+                stack.enter_context(hook)
+            for batch in self.read_batches(self.train_dataset, limit):
+                with self.base_model() as model:
+                    text, images = self._embed(model, batch)
+                chosen, rejected = images.chunk(2)
+                values = {"text": text, "chosen": chosen, "rejected": rejected}
+                values |= {name: batch[name] for name in ("preference", "weight")}
+                for name, value in values.items():
+                    columns[name].append(value.double().cpu())
+                if image_layer is not None:
+                    entered, left = (value.float() for value in seen)
+                    seen.clear()
+                    # Some towers add more to the output of this layer before it is the embedding.
+                    if left.shape == images.shape and torch.allclose(F.normalize(left, dim=-1), images, atol=1e-3):
+                        halves = (entered / left.norm(dim=-1, keepdim=True)).double().cpu().chunk(2)
+                        for half, value in zip(inputs, halves, strict=True):
+                            half.append(value)
+        gathered = torch.cat([value for half in inputs for value in half]) if inputs[0] else None
+        return EmbeddedPairs(**{name: torch.cat(values) for name, values in columns.items()}, inputs=gathered)
 
     @torch.no_grad()
     def _embed_vocabulary(self, layer: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None]:
