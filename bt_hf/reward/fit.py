@@ -29,7 +29,7 @@ STRENGTHS = (0.03, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 PROMPT_SHARES = (0.0, 0.5)
 # Weight of the caption's own margin, with the logarithm of its prior odds. For two images of one prompt that margin is
 # mostly noise about taste; a tenth costs next to nothing, and rewards still say which image a prompt means.
-CAPTION_WEIGHTS = {0.1: 0.0, 0.3: -1.0, 1.0: -2.0}
+CAPTION_WEIGHTS = {0.03: -1.0, 0.1: 0.0, 0.3: -1.0, 1.0: -2.0}
 # Share of the prior variance for the inputs of the image projection, where they are known.
 FEATURE_SHARE = 0.5
 # Rates of wrong clicks, with the logarithm of their prior odds.
@@ -113,11 +113,11 @@ class _Pairs:
     def kernels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return kernels (N, N) of images, of images and prompts, and of features, for typical margins of 1."""
         images = self.difference @ self.difference.T
-        images = images / _mean_diagonal(images)
+        images = images / _typical_square(self.difference, self.weight)
         features = torch.zeros_like(images)
         if self.feature_difference is not None:
             features = self.feature_difference @ self.feature_difference.T
-            features = FEATURE_SHARE * features / _mean_diagonal(features)
+            features = FEATURE_SHARE * features / _typical_square(self.feature_difference, self.weight)
             images = (1 - FEATURE_SHARE) * images
         return images, images * (self.text @ self.text.T), features
 
@@ -170,8 +170,8 @@ def fit_taste(
         value.detach().double() for value in (text, chosen, rejected, preference, weight)
     )
     preference = preference * (1 - label_smoothing) + (1 - preference) * label_smoothing
-    mean = text.mean(0)
-    spread = (text - mean).square().sum(1).mean().sqrt()
+    mean = weight @ text / weight.sum().clamp(min=1e-12)
+    spread = ((weight @ (text - mean).square().sum(1)) / weight.sum().clamp(min=1e-12)).sqrt()
     difference = chosen - rejected
     centred = (text - mean) / spread if spread > 1e-6 else torch.zeros_like(text)
     pairs = _Pairs(
@@ -220,7 +220,7 @@ def _average(pairs: _Pairs, settings: list[_Setting], prior_weight: float) -> li
     prior = -0.5 * ((TEMPERATURES / TYPICAL_MARGIN).log() / TYPICAL_SPREAD).square()
     scores, scales = [], []
     for setting, (_, margin, left_out) in zip(settings, fits, strict=True):
-        typical = margin.abs().mean().clamp(min=1e-12)
+        typical = ((pairs.weight @ margin.abs()) / pairs.weight.sum()).clamp(min=1e-12)
         tempered = TEMPERATURES[:, None] * left_out / typical  # (temperatures, N)
         tempered = tempered + captions[:, None, None, None] * pairs.base_margin  # (captions, 1, temperatures, N)
         right = (1 - 2 * rates[:, None, None]) * torch.sigmoid(tempered) + rates[:, None, None]
@@ -334,19 +334,19 @@ def leave_out(
 def _in_primal(pairs: _Pairs, settings: list[_Setting], parts: list[_Part]) -> Taste:
     """Return the sum of the parts as weights of embeddings, features and caption."""
     share_of_images = 1.0 if pairs.feature_difference is None else 1 - FEATURE_SHARE
-    of_images = share_of_images / _mean_diagonal(pairs.difference @ pairs.difference.T)
+    of_images = share_of_images / _typical_square(pairs.difference, pairs.weight)
     duals = torch.stack([s.strength**2 * part.scaled_dual for s, part in zip(settings, parts, strict=True)])  # (S, N)
     shares = torch.tensor([s.prompt_share for s in settings]).double()
     direction = of_images * ((1 - shares) @ duals) @ pairs.difference
     by_prompt = of_images * (pairs.difference * (shares @ duals)[:, None]).T @ pairs.text
     by_feature = None
     if (x := pairs.feature_difference) is not None:
-        by_feature = FEATURE_SHARE / _mean_diagonal(x @ x.T) * (duals.sum(0) @ x)
+        by_feature = FEATURE_SHARE / _typical_square(x, pairs.weight) * (duals.sum(0) @ x)
     return Taste(direction, by_prompt, by_feature, sum(part.caption for part in parts))
 
 
-def _mean_diagonal(kernel: torch.Tensor) -> torch.Tensor:
-    return kernel.diagonal().mean().clamp(min=1e-12)
+def _typical_square(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return ((weight @ rows.square().sum(1)) / weight.sum()).clamp(min=1e-12)
 
 
 def _clusters(text: torch.Tensor) -> torch.Tensor:

@@ -137,7 +137,8 @@ def plan_update(
     by_feature = None if taste.by_feature is None or not image_rank else taste.by_feature / pull
     update = Update(taste.direction / caption, left, right, along, by_feature=by_feature)
     target = pairs.margins(taste, logit_scale)
-    if not target.any():
+    against = float(pairs.weight @ target.square())
+    if not against:
         return update
     length, stretch = logit_scale, 1.0
     for _ in range(30):
@@ -145,7 +146,7 @@ def plan_update(
         rest = length**2 - wanted.square().sum(1).mean()
         filler = float((across.square() + rest).sqrt() - across) if rest > 0 else 0.0
         update.shift = (taste.direction + filler * shared) / caption
-        slope = float((update.margins(pairs, logit_scale) * target).sum() / target.square().sum())
+        slope = float((update.margins(pairs, logit_scale) * target) @ pairs.weight / against)
         if abs(slope - 1) < 0.01:
             break
         if filler > 0 or slope > 1:
@@ -217,9 +218,9 @@ def shared_direction(model: PeftModel, layers: OutputLayers, pairs: EmbeddedPair
     """
     base = model.get_base_model()
     modules = dict(base.named_modules())
-    images = torch.cat([pairs.chosen, pairs.rejected])
-    images = images - images.mean(0)
-    seen = images.T @ images
+    images, weight = torch.cat([pairs.chosen, pairs.rejected]), pairs.weight.repeat(2)
+    images = images - weight @ images / weight.sum().clamp(min=1e-12)
+    seen = images.T @ (weight[:, None] * images)
     expected = torch.zeros_like(seen)
     for name in layers.writers:
         if name in modules:
@@ -227,7 +228,7 @@ def shared_direction(model: PeftModel, layers: OutputLayers, pairs: EmbeddedPair
             expected += weight @ weight.T
     if expected.any():
         # As if as many images had been seen as there are dimensions.
-        typical = seen.trace().clamp(min=1e-12) / len(images)
+        typical = seen.trace().clamp(min=1e-12) / weight.sum().clamp(min=1e-12)
         seen = seen + len(seen) * typical / expected.trace() * expected
     return torch.linalg.eigh(seen).eigenvectors[:, 0]
 

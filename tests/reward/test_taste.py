@@ -1,113 +1,151 @@
-"""The constant shift: the same optimum as another optimiser finds on another implementation, and written exactly."""
+"""A taste in the LoRA of both projections: the model's own margins are those that were fitted."""
 
-import numpy as np
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig
-from scipy.optimize import minimize
-from scipy.special import expit, log_softmax
-from torch.nn.functional import normalize
+from torch.nn import functional as F
+from torch.nn.functional import log_softmax, normalize
 
 from bt_hf.reward import encoders, taste
+from bt_hf.reward.fit import Taste
 from bt_hf.reward.lora import add_adapter
-from bt_hf.reward.taste import fit_shift, text_lora, vocabulary_texts, write_shift
+from bt_hf.reward.taste import EmbeddedPairs, best_scale, plain_lora, plan_update, vocabulary_texts, write_update
 from bt_hf.training.lora_options import LoraOptions
-from tiny_models import build
+from tiny_models import FAMILIES, build, red_pairs
 
 
-def problem(pairs: int = 14, width: int = 6) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    text, chosen, rejected = (
-        normalize(torch.randn(pairs, width, generator=generator, dtype=torch.double), dim=-1) for _ in range(3)
-    )
-    preference = torch.rand(pairs, generator=generator).round(decimals=1)
-    weight = 0.2 + torch.rand(pairs, generator=generator)
-    return {"text": text, "chosen": chosen, "rejected": rejected, "preference": preference, "weight": weight}
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
 
 
-def best_shift(
-    data: dict[str, torch.Tensor], scale: float, prior: float, alignment: float, smoothing: float, bank: int
-) -> np.ndarray:
-    """The objective of `fit_shift`'s docstring in numpy, minimised without derivatives of ours."""
-    text, chosen, rejected, preference, weight = (value.numpy().astype(float) for value in data.values())
-    preference = preference * (1 - smoothing) + (1 - preference) * smoothing
-    spread = scale * np.sqrt(weight @ ((chosen - rejected) ** 2).sum(1) / weight.sum())
-
-    def objective(delta: np.ndarray) -> float:
-        shifted = text + delta
-        shifted /= np.linalg.norm(shifted, axis=1, keepdims=True)
-        win = expit(scale * ((chosen - rejected) * shifted).sum(1))
-        loss = -(preference * np.log(win) + (1 - preference) * np.log(1 - win))
-        for images in (chosen[:bank], rejected[:bank]):
-            base, adapted = (log_softmax(scale * x @ images.T, axis=1) for x in (text, shifted))
-            loss = loss + alignment / 2 * (np.exp(base) * (base - adapted)).sum(1)
-        return weight @ loss + prior / 2 * ((spread * delta) ** 2).sum()
-
-    return minimize(objective, np.zeros(text.shape[1]), method="BFGS", options={"gtol": 1e-7}).x
+def embedded(pairs: int = 40, width: int = 32, features: int | None = None) -> EmbeddedPairs:
+    """Texts far from images, as in real dual encoders; the last coordinate of all images is the same."""
+    images = F.pad(0.8 * normalize(gaussian(2 * pairs, width - 1, seed=1), dim=-1), (0, 1), value=0.6)
+    text = 0.1 * gaussian(pairs, width, seed=2) / width**0.5
+    text[:, -2] += 1
+    chosen, rejected = images.chunk(2)
+    inputs = None if features is None else gaussian(2 * pairs, features, seed=3) / features**0.5
+    ones = torch.ones(pairs).double()
+    return EmbeddedPairs(normalize(text, dim=-1), chosen, rejected, ones, ones, inputs)
 
 
-@pytest.mark.parametrize(
-    ("prior", "alignment", "smoothing", "bank"),
-    [(0.1, 0.0, 0.0, 256), (0.1, 1.0, 0.0, 256), (1.0, 0.5, 0.1, 5)],
-)
-def test_fit_against_another_optimiser(prior: float, alignment: float, smoothing: float, bank: int) -> None:
-    data = problem()
-    options = {"prior_weight": prior, "kl_weight": alignment, "label_smoothing": smoothing, "bank_size": bank}
-    shift = fit_shift(**data, scale=8.0, **options)
-    expected = best_shift(data, 8.0, prior, alignment, smoothing, bank)
-    assert np.linalg.norm(expected) > 0.05
-    np.testing.assert_allclose(shift.numpy(), expected, atol=1e-4)
+def some_taste(strength: float, width: int = 32, features: int | None = None, by_prompt: bool = False) -> Taste:
+    """Typical margins of `strength`."""
+    direction = strength * normalize(gaussian(width, seed=5), dim=0) * width**0.5
+    matrix = torch.zeros(width, width).double()
+    if by_prompt:
+        matrix = 0.3 * torch.outer(direction.roll(1), gaussian(width, seed=6)) / width**0.5
+    feature = None if features is None else strength * normalize(gaussian(features, seed=7), dim=0)
+    return Taste(direction, matrix, feature, caption=0.1)
 
 
-def test_only_ties_that_the_base_calls_ties_too_give_no_shift() -> None:
-    """Each text lies half way between its two images, so the base prefers neither."""
-    data = problem()
-    data |= {"preference": torch.full((14,), 0.5), "text": normalize(data["chosen"] + data["rejected"], dim=-1)}
-    shift = fit_shift(**data, scale=8.0, prior_weight=0.1, kl_weight=1.0)
-    torch.testing.assert_close(shift, torch.zeros_like(shift), atol=1e-9, rtol=0)
-    data["preference"] = torch.full((14,), 0.6)
-    assert fit_shift(**data, scale=8.0, prior_weight=0.1, kl_weight=1.0).norm() > 1e-3
+def shared_of(width: int = 32) -> torch.Tensor:
+    return torch.eye(width).double()[-1]
 
 
-def test_stronger_prior_is_more_cautious() -> None:
-    sizes = [
-        fit_shift(**problem(), scale=8.0, prior_weight=prior, kl_weight=0.0).norm().item()
-        for prior in (0.01, 0.1, 1, 10, 100)
-    ]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] > 10 * sizes[-1]
+@pytest.mark.parametrize("features", [None, 24], ids=["output", "inputs, too"])
+@pytest.mark.parametrize("by_prompt", [False, True], ids=["any prompt", "by prompt"])
+@pytest.mark.parametrize("strength", [0.3, 3.0])
+@pytest.mark.parametrize("scale", [10.0, 20.0, 100.0, 112.0])
+def test_margins_are_those_of_the_taste(scale: float, strength: float, by_prompt: bool, features: int | None) -> None:
+    """At any logit scale: too large ones are cooled, and at too small ones images are stretched."""
+    pairs, wanted = embedded(features=features), some_taste(strength, 32, features, by_prompt)
+    words = pairs.text
+    image_rank = 0 if features is None else 8
+    update = plan_update(wanted, pairs, words, scale, shared_of(), 8, image_rank)
+    found, target = update.margins(pairs, scale), pairs.margins(wanted, scale)
+    slope = float(found @ target / target.square().sum())
+    bounded = features is None and float((wanted.direction + scale * 0.1 * words).norm(dim=1).mean()) > scale
+    assert 0.98 < slope < 1.02 or (bounded and slope < 1)
+    tolerance = 0.97 if strength > 1 and scale < 50 else 0.995
+    assert torch.corrcoef(torch.stack([found, target]))[0, 1] > tolerance
 
 
-def test_weight_is_as_good_as_a_copy() -> None:
-    """Twice the weight in every pair of the first half, or each of them twice."""
-    data = problem()
-    first = torch.arange(14) < 7
-    weighted = data | {"weight": torch.where(first, 2.0, 1.0)}
-    copied = {name: torch.cat([value, value[first]]) for name, value in data.items()}
-    copied["weight"] = torch.ones(21)
-    shifts = [fit_shift(**d, scale=8.0, prior_weight=0.1, kl_weight=0.0) for d in (weighted, copied)]
-    torch.testing.assert_close(*shifts, atol=1e-6, rtol=1e-6)
+def test_without_further_ranks_the_taste_depends_on_no_prompt() -> None:
+    pairs = embedded()
+    update = plan_update(some_taste(1.0, by_prompt=True), pairs, pairs.text, 20.0, shared_of(), 1, 0)
+    assert update.left.shape == (32, 0)
+    assert update.right.shape == (0, 32)
+    assert update.margins(pairs, 20.0).isfinite().all()
 
 
 @pytest.mark.parametrize("alpha", [8, 32])
-@pytest.mark.parametrize("family", ["clip", "siglip", "siglip2", "metaclip_2", "altclip"])
-def test_written_shift_is_constant_on_unseen_texts(family: str, alpha: int) -> None:
-    """The embedding before normalisation moves by (its mean length) * delta, whatever the text is."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_written_update_is_what_the_model_does(family: str, alpha: int) -> None:
+    """Embeddings of unseen texts and images, from the model's own forward, against the update's formula."""
     base, processor = build(family)
     give_bias(base)
-    model = add_adapter(base, None, LoraOptions(lora_alpha=alpha))
-    layer = text_lora(model)
-    delta = torch.randn(layer.lora_B["default"].weight.shape[0]).double()
-    features, unshifted = projection(model, layer, processor, vocabulary_texts(processor.tokenizer))
-    error = write_shift(model, layer, delta, features)
-    assert error < 0.1
-
+    rows = red_pairs(12)
+    pixels = encoders_inputs(processor, rows["chosen"])
     texts = ["a photo of the old house", "green lamp and blue boat", "the small bird"]
-    unseen, after = projection(model, layer, processor, texts)
-    shift = (after - layer.get_base_layer()(unseen)) / unshifted.norm(dim=1).mean()
-    expected = delta.float()
-    assert (normalize(shift, dim=-1) @ normalize(expected, dim=0)).min() > 0.999
-    torch.testing.assert_close(shift.norm(dim=1) / expected.norm(), torch.ones(3), atol=0.15, rtol=0)
+    tokens = encoders.tokenize(processor, texts)
+    model = add_adapter(base, None, LoraOptions(lora_alpha=alpha))
+    layers = taste.output_layers(model)
+    text_layer, image_layer = plain_lora(model, layers.text), plain_lora(model, layers.image)
+    with torch.no_grad():
+        text, images = encoders.embed_texts(model, tokens), encoders.embed_images(model, pixels)
+        passed: list[torch.Tensor] = []
+        with image_layer.register_forward_hook(lambda module, args, output: passed.extend([args[0], output])):
+            encoders.embed_images(model, pixels)
+        entered, left = passed
+        direct = left.shape == images.shape
+        with text_layer.register_forward_pre_hook(lambda m, args: features.append(args[0])):
+            features: list[torch.Tensor] = []
+            encoders.embed_texts(model, encoders.tokenize(processor, vocabulary_texts(processor.tokenizer)))
+    width = images.shape[1]
+    inputs = (entered / left.norm(dim=-1, keepdim=True)).double() if direct else None
+    update = taste.Update(
+        shift=2 * gaussian(width) / width**0.5,
+        left=gaussian(width, 2, seed=1) / width**0.5,
+        right=gaussian(2, width, seed=2) / width**0.5,
+        along=normalize(gaussian(width, seed=3), dim=0),
+        stretch=1.5 if direct else 0.0,
+        by_feature=gaussian(inputs.shape[1], seed=4) if direct else None,
+    )
+    error = write_update(model, text_layer, image_layer, update, features[0], scale=0.7)
+    assert error < 0.1
+    with torch.no_grad():
+        adapted_text = encoders.embed_texts(model, tokens).double()
+        adapted_images = encoders.embed_images(model, pixels).double()
+    cosine = (adapted_text * update.texts(text.double(), 0.7)).sum(1)
+    assert cosine.min() > 0.99  # lengths of texts differ, and the shift is constant to a few hundredths
+    torch.testing.assert_close(adapted_images, update.images(images.double(), inputs, 0.7), atol=1e-5, rtol=0)
+
+
+def encoders_inputs(processor, images: list) -> dict[str, torch.Tensor]:
+    return dict(processor.image_processor(list(images), return_tensors="pt"))
+
+
+def test_best_scale_is_the_least_of_loss_and_divergence() -> None:
+    """Against the objective written out: half the loss's gain is given up where captions matter."""
+    pairs = embedded()
+    pairs.chosen, pairs.rejected = pairs.chosen.clone(), pairs.rejected
+    wanted = some_taste(2.0)
+    flip = (pairs.margins(wanted, 20.0) < 0)[:, None]
+    pairs.chosen, pairs.rejected = (
+        torch.where(flip, pairs.rejected, pairs.chosen),
+        torch.where(flip, pairs.chosen, pairs.rejected),
+    )
+    update = plan_update(wanted, pairs, pairs.text, 20.0, shared_of(), 8, 0)
+
+    def objective(scale: float, weight: float) -> float:
+        text = update.texts(pairs.text, scale)
+        margins = 20 * ((pairs.chosen - pairs.rejected) * text).sum(1)
+        total = -torch.log(torch.sigmoid(margins))
+        for bank in (pairs.chosen, pairs.rejected, pairs.text):
+            base, adapted = (log_softmax(20 * rows @ bank.T, dim=1) for rows in (pairs.text, text))
+            total = total + weight / 3 * (base.exp() * (base - adapted)).sum(1)
+        return float(total.sum())
+
+    scales = []
+    for weight in (0.0, 0.3, 3.0, 100.0):
+        scale = best_scale(update, pairs, pairs.text, 20.0, weight, 0.0, bank_size=256)
+        scales.append(scale)
+        if weight:
+            assert objective(scale, weight) <= min(objective(step / 10, weight) for step in range(11)) + 1e-9
+    assert scales[0] == 1
+    assert scales == sorted(scales, reverse=True)
+    assert scales[-1] < scales[1]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +160,7 @@ def test_written_shift_is_constant_on_unseen_texts(family: str, alpha: int) -> N
     ids=["dora", "pissa", "adalora", "other layer", "ia3"],
 )
 def test_only_a_plain_lora_that_is_still_zero_is_written(config: PeftConfig) -> None:
-    assert text_lora(add_adapter(build()[0], config)) is None
+    assert plain_lora(add_adapter(build()[0], config), "text_projection") is None
 
 
 def give_bias(base: torch.nn.Module) -> None:
@@ -132,22 +170,16 @@ def give_bias(base: torch.nn.Module) -> None:
             torch.nn.init.normal_(module.bias)
 
 
-@torch.no_grad()
-def projection(model, layer, processor, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input and output of the last layer of the text tower, each (N, width)."""
-    seen = []
-    with layer.register_forward_hook(lambda module, args, output: seen.extend([args[0], output])):
-        encoders.embed_texts(model, encoders.tokenize(processor, texts))
-    return seen[0], seen[1]
-
-
 def test_nothing_is_written_where_no_shift_can_be_expressed() -> None:
-    base, processor = build()
+    base, _ = build()
     model = add_adapter(base, None)
-    layer = text_lora(model)
+    layer = plain_lora(model, "text_projection")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rows = torch.randn(40, 16)
-    error = write_shift(model, layer, torch.ones(12).double(), torch.cat([rows, -rows]))
+    width = layer.lora_B["default"].weight.shape[0]
+    empty = torch.zeros(width, 0).double()
+    update = taste.Update(torch.ones(width).double(), empty, empty.T, torch.ones(width).double())
+    error = write_update(model, layer, None, update, torch.cat([rows, -rows]))
     assert error > taste.TOLERANCE
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 

@@ -274,7 +274,7 @@ def test_deepspeed_casts_the_model_and_inputs_follow(tmp_path: Path) -> None:
 
 
 def test_bf16_alignment_of_an_untouched_model_is_zero(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, bf16=True, warm_start=False, num_train_epochs=1, logging_steps=1)
+    trainer = make_trainer(tmp_path, bf16=True, warm_start=False, kl_weight=0.7, num_train_epochs=1, logging_steps=1)
     trainer.train()
     assert logged(trainer, "kl")[0] == pytest.approx(0, abs=1e-6)
 
@@ -536,7 +536,7 @@ def test_custom_callbacks_see_logs(tmp_path: Path) -> None:
         def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
             self.logs.append(dict(logs))
 
-    trainer = make_trainer(tmp_path, num_train_epochs=4, logging_steps=2, callbacks=[Watch()])
+    trainer = make_trainer(tmp_path, kl_weight=0.7, num_train_epochs=4, logging_steps=2, callbacks=[Watch()])
     trainer.train()
     first = Watch.logs[0]
     assert {"loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "kl"} <= first.keys()
