@@ -5,6 +5,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import EvalPrediction, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 
@@ -249,6 +251,12 @@ class BradleyTerryTrainer(PreferenceTrainer):
                 words.append(encoders.embed_texts(model, self._prepare_inputs(inputs)).cpu())
         return torch.cat(words), torch.cat(seen) if seen else None
 
+    @cached_property
+    def _frozen_norms(self) -> list[nn.Module]:
+        """Batch norms of frozen convolutional towers."""
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        return [norm for norm in norms if not any(parameter.requires_grad for parameter in norm.parameters())]
+
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
         """Yield the untouched base, within a context that restores the adapter."""
@@ -278,6 +286,9 @@ class BradleyTerryTrainer(PreferenceTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Bradley-Terry loss of a batch, with the KL term while training. See `BradleyTerryConfig`."""
         preference, weight = inputs["preference"], inputs["weight"]
+        if model.training:
+            for norm in self._frozen_norms:  # their running statistics would drift, even without gradients
+                norm.training = False
         scale = encoders.logit_scale(self.accelerator.unwrap_model(model))
         text, images = self._embed(model, inputs)  # (B, D), (2B, D)
         rewards = scale * (text.repeat(2, 1) * images).sum(-1)  # (2B,)

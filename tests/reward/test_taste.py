@@ -11,7 +11,7 @@ from bt_hf.reward.fit import Taste
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.taste import EmbeddedPairs, best_scale, plain_lora, plan_update, vocabulary_texts, write_update
 from bt_hf.training.lora_options import LoraOptions
-from tiny_models import FAMILIES, build, red_pairs
+from tiny_models import ALL_FAMILIES, build, red_pairs
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_without_further_ranks_the_taste_depends_on_no_prompt() -> None:
 
 
 @pytest.mark.parametrize("alpha", [8, 32])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_written_update_is_what_the_model_does(family: str, alpha: int) -> None:
     """Embeddings of unseen texts and images, from the model's own forward, against the update's formula."""
     base, processor = build(family)

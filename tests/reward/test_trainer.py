@@ -28,7 +28,7 @@ from transformers import (
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceScorer
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.reward.collator import PreferenceCollator
-from tiny_models import CONTEXT, FAMILIES, build, red_pairs, save
+from tiny_models import ALL_FAMILIES, CONTEXT, build, red_pairs, save
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
 PLAIN = {"warm_start": False, "kl_weight": 0.0}
@@ -68,7 +68,7 @@ def logged(trainer: BradleyTerryTrainer, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("warm_start", [True, False], ids=["warm", "cold"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_learns_what_the_base_does_not_know(family: str, warm_start: bool, tmp_path: Path) -> None:
     pairs = red_pairs(24)
     # Half of the pairs as the base would have it and half against it would be noise; against it on all is a taste.
@@ -547,7 +547,7 @@ def test_custom_callbacks_see_logs(tmp_path: Path) -> None:
 # --- Folders ---
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_folder_contract(family: str, tmp_path: Path) -> None:
     base = save(tmp_path / "base", family)
     trainer = make_trainer(tmp_path / "out", model=base, family=family, num_train_epochs=2, learning_rate=1e-2)
@@ -741,3 +741,15 @@ def test_features_from_above_the_trained_layers_are_refused(tmp_path: Path) -> N
     deeper = LoraConfig(r=2, target_modules=r"vision_model\.encoder\.layers\.0\..*q_proj")
     with pytest.raises(ValueError, match="other layers frozen"):
         make_trainer(tmp_path, first.train_dataset, model=base, peft_config=deeper)
+
+
+# --- Towers with batch norms ---
+
+
+def test_batch_norms_of_a_frozen_tower_stay_as_they_are(tmp_path: Path) -> None:
+    """Uncached, the tower runs at every step."""
+    trainer = make_trainer(tmp_path, red_pairs(8), family="dual_encoder", cache_features=False, num_train_epochs=3)
+    before = {name: value.clone() for name, value in trainer.model.named_buffers()}
+    assert any("running_mean" in name for name in before)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_buffers())

@@ -24,10 +24,12 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
+    CLIPTextConfig,
     CLIPTokenizer,
     GemmaTokenizer,
     MetaClip2Config,
     MetaClip2Model,
+    MobileNetV2Config,
     Qwen2Tokenizer,
     Siglip2Config,
     Siglip2Model,
@@ -37,6 +39,9 @@ from transformers import (
     SiglipModel,
     SiglipProcessor,
     T5Tokenizer,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
     XLMRobertaTokenizer,
 )
 from transformers.models.chinese_clip.image_processing_pil_chinese_clip import ChineseCLIPImageProcessorPil
@@ -203,6 +208,17 @@ def make_siglip2(**kwargs) -> tuple[nn.Module, ProcessorMixin]:
     return model, Siglip2Processor(Siglip2ImageProcessorPil(patch_size=8, max_num_patches=6), tokenizer)
 
 
+def make_dual_encoder() -> tuple[nn.Module, ProcessorMixin]:
+    """A convolutional tower with batch norms, joined to a text tower."""
+    tokenizer = clip_tokenizer()
+    vision = MobileNetV2Config(depth_multiplier=0.1, min_depth=8, image_size=32, hidden_size=1280, tf_padding=False)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 1}
+    text = CLIPTextConfig(**WIDTH, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, **ids)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=12)
+    images = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    return VisionTextDualEncoderModel(config), VisionTextDualEncoderProcessor(images, tokenizer)
+
+
 FAMILIES: dict[str, Callable[[], tuple[nn.Module, ProcessorMixin]]] = {
     "clip": make_clip,
     "siglip": make_siglip,
@@ -211,6 +227,8 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, ProcessorMixin]]] = {
     "altclip": make_altclip,
     "chinese_clip": make_chinese_clip,
 }
+# Towers of other kinds, for what does not look inside them.
+ALL_FAMILIES = FAMILIES | {"dual_encoder": make_dual_encoder}
 # Defaults of the classes: pad on the left, and give a mask.
 SIGLIP2_MASKED = partial(make_siglip2, padding_side="left", model_input_names=["input_ids", "attention_mask"])
 
@@ -219,7 +237,7 @@ def build(family: str | Callable = "clip", seed: int = 0) -> tuple[nn.Module, Pr
     """A random model, the same for the same seed, and its processor."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, processor = (FAMILIES[family] if isinstance(family, str) else family)()
+        model, processor = (ALL_FAMILIES[family] if isinstance(family, str) else family)()
         # The usual initialisation is made for wide layers: at width 16 all inputs would look alike.
         for parameter in model.parameters():
             if parameter.ndim > 1:
