@@ -14,8 +14,7 @@ class BradleyTerryConfig(PreferenceConfig):
 
         bradley_terry_loss(margin, preference) + kl_weight * KL(base || adapted)
 
-    plus `prior_weight` times half the squared size of the shift (see `warm_start`) divided by the number of pairs,
-    which is the Gaussian prior of a maximum a posteriori fit: it matters with 8 pairs and fades with 800.
+    and training begins at the taste that `bt_hf.reward.fit.fit_taste` finds (see `warm_start`).
 
     Example:
         >>> from bt_hf import BradleyTerryConfig
@@ -31,9 +30,9 @@ class BradleyTerryConfig(PreferenceConfig):
     warm_start: bool = field(
         default=True,
         metadata={
-            "help": "Begin with the best constant shift of the text embedding (a small fit of the same "
-            "objective, well under a second), written into the LoRA of the text projection. Skipped where there is no "
-            "such LoRA, where training goes on from an adapter, or where a constant shift can't be expressed."
+            "help": "Begin with the taste that a small Bayesian fit finds in the embeddings of the base, written into the "
+            "LoRAs of the two projections: well under a second for hundreds of pairs. Skipped where the text projection "
+            "has no plain LoRA, where training goes on from an adapter, or where a constant shift can't be expressed."
         },
     )
     prior_weight: float = field(
