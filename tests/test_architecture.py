@@ -34,7 +34,8 @@ ROOMS = {
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [
-        "__init__ config encoders frozen_prefix lora",
+        "__init__ config fitting frozen_prefix lora",
+        "encoders",
         "card collator taste",
         "cache scorer",
         "trainer",

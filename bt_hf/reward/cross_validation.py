@@ -128,7 +128,7 @@ def cross_validate(
             "`cross_validate` needs a base model, but got one with an adapter, which may have seen these pairs: pass "
             "its base, or use held-out pairs and `evaluate`."
         )
-    processor = processing_class or encoders.find_processor(source, base)
+    processor = encoders.find_processor(source, base, processing_class)
     assignment = assign_folds(list(dataset["prompt"]), folds, seed)
     args = _quiet(args or BradleyTerryConfig("reward-adapter", report_to="none"))
     pairs: Any = dataset

@@ -91,7 +91,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         prepare_run(args)
         source = model
         model, self._fresh_adapter = _adapt(model, args, peft_config)
-        processing_class = processing_class or encoders.find_processor(source, model)
+        processing_class = encoders.find_processor(source, model, processing_class)
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
         self.reference = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
         own_collator = PreferenceCollator(processing_class)
