@@ -93,7 +93,9 @@ def _check_images(model: nn.Module, image_processor: Any) -> None:
     name = type(image_processor).__name__
     way_out = "look at its preprocessor_config.json, or pass the processor that belongs to the model"
     try:
-        pixels = image_processor([Image.linear_gradient("L").convert("RGB")], return_tensors="pt")["pixel_values"]
+        pixels = image_processor(
+            [Image.linear_gradient("L").convert("RGB").crop((0, 0, 256, 200))], return_tensors="pt"
+        )["pixel_values"]
         finite = bool(torch.isfinite(pixels).all())
     except Exception as error:  # whatever a library makes of settings that it doesn't check
         raise ValueError(f"{name} cannot prepare an image ({_one_line(error)}): {way_out}.") from error
