@@ -45,6 +45,8 @@ class DiffusionCollator:
         ```
     """
 
+    reads_stored_rows = True  # an output format of `datasets` would change prompts and images, and so the noise
+
     def __init__(self, size: tuple[int, int], smallest: int = 1) -> None:
         self.size = size
         self.smallest = smallest

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from bt_hf.data.cache import without_format
 from bt_hf.data.checks import check_unpaired, warn_of_truncation
 from bt_hf.diffusion.cache import Evaluated, LatentPairs, Pairs
 from bt_hf.diffusion.collator import UNPAIRED
@@ -147,7 +148,8 @@ def warn_of_long_prompts(family: Family, datasets: Iterable[Pairs], further: Ite
         datasets: Streams and encoded rows among them are not looked at.
         further: Prompts beside theirs.
     """
-    prompts = [prompt for pairs in datasets if isinstance(pairs, Dataset) for prompt in pairs["prompt"]]
+    stored = [without_format(pairs) for pairs in datasets if isinstance(pairs, Dataset)]
+    prompts = [prompt for pairs in stored for prompt in pairs["prompt"]]
     prompts += further or []
     if prompts:
         tokenizer, limit = family.longest_prompt()

@@ -31,6 +31,8 @@ class PreferenceCollator:
         ```
     """
 
+    reads_stored_rows = True  # an output format of `datasets` would change prompts and images
+
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
 

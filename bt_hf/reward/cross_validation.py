@@ -18,6 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from bt_hf.data.cache import without_format
 from bt_hf.data.checks import check_columns
 from bt_hf.metrics import (
     McNemarResult,
@@ -114,7 +115,7 @@ def cross_validate(
         print(result.verdict)
         ```
     """
-    check_columns(dataset)
+    dataset = without_format(check_columns(dataset))
     if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "`cross_validate` trains one model again for each fold, which can't be once FSDP or DeepSpeed has divided "

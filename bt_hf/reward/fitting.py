@@ -64,7 +64,7 @@ def fit_processor(model: nn.Module, processor: Any) -> Any:
 
 
 def _check_tokens(model: nn.Module, tokenizer: Any) -> None:
-    """Compare the vocabularies: ids beyond the embedding crash, and an invented vocabulary scores all prompts alike."""
+    """Compare vocabularies: ids beyond the embedding crash, and an invented vocabulary scores all prompts alike."""
     tower: Any = model.get_submodule("text_model")
     try:
         rows = tower.get_input_embeddings().num_embeddings

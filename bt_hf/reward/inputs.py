@@ -36,7 +36,7 @@ def list_images(images: Any) -> list[Any]:
         ValueError: It is a single image.
     """
     dimensions = getattr(images, "ndim", None)
-    batch = dimensions == 4 or (dimensions == 1 and getattr(images, "dtype", None) == object)
+    batch = dimensions == 4 or (dimensions == 1 and getattr(images.dtype, "hasobject", False))
     single = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | Mapping)
     if single or (isinstance(dimensions, int) and not batch and not hasattr(images, "index")):
         raise ValueError(

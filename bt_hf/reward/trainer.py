@@ -17,7 +17,7 @@ from torch import nn
 from transformers import EvalPrediction, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 
-from bt_hf.data.cache import CachedPairs
+from bt_hf.data.cache import CachedPairs, can_be_cached, without_format
 from bt_hf.losses import agreement, bradley_terry_loss, retrieval_kl
 from bt_hf.metrics import preference_metrics
 from bt_hf.reward import encoders, taste
@@ -97,7 +97,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         own_collator = PreferenceCollator(processing_class)
         check_datasets(train_dataset, eval_dataset)
         if isinstance(train_dataset, Dataset):
-            count_truncated(processing_class, list(train_dataset["prompt"]))
+            count_truncated(processing_class, list(without_format(train_dataset)["prompt"]))
         self.cache: FeatureCache | None = None
         if data_collator is None:
             train_dataset, eval_dataset = self._cache(model, own_collator, args, train_dataset, eval_dataset)
@@ -129,7 +129,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
             self.cache = cache if cache.useful else None
 
         def add(pairs: Any) -> Any:
-            if self.cache is None or not isinstance(pairs, Dataset):
+            if self.cache is None or not can_be_cached(pairs):
                 return pairs
             if args.cache_dir:
                 return store_pairs(self.cache, pairs, args.cache_dir, "Caching frozen features")

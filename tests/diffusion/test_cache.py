@@ -289,10 +289,11 @@ def test_images_on_the_disk_stay_there(tmp_path: Path) -> None:
     counted = pa.proxy_memory_pool(system)
     pa.set_memory_pool(counted)
     try:
-        encoded._digests(pairs, ("chosen", "rejected"), tmp_path, "test")
+        found = encoded._digests(pairs, ("chosen", "rejected"), tmp_path, "test")
     finally:
         pa.set_memory_pool(system)
-    assert 0 < counted.max_memory() < 40e6  # a batch of 100 rows
+    assert len(found["chosen"]) == 600
+    assert counted.max_memory() < 40e6  # a batch of 100 rows
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_cache(tmp_path: Path) -> None:

@@ -184,12 +184,13 @@ def test_a_damaged_processor_is_not_the_bases(file: str, damage: str, tmp_path: 
     build()[1].save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / file
     path.write_text(DAMAGES[damage](path.read_text()))
+    found = error = None
     try:
         found = PreferenceScorer.from_pretrained(tmp_path / "adapter", device="cpu")
-    except ValueError as error:
-        assert "adapter" in str(error)
-        assert "\n" not in str(error)
-    else:  # what it lost is said elsewhere in the folder: nothing differs
+    except ValueError as refusal:
+        error = str(refusal)
+    assert error is None or ("adapter" in error and "\n" not in error)
+    if found is not None:  # what it lost is said elsewhere in the folder: nothing differs
         whole = PreferenceScorer.from_pretrained(base, device="cpu")
         prompts = ["a red apple", "The Old House", "zzz " * 40]
         assert torch.equal(found.embed_texts(prompts), whole.embed_texts(prompts))
