@@ -72,8 +72,10 @@ def describe_tokenizer(tokenizer: Any) -> list[Any]:
     if backend is not None:
         # State of its last call, which every call decides anew.
         rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
-    names = ("model_max_length", "model_input_names", "padding_side", "special_tokens_map", "truncation_side")
-    names += ("split_special_tokens", "added_tokens_decoder")
+    names = (
+        *("model_max_length", "model_input_names", "padding_side", "special_tokens_map", "truncation_side"),
+        *("split_special_tokens", "added_tokens_decoder"),
+    )
     options = {name: describe(getattr(tokenizer, name, None)) for name in names}
     return [type(tokenizer).__name__, digest(json.dumps(rules, sort_keys=True)), options, describe(template)]
 
@@ -163,7 +165,7 @@ def _digest_tensor(tensor: torch.Tensor) -> str:
         tensor = tensor.to_dense()
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return digest(kind, hashlib.sha256(content).digest())
+    return digest(kind, hashlib.sha256(content.data).digest())
 
 
 def _quantisation(tensor: torch.Tensor) -> str:
