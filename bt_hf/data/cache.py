@@ -2,9 +2,7 @@
 
 import copy
 import errno
-import hashlib
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from datasets import config as datasets_config
 from filelock import FileLock, Timeout
 
 from bt_hf.data.fingerprint import digest, number_of
+from bt_hf.data.verified import is_whole, move_into_place
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +26,7 @@ _BATCH = 100  # rows whose images are read at a time, for their digests
 SHARD = 1024  # images or prompts in a file, all that a killed build loses
 Encoded = dict[str, torch.Tensor]
 _Encode = Callable[[dict[str, list[Any]]], Encoded]
+_Read = Callable[[list[str]], list[bytes]]
 
 
 class CachedPairs(torch.utils.data.Dataset, ABC):
@@ -95,10 +95,10 @@ def encode_once(
     columns: Sequence[str],
     encode_images: Callable[[list[Any], list[str]], Encoded],
     encode_prompts: Callable[[list[str]], Encoded],
-    tokens_of: Callable[[list[str]], list[bytes]],
     model: str,
     cache_dir: str | None,
     description: str,
+    tokens_of: _Read | None = None,
 ) -> tuple[Dataset, Dataset, Dataset]:
     """Encode the distinct images and prompts of `pairs`, or find what an earlier run has encoded.
 
@@ -113,10 +113,11 @@ def encode_once(
         columns: The columns that hold images.
         encode_images: Images and what to call them in errors -> tensors (N, ...), of the same shapes for all images.
         encode_prompts: Prompts -> tensors (N, ...), of the same shapes for all prompts.
-        tokens_of: Prompts -> what the model reads of each; prompts of the same tokens are encoded once.
         model: A digest of all that the results depend on besides images and prompts.
         cache_dir: Folder of the files; default: `bt_hf` in the cache of `datasets`.
         description: What the progress bars say.
+        tokens_of: Prompts -> what the model reads of each; prompts of the same tokens are encoded once. Default: the
+            prompts themselves.
 
     Returns:
         Rows with numbers instead of images, and `condition`, the number of the prompt; what the numbers of the images
@@ -135,7 +136,8 @@ def encode_once(
         digests = _digests(pairs, columns, root, description)
     first_image, image_numbers = _distinct(np.stack([digests[name] for name in columns], axis=1).ravel())
     first_text, text_numbers = _distinct(digests["prompt"])
-    tokens = _read_tokens(pairs, first_text, tokens_of)
+    texts = digests["prompt"][first_text]
+    tokens = texts if tokens_of is None else _read_tokens(pairs, first_text, tokens_of)
     first_tokens, token_numbers = _distinct(tokens)
     first_prompt, prompt_numbers = first_text[first_tokens], token_numbers[text_numbers]
     single = {name: pairs.select_columns([name]) for name in (*columns, "prompt")}  # one is read without the others
@@ -200,7 +202,7 @@ def _digest_batch(batch: dict[str, list[Any]]) -> Encoded:
     }
 
 
-def _read_tokens(pairs: Dataset, rows: np.ndarray, tokens_of: Callable[[list[str]], list[bytes]]) -> np.ndarray:
+def _read_tokens(pairs: Dataset, rows: np.ndarray, tokens_of: _Read) -> np.ndarray:
     """Return a number (K,) int64 for the tokens of the prompt in each of some rows, 1,000 prompts at a time."""
     prompts = pairs.select_columns(["prompt"])
     numbers = []
@@ -249,7 +251,7 @@ def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: 
     part = path.with_suffix(".part")
     try:
         with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
-            if _is_whole(path):
+            if is_whole(path):
                 return True
             try:
                 first = _flat(encode(items[:1]))
@@ -265,7 +267,7 @@ def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: 
                     writer_batch_size=64,
                     desc=description,
                 )
-                _move(part, path)
+                move_into_place(part, path)
             finally:
                 # A failed or killed build leaves half a file. The lock stays, and so does its folder: another process
                 # may be waiting for it.
@@ -274,50 +276,6 @@ def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: 
             return True
     except Timeout:
         return False
-
-
-def _is_whole(path: Path) -> bool:
-    """True if a file is there and has the digest that was written beside it; one that hasn't is told and removed."""
-    if not path.exists():
-        return False
-    try:
-        if _digest_file(path) == _digest_path(path).read_text():
-            return True
-        problem = "it is not what was written"
-    except (OSError, UnicodeDecodeError) as error:
-        problem = str(error)
-    logger.warning("The cache file '%s' is damaged (%s): encoding it anew.", path, problem)
-    path.unlink()
-    return False
-
-
-def _move(part: Path, path: Path) -> None:
-    """Move a file into place once it is on the disk, behind its digest: what is at `path` is whole or told apart."""
-    _sync(part)
-    told = path.with_suffix(".sha256.part")
-    told.write_text(_digest_file(part))
-    _sync(told)
-    told.replace(_digest_path(path))
-    part.replace(path)
-    if os.name == "posix":  # the names too
-        _sync(path.parent)
-
-
-def _digest_path(path: Path) -> Path:
-    return path.with_suffix(".sha256")
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -68,8 +68,8 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
         ValueError: An image is unreadable or smaller than what one latent pixel covers.
     """
     columns = image_columns(pairs.column_names)
-    encode = (encoder.encode_images, encoder.encode_prompts, encoder.tokens_of)
-    return LatentPairs(*encode_once(pairs, columns, *encode, encoder.fingerprint(), cache_dir, description))
+    encode = (encoder.encode_images, encoder.encode_prompts, encoder.fingerprint())
+    return LatentPairs(*encode_once(pairs, columns, *encode, cache_dir, description, encoder.tokens_of))
 
 
 def cache_datasets(

@@ -304,9 +304,8 @@ def store_pairs(cache: FeatureCache, pairs: Dataset, cache_dir: str, description
             for name, value in features.items()
         }
 
-    model = cache.fingerprint()
-    encode = (encode_images, encode_prompts, cache.tokens_of)
-    return FilePairs(cache, *encode_once(pairs, _SIDES, *encode, model, cache_dir, description))
+    encode = (encode_images, encode_prompts, cache.fingerprint())
+    return FilePairs(cache, *encode_once(pairs, _SIDES, *encode, cache_dir, description, cache.tokens_of))
 
 
 def by_token(name: str, value: torch.Tensor) -> bool:

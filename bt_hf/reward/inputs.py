@@ -18,6 +18,7 @@ def list_texts(texts: Any, argument: str) -> list[str]:
 
     Raises:
         TypeError: It is a lone value, or one of its items isn't a text.
+        ValueError: A text has half a surrogate pair, as undecodable bytes of a command line give.
     """
     if isinstance(texts, str | bytes | bytearray | Mapping) or not isinstance(texts, Iterable):
         raise TypeError(f"`{argument}` should be a list of texts, but got {_brief(texts)}: put it into a list.")
@@ -25,6 +26,8 @@ def list_texts(texts: Any, argument: str) -> list[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"`{argument}` should hold texts, but item {index} is {_brief(text)}.")
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"`{argument}` should be valid Unicode, but item {index} is {text[:40]!r}.")
     return texts
 
 
@@ -83,9 +86,9 @@ def to_image(image: Any, name: str) -> Image.Image:
 
 
 def describe_image(image: Any, index: int) -> str:
-    """Name an image by its place, and by its path if it has one."""
-    path = image.get("path") if isinstance(image, Mapping) else image
-    return f"image {index}" + (f" ('{os.fspath(path)}')" if isinstance(path, str | os.PathLike) else "")
+    """Name an image by its path if it has one, else by its place."""
+    path = image.get("path") if isinstance(image, Mapping) else getattr(image, "filename", None) or image
+    return f"image '{os.fspath(path)}'" if isinstance(path, str | os.PathLike) else f"image {index}"
 
 
 def _brief(value: Any) -> str:

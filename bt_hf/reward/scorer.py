@@ -105,7 +105,8 @@ class PreferenceScorer:
                 is not finite.
         """
         images = list_images(images)
-        prompts = [prompts] * len(images) if isinstance(prompts, str) else list_texts(prompts, "prompts")
+        single = isinstance(prompts, str)
+        prompts = list_texts([prompts], "prompts") * len(images) if single else list_texts(prompts, "prompts")
         if len(prompts) != len(images):
             raise ValueError(
                 f"`score` needs one prompt for each image, or a single prompt, but got {len(prompts)} prompts and "
@@ -154,23 +155,28 @@ class PreferenceScorer:
     @torch.inference_mode()
     def embed_texts(self, prompts: str | Sequence[str], batch_size: int | None = None) -> torch.Tensor:
         """Normalised embeddings (N, D), float32, of N prompts or one. Too long ones are cut, with one warning."""
-        prompts = [prompts] if isinstance(prompts, str) else list_texts(prompts, "prompts")
+        prompts = list_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
         count_truncated(self.processor, [prompt for prompt in prompts if prompt not in self._measured])
         self._measured.update(prompts)
-        chunks = [self._embed_texts(chunk) for chunk in _chunks(prompts, batch_size or self.batch_size)]
+        chunks = [self._embed_texts(chunk) for chunk in self._chunks(prompts, batch_size)]
         return self._joined(chunks, lambda index: f"prompt {prompts[index]!r}")
 
     @torch.inference_mode()
     def embed_images(self, images: Any, batch_size: int | None = None) -> torch.Tensor:
         """Normalised embeddings (N, D), float32, of N images."""
         images = list_images(images)
-        names = [describe_image(image, index) for index, image in enumerate(images)]
         chunks = []
-        for chunk in _chunks(list(zip(images, names, strict=True)), batch_size or self.batch_size):
-            rgb = [to_image(image, name) for image, name in chunk]
+        for chunk in self._chunks(list(enumerate(images)), batch_size):
+            rgb = [to_image(image, f"image {index}") for index, image in chunk]
             inputs = self.processor.image_processor(rgb, return_tensors="pt")
             chunks.append(encoders.embed_images(self.model, self._move(inputs)))
-        return self._joined(chunks, lambda index: names[index])
+        return self._joined(chunks, lambda index: describe_image(images[index], index))
+
+    def _chunks(self, items: list[Any], size: int | None) -> list[list[Any]]:
+        size = self.batch_size if size is None else size
+        if size < 1:
+            raise ValueError(f"`batch_size` should be at least 1, but got {size}.")
+        return [items[start : start + size] for start in range(0, len(items), size)]
 
     def _embed_texts(self, prompts: list[str]) -> torch.Tensor:
         return encoders.embed_texts(self.model, self._move(encoders.tokenize(self.processor, prompts)))
@@ -219,9 +225,3 @@ class PreferenceScorer:
             )
         for layer in layers:
             layer.set_scale(adapter, scale)
-
-
-def _chunks(items: list[Any], size: int) -> list[list[Any]]:
-    if size < 1:
-        raise ValueError(f"`batch_size` should be at least 1, but got {size}.")
-    return [items[start : start + size] for start in range(0, len(items), size)]

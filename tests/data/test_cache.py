@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from bt_hf.data import cache as encoded
+from bt_hf.data import verified
 from bt_hf.data.cache import can_be_cached, encode_once, read_tensors, without_format
 from tiny_models import red_pairs
 
@@ -37,7 +37,7 @@ class Encoder:
     def run(self, pairs: Dataset, folder: Path) -> dict[str, torch.Tensor]:
         """Encode, and return what each row finds."""
         rows, images, prompts = encode_once(
-            pairs, SIDES, self.encode_images, self.encode_prompts, self.tokens_of, "model", str(folder), "test"
+            pairs, SIDES, self.encode_images, self.encode_prompts, "model", str(folder), "test", self.tokens_of
         )
         found = {name: read_tensors(images, rows[name][:])["mean"] for name in SIDES}
         return {**found, "prompt": read_tensors(prompts, rows["condition"][:])["length"]}
@@ -155,7 +155,7 @@ def test_a_kill_at_any_moment_leaves_what_can_be_used(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoded, "_sync", killing(encoded._sync))
+        patch.setattr(verified, "_sync", killing(verified._sync))
         patch.setattr(Path, "replace", killing(Path.replace))
         patch.setattr(Path, "unlink", lambda *args, **options: None)
         with pytest.raises(Killed):
