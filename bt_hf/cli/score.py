@@ -16,6 +16,87 @@ from bt_hf.cli.options import PositiveInt, parse_options
 FORMATS = frozenset(
     ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 )
+_DESCRIPTION = "Score images with a reward for a prompt, best first."
+_EPILOG = """examples:
+  bt-hf score my-taste --prompt "a red apple" photos/ --top_k 10
+  bt-hf score my-taste --prompt "a red apple" first.png second.png --compare
+  bt-hf score openai/clip-vit-base-patch32 --prompt "a red apple" photos/ --format jsonl > rewards.jsonl
+
+A reward means nothing alone: P(a is preferred to b) = sigmoid(reward of a - reward of b), for the same prompt.
+"""
+
+
+@dataclass
+class ScoreOptions:
+    """Options of `bt-hf score`."""
+
+    model: str = field(
+        metadata={
+            "positional": True,
+            "metavar": "ADAPTER_OR_MODEL",
+            "help": "Hub id or folder of a reward adapter or of a plain dual encoder.",
+        }
+    )
+    images: list[str] = field(
+        metadata={
+            "positional": True,
+            "metavar": "IMAGE",
+            "help": "Image files, or folders that are searched with all below them but what is hidden.",
+        }
+    )
+    prompt: str = field(metadata={"help": "Prompt that the images are judged for."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Base of the adapter, if another than the one that it names."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Git revision of the adapter or model on the Hub."})
+    top_k: PositiveInt | None = field(default=None, metadata={"metavar": "N", "help": "Show the best N only."})
+    compare: bool = field(
+        default=False, metadata={"help": "For exactly two images: the probability that the first is preferred."}
+    )
+    format: Literal["table", "jsonl"] = field(
+        default="table", metadata={"help": "A table, or one JSON object a line."}
+    )
+    batch_size: PositiveInt = field(default=PositiveInt(32), metadata={"metavar": "N", "help": "Images at a time."})
+    device: str | None = field(
+        default=None, metadata={"help": 'Device such as "cpu" or "cuda:1"; default: a GPU if there is one.'}
+    )
+
+    def __post_init__(self) -> None:
+        if self.compare and self.top_k is not None:
+            raise ValueError("--compare and --top_k exclude each other")
+
+
+def parse(argv: Sequence[str]) -> ScoreOptions:
+    """Parse the options of `bt-hf score`."""
+    return parse_options("score", ScoreOptions, argv, _DESCRIPTION, _EPILOG)
+
+
+def run(options: ScoreOptions) -> None:
+    """Score, and print the ranking or the probability."""
+    paths, left_out = find_images(options.images)
+    if options.compare and len(paths) != 2:
+        raise ValueError(f"--compare needs exactly two images, but got {len(paths)}")
+
+    from bt_hf.reward.scorer import PreferenceScorer  # seconds: only once the arguments are known to be right
+
+    scorer = PreferenceScorer.from_pretrained(
+        options.model, base_model=options.base_model, revision=options.revision, device=options.device
+    )
+    scorer.batch_size = options.batch_size
+    if options.compare:
+        first, second = map(str, paths)
+        _print_comparison(options, first, second, scorer.compare(options.prompt, first, second))
+        return
+    rewards, problems = _score(scorer, options.prompt, paths)
+    if not rewards:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"no image can be read: {problems[0]}{more}")
+    for problem in problems:
+        _note(f"left out: {problem}")
+    if left_out:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        _note(f"left out {left_out.total()} other files in folders: {counts}")
+    ranking = sorted(rewards, key=lambda one: -one[1])
     _print_ranking(options, ranking[: options.top_k])
 
 
@@ -73,8 +154,8 @@ def find_images(names: Iterable[str]) -> tuple[list[Path], Counter[str]]:
             found = _search(path, left_out)
             if not found:
                 raise FileNotFoundError(
-                    f"no images in the folder '{path}', but {left_out.total()} other files (an image's name ends "
-                    f"with {', '.join(sorted(_suffixes()))})"
+                    f"no images in the folder '{path}', but {left_out.total()} other files (names of images end with "
+                    f"{', '.join(sorted(_suffixes()))})"
                 )
             paths += found
         elif path.is_file():
