@@ -188,7 +188,7 @@ def _suffixes() -> frozenset[str]:
 
 
 def _note(text: str) -> None:
-    print(f"bt-hf score: {text}", file=sys.stderr)
+    print(f"bt-hf score: {_shown(text)}", file=sys.stderr)
 
 
 def _shown(path: str | Path) -> str:

@@ -38,10 +38,8 @@ def list_images(images: Any) -> list[Any]:
         TypeError: `images` is not a list of anything.
         ValueError: It is a single image.
     """
-    dimensions = getattr(images, "ndim", None)
-    batch = dimensions == 4 or (dimensions == 1 and getattr(images.dtype, "hasobject", False))
     single = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | Mapping)
-    if single or (isinstance(dimensions, int) and not batch and not hasattr(images, "index")):
+    if single or getattr(images, "ndim", None) in (2, 3):
         raise ValueError(
             f"`images` should be a list of images, but got a single one ({_brief(images)}): put it into a list. "
             "An array of four dimensions is a batch."
