@@ -185,6 +185,7 @@ def test_a_reward_that_is_not_finite_names_the_file(workplace: Workplace, capsys
     model.model.vision_model.embeddings.class_embedding.data[0] = float("nan")
     model.model.save_pretrained(broken)
     model.processor.save_pretrained(broken)
+    capsys.readouterr()
     (error,) = lines_of_error(capsys, "score", broken, "--prompt", PROMPT, workplace.images / "red.png")
     assert "red.png' is not finite, computed in torch.float32" in error
 
