@@ -44,7 +44,7 @@ class PreferenceScorer:
         self.model = model.eval()
         self.batch_size = batch_size
         self.scale = encoders.logit_scale(model)
-        self._measured: set[str] = set()  # prompts whose length has been compared with the context
+        self._measured: set[str] = set()  # prompts of the last call, whose length is known
 
     @classmethod
     def from_pretrained(
@@ -157,7 +157,7 @@ class PreferenceScorer:
         """Normalised embeddings (N, D), float32, of N prompts or one. Too long ones are cut, with one warning."""
         prompts = list_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
         count_truncated(self.processor, [prompt for prompt in prompts if prompt not in self._measured])
-        self._measured.update(prompts)
+        self._measured = set(prompts)
         chunks = [self._embed_texts(chunk) for chunk in self._chunks(prompts, batch_size)]
         return self._joined(chunks, lambda index: f"prompt {prompts[index]!r}")
 
