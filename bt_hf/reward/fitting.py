@@ -97,7 +97,7 @@ def _check_images(model: nn.Module, image_processor: Any) -> None:
             [Image.linear_gradient("L").convert("RGB").crop((0, 0, 256, 200))], return_tensors="pt"
         )["pixel_values"]
         finite = bool(torch.isfinite(pixels).all())
-    except Exception as error:  # whatever a library makes of settings that it doesn't check
+    except Exception as error:  # libraries don't check their settings, and raise anything
         raise ValueError(f"{name} cannot prepare an image ({_one_line(error)}): {way_out}.") from error
     if not finite:
         raise ValueError(f"{name} makes pixels that are not finite: {way_out}.")

@@ -64,7 +64,7 @@ def to_image(image: Any, name: str) -> Image.Image:
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     elif hasattr(image, "__array__") and not isinstance(image, np.ndarray | Image.Image):
-        image = np.asarray(image)  # of JAX and others
+        image = np.asarray(image)  # JAX and others
     if not isinstance(image, np.ndarray):
         return to_rgb(image, name)
     found = f"{image.dtype} of shape {image.shape}"

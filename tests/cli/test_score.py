@@ -117,7 +117,7 @@ def test_hidden_and_foreign_files_are_counted(workplace: Workplace, folder: Path
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 3
     assert printed.err == "bt-hf score: left out 13 other files in folders: 3 hidden, 10 not images\n"
-    # What is named is meant.
+    # A file or folder that is named is meant.
     assert find_images([str(folder / ".thumbnails")]) == ([folder / ".thumbnails" / "a.png"], {})
     assert find_images([str(folder / "._b.jpg")]) == ([folder / "._b.jpg"], {})
 

@@ -15,7 +15,7 @@ from accelerate import cpu_offload
 from peft import IA3Config, LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
-from torch.testing._internal.two_tensor import TwoTensor  # of two tensors, as torchao's are
+from torch.testing._internal.two_tensor import TwoTensor  # holds two tensors, as torchao's do
 
 from bt_hf.data.fingerprint import describe, describe_tokenizer, digest_weights, tokenize_plainly
 from tiny_models import build, clip_tokenizer
@@ -64,7 +64,7 @@ def test_types_and_shapes_count() -> None:
     prints = [fingerprint(values(dtype)) for dtype in DTYPES] + [fingerprint(values(torch.float32).T)]
     prints.append(fingerprint(values(torch.float32).flatten()))
     assert len(set(prints)) == len(prints)
-    # How it lies in memory does not.
+    # The order in memory does not.
     tensor = values(torch.float32)
     assert fingerprint(tensor.T.contiguous().T) == fingerprint(tensor)
     assert fingerprint(nn.Parameter(tensor).data) == fingerprint(tensor)

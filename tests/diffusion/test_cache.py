@@ -362,7 +362,7 @@ def test_a_transform_is_applied_at_every_step(tmp_path: Path, caplog: pytest.Log
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_prompts_of_the_same_tokens_are_encoded_once(name: str, tmp_path: Path) -> None:
-    """What they are depends on the tokenizer: CLIP's reads small letters and single spaces, T5's single spaces."""
+    """The tokenizer decides: CLIP's reads small letters and single spaces, T5's single spaces."""
     own = encoder(name=name)
     texts = ["a red apple", "a  red  apple", "a RED apple", "a boat"]
     pairs = red_pairs(4).remove_columns("prompt").add_column("prompt", texts)

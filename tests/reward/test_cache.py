@@ -137,7 +137,7 @@ def features(cache: FeatureCache, pairs: Dataset, folder: Path, kept: str) -> Me
 @pytest.mark.parametrize("placement", ["projections", "top text layer", "top vision layer"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padding_gives_the_same_numbers(family: str, placement: str, kept: str, tmp_path: Path) -> None:
-    """Whatever side the tokenizer pads on, cached and uncached, and beside which others a prompt stands."""
+    """Compare both sides, cached and uncached, and prompts beside different others."""
     numbers = []
     for side in ("left", "right"):
         model, collator = adapted(family, placement)

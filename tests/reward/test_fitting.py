@@ -132,7 +132,7 @@ def test_every_door_fits_the_processor(door: str, tmp_path: Path) -> None:
         trainer.train()
         trainer.save_model()
         saved = encoders.load_processor(tmp_path / "out").tokenizer
-        assert saved.model_max_length == CONTEXT  # what an unmodified client cuts at
+        assert saved.model_max_length == CONTEXT  # an unmodified client cuts there
     else:
         cross_validate(model, pairs, args, processing_class=processor, folds=2)
 
@@ -190,7 +190,7 @@ def test_a_damaged_processor_is_not_the_bases(file: str, damage: str, tmp_path: 
     except ValueError as refusal:
         error = str(refusal)
     assert error is None or ("adapter" in error and "\n" not in error)
-    if found is not None:  # what it lost is said elsewhere in the folder: nothing differs
+    if found is not None:  # the rest of the folder says what the file lost: nothing differs
         whole = PreferenceScorer.from_pretrained(base, device="cpu")
         prompts = ["a red apple", "The Old House", "zzz " * 40]
         assert torch.equal(found.embed_texts(prompts), whole.embed_texts(prompts))
