@@ -31,6 +31,18 @@ def list_texts(texts: Any, argument: str) -> list[str]:
     return texts
 
 
+def check_text(text: Any, argument: str) -> None:
+    """Raise a `TypeError` unless `argument` is one text."""
+    if not isinstance(text, str):
+        raise TypeError(f"`{argument}` should be one text, but got {_brief(text)}.")
+
+
+def check_count(value: Any, argument: str, least: int) -> None:
+    """Raise a `ValueError` unless `argument` is a whole number of at least `least`."""
+    if not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"`{argument}` should be a whole number of at least {least}, but got {value!r}.")
+
+
 def list_images(images: Any) -> list[Any]:
     """Return images as a list; an array or tensor of four dimensions is a batch.
 

@@ -1,5 +1,6 @@
 """Use a reward: score, compare, rank and classify images."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from bt_hf.reward import encoders
 from bt_hf.reward.collator import count_truncated
-from bt_hf.reward.inputs import describe_image, list_images, list_texts, to_image
+from bt_hf.reward.inputs import check_count, check_text, describe_image, list_images, list_texts, to_image
 
 
 class PreferenceScorer:
@@ -118,13 +119,15 @@ class PreferenceScorer:
 
     def compare(self, prompt: str, image_a: Any, image_b: Any) -> float:
         """P(`image_a` is preferred to `image_b` for `prompt`) = sigmoid(r(a) - r(b))."""
+        check_text(prompt, "prompt")
         reward_a, reward_b = self.score(prompt, [image_a, image_b])
         return torch.sigmoid(reward_a - reward_b).item()
 
     def rank(self, prompt: str, images: Any, top_k: int | None = None) -> list[tuple[int, float]]:
         """Images by reward, best first, as (index, reward); the first `top_k` of them, or all."""
-        if top_k is not None and top_k < 0:
-            raise ValueError(f"`top_k` should be 0 or more, but got {top_k}.")
+        check_text(prompt, "prompt")
+        if top_k is not None:
+            check_count(top_k, "top_k", 0)
         rewards = self.score(prompt, images)
         order = rewards.argsort(descending=True, stable=True).tolist()
         return [(index, rewards[index].item()) for index in order[:top_k]]
@@ -147,7 +150,7 @@ class PreferenceScorer:
         images, labels = list_images(images), list_texts(labels, "labels")
         if not labels:
             raise ValueError("`classify` needs at least one label, but got none.")
-        if "{}" not in template:
+        if not isinstance(template, str) or "{}" not in template:
             raise ValueError(f"`template` should have one '{{}}' for the label, but got {template!r}.")
         text = self.embed_texts([template.replace("{}", label) for label in labels])
         return self._rewards(self.embed_images(images) @ text.T, images).softmax(dim=-1)
@@ -174,8 +177,7 @@ class PreferenceScorer:
 
     def _chunks(self, items: list[Any], size: int | None) -> list[list[Any]]:
         size = self.batch_size if size is None else size
-        if size < 1:
-            raise ValueError(f"`batch_size` should be at least 1, but got {size}.")
+        check_count(size, "batch_size", 1)
         return [items[start : start + size] for start in range(0, len(items), size)]
 
     def _embed_texts(self, prompts: list[str]) -> torch.Tensor:
@@ -214,7 +216,10 @@ class PreferenceScorer:
 
         Raises:
             TypeError: The model has no LoRA, or one with DoRA.
+            ValueError: `scale` is not finite.
         """
+        if not math.isfinite(scale):
+            raise ValueError(f"`scale` should be a finite number, but got {scale}.")
         layers: list[Any] = [module for module in self.model.modules() if hasattr(module, "set_scale")]
         if not isinstance(self.model, PeftModel) or not layers:
             raise TypeError("`set_scale` needs a model with a LoRA adapter.")

@@ -121,8 +121,9 @@ def test_numbers_of_prompts_and_images_differ(base: str) -> None:
         scorer.score(PROMPTS[:2], IMAGES)
     with pytest.raises(ValueError, match="at least one label"):
         scorer.classify(IMAGES, [])
-    with pytest.raises(ValueError, match="`template` should have one '{}'"):
-        scorer.classify(IMAGES, ["a"], template="a photo")
+    for template in ("a photo", None):
+        with pytest.raises(ValueError, match="`template` should have one '{}'"):
+            scorer.classify(IMAGES, ["a"], template=template)
 
 
 def test_plain_dual_encoder(base: str) -> None:
@@ -189,6 +190,9 @@ def test_set_scale(config: LoraConfig, base: str, tmp_path: Path) -> None:
     assert not torch.equal(half, trained)
     scorer.set_scale(1)
     assert torch.equal(scorer.score(PROMPTS[0], IMAGES), trained)
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="`scale` should be a finite number"):
+            scorer.set_scale(scale)
 
 
 def test_set_scale_of_dora(base: str, tmp_path: Path) -> None:
@@ -381,11 +385,23 @@ def test_nothing_gives_nothing_of_the_right_shape(scorer: PreferenceScorer) -> N
 
 
 def test_numbers_out_of_range(scorer: PreferenceScorer) -> None:
-    for size in (0, -1):
-        with pytest.raises(ValueError, match="`batch_size` should be at least 1"):
+    for size in (0, -1, 1.5, "3"):
+        with pytest.raises(ValueError, match="`batch_size` should be a whole number of at least 1, but got"):
             scorer.score("a", IMAGES, batch_size=size)
-    with pytest.raises(ValueError, match="`top_k` should be 0 or more, but got -1"):
-        scorer.rank("a", IMAGES, top_k=-1)
+        with pytest.raises(ValueError, match="`batch_size` should be a whole number of at least 1, but got"):
+            PreferenceScorer(scorer.model, scorer.processor, batch_size=size).embed_texts(["a"])
+    for count in (-1, 1.5, "3"):
+        with pytest.raises(ValueError, match="`top_k` should be a whole number of at least 0, but got"):
+            scorer.rank("a", IMAGES, top_k=count)
+
+
+@pytest.mark.parametrize("prompt", [["a"], ["a", "the"], None, b"a"], ids=repr)
+def test_images_are_compared_for_one_prompt(prompt: object, scorer: PreferenceScorer) -> None:
+    """Rewards of different prompts mean nothing beside each other."""
+    with pytest.raises(TypeError, match="`prompt` should be one text, but got"):
+        scorer.rank(prompt, IMAGES[:2])
+    with pytest.raises(TypeError, match="`prompt` should be one text, but got"):
+        scorer.compare(prompt, *IMAGES[:2])
 
 
 class Watched(str):
