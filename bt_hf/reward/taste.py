@@ -128,7 +128,8 @@ def write_shift(model: PeftModel, layer: LoraLayer, delta: torch.Tensor, feature
 
 def vocabulary_texts(tokenizer: PreTrainedTokenizerBase, count: int = 512) -> list[str]:
     """Pick `count` words from the tokenizer's vocabulary, evenly spread over it: many different texts for no data."""
-    ids = [index for index in range(len(tokenizer)) if index not in set(tokenizer.all_special_ids)]
+    special = set(tokenizer.all_special_ids)  # computed anew at each look
+    ids = [index for index in range(len(tokenizer)) if index not in special]
     step = max(1, len(ids) // (4 * count))
     words = dict.fromkeys(tokenizer.decode([index]).strip() for index in ids[::step])
     texts = [word for word in words if len(word) > 2 and word.isalpha()] or [word for word in words if word]
