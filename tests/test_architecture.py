@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "bt_hf"
 WINGS = ["losses data metrics", "hub plots evaluate_modules", "training", "reward diffusion", "cli", "__init__"]
 # The floors inside each wing, in the same way; folders are wings in a wing.
 ROOMS = {
-    "cli": ["errors", "dispatch options", "__init__", "__main__ pairs pull push score training", "lora reward"],
+    "cli": ["errors", "config_file dispatch options", "__init__", "__main__ pairs pull push score training", "lora reward"],
     "data": ["__init__ fingerprint formats images", "cache streaming", "reading", "checks", "pairs"],
     "diffusion": [
         "__init__ beta callbacks collator config kto losses",
@@ -41,7 +41,8 @@ ROOMS = {
         "cross_validation",
     ],
     "training": [
-        "__init__ dataloaders finite lora_options resume sharding shutdown",
+        "__init__ dataloaders finite lora_options option_checks resume sharding shutdown",
+        "trainer_options",
         "config",
         "saving",
         "publishing",
