@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bt_hf.metrics.columns import Floats, read_columns, weighted_mean
-from bt_hf.metrics.intervals import effective_sample_size, wilson_interval
+from bt_hf.metrics.intervals import clustered_sample_size, effective_sample_size, wilson_interval
 
 
 class ReliabilityBin(NamedTuple):
@@ -190,12 +190,16 @@ def reliability_bins(
 
 
 def preference_metrics(
-    margins: ArrayLike, preference: ArrayLike | None = None, weight: ArrayLike | None = None
+    margins: ArrayLike,
+    preference: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    cluster: ArrayLike | None = None,
 ) -> dict[str, float]:
     """Every metric of this module at once, under the names that the trainers log.
 
     Args:
         margins, preference, weight: (N,) columns, as for `preference_accuracy`.
+        cluster: (N,) label of what belongs together, such as the prompt; makes the interval wider. Default: nothing.
 
     Returns:
         `accuracy` with its 95 % Wilson interval `accuracy_low` and `accuracy_high` (ties left out; with weights, at
@@ -207,7 +211,11 @@ def preference_metrics(
     """
     margins, preference, weight = read_columns(margins, preference, weight)
     accuracy = preference_accuracy(margins, preference, weight)
-    effective = effective_sample_size(weight[preference != 0.5])
+    judged = preference != 0.5
+    effective = effective_sample_size(weight[judged])
+    if cluster is not None:
+        correct = agreement(margins, preference)[judged]
+        effective = clustered_sample_size(correct, weight[judged], np.asarray(cluster)[judged])
     low, high = wilson_interval(accuracy * effective if effective else 0.0, effective)
     return {
         "accuracy": accuracy,

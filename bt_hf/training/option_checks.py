@@ -106,7 +106,8 @@ def check_types(options: Any) -> None:
     hints = _hints(type(options))
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.init and value is not field.default:
+        empty = value is None and field.default == ""  # as the command line spells it
+        if field.init and value is not field.default and not empty:
             _check_value(field, hints[field.name], value)
 
 

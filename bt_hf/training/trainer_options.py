@@ -60,6 +60,7 @@ REFUSED = {
     "use_cache": _LANGUAGE,
     "use_liger_kernel": _LANGUAGE,
 }
+_OFF = {"include_num_input_tokens_seen": False}  # as the command line spells "no"
 
 Condition = Callable[[Any], bool]
 
@@ -169,7 +170,7 @@ def check_trainer_options(args: Any) -> None:
         ValueError: Names the option and the way out.
     """
     for name, reason in REFUSED.items():
-        if is_given(args, name):
+        if is_given(args, name) and getattr(args, name) != _OFF.get(name, args):
             raise ValueError(f"`{name}={getattr(args, name)!r}` is refused: {reason}.")
     check_types(args)
     check_bounds(args, BOUNDS)

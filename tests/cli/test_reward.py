@@ -57,7 +57,7 @@ def test_reward_bad_inputs(workplace: Workplace, tmp_path, capsys) -> None:
     (tmp_path / "bad.yaml").write_text("modell: typo\n")
     both = ["--model", workplace.model, "--dataset", workplace.pairs]
     assert "required: --model, --dataset" in error()
-    assert "--modell" in error("--config", tmp_path / "bad.yaml", *both)
+    assert "unknown option modell, did you mean model?" in error("--config", tmp_path / "bad.yaml", *both)
     assert "nowhere.yaml" in error("--config", tmp_path / "nowhere.yaml")
     assert "expected one argument" in error(*both, "--config")
     assert "label_smoothing" in error(*both, "--label_smoothing", "3")
