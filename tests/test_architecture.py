@@ -34,7 +34,7 @@ ROOMS = {
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [
-        "__init__ config encoders frozen_prefix lora",
+        "__init__ config encoders frozen_prefix lora verdict",
         "card collator taste",
         "cache scorer",
         "trainer",
