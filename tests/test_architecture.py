@@ -41,7 +41,7 @@ ROOMS = {
         "cross_validation",
     ],
     "training": [
-        "__init__ dataloaders finite lora_options option_checks resume sharding shutdown",
+        "__init__ dataloaders finite learnt lora_options option_checks resume sharding shutdown",
         "trainer_options",
         "config",
         "saving",

@@ -182,14 +182,16 @@ def draw_plots(
         judged: `margins`, `preference` and perhaps `base_margins` of the pairs in the diagram.
 
     Returns:
-        The pictures. None if Matplotlib is not installed.
+        The pictures. None if Matplotlib is not installed, and no diagram of few pairs.
     """
     drawn = []
     try:
         if any("loss" in entry for entry in log_history):
             plots.plot_training_curve(log_history, folder / "training_curve.png")
             drawn.append(folder / "training_curve.png")
-        if judged is not None:
+        if judged is not None and len(judged["margins"]) < plots.FEWEST_PAIRS:
+            print(f"No reliability diagram: {len(judged['margins'])} pairs are too few ({plots.FEWEST_PAIRS} are not).")
+        elif judged is not None:
             plots.plot_reliability(**judged, path=folder / "reliability.png")
             drawn.append(folder / "reliability.png")
     except ImportError:
