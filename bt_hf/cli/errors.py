@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-# What is installed by an extra of ours: name of the module -> the extra.
+# Optional modules: name -> the extra of ours that installs it.
 _EXTRAS = {"diffusers": "diffusion", "matplotlib": "plots", "sklearn": "demo", "resvg_py": "emoji"}
 
 

@@ -127,9 +127,7 @@ def _cross_validate(
     return validation
 
 
-def _reason_against_folds(
-    model: nn.Module, processor: ProcessorMixin, pairs: Dataset | IterableDataset
-) -> str | None:
+def _reason_against_folds(model: nn.Module, processor: ProcessorMixin, pairs: Dataset | IterableDataset) -> str | None:
     """Return the reason that these pairs can't be cross-validated, or `None` if they can."""
     if isinstance(model, PeftModel):
         return "the model has an adapter already, which may have seen these pairs"

@@ -190,7 +190,9 @@ def draw_plots(
             plots.plot_training_curve(log_history, folder / "training_curve.png")
             drawn.append(folder / "training_curve.png")
         if judged is not None and len(judged["margins"]) < plots.FEWEST_PAIRS:
-            print(f"No reliability diagram: {len(judged['margins'])} pairs are too few ({plots.FEWEST_PAIRS} are not).")
+            print(
+                f"No reliability diagram: {len(judged['margins'])} pairs are too few ({plots.FEWEST_PAIRS} are not)."
+            )
         elif judged is not None:
             plots.plot_reliability(**judged, path=folder / "reliability.png")
             drawn.append(folder / "reliability.png")

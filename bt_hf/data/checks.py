@@ -79,8 +79,8 @@ def check_unpaired(dataset: Dataset | IterableDataset) -> None:
 def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableDataset) -> int:
     """Count the rows of `eval` that are also in `train`: same prompt and same two images, in either order.
 
-    Prompts that differ in case or spaces alone are the same. Images are compared by their pixels after `to_rgb`, so another file format or name does not hide a copy. Only
-    training rows whose prompt is also in `eval` are decoded.
+    Prompts that differ in case or spaces alone are the same. Images are compared by their pixels after `to_rgb`, so
+    another file format or name does not hide a copy. Only training rows whose prompt is also in `eval` are decoded.
 
     Args:
         train: Rows of the contract.

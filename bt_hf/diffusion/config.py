@@ -7,10 +7,16 @@ from typing import Literal
 from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.option_checks import check_bounds
 
-_POSITIVE = """
-    num_noise_samples num_eval_noise_samples validation_images validation_inference_steps resolution snr_gamma
-    desirable_weight undesirable_weight
-""".split()
+_POSITIVE = [
+    "num_noise_samples",
+    "num_eval_noise_samples",
+    "validation_images",
+    "validation_inference_steps",
+    "resolution",
+    "snr_gamma",
+    "desirable_weight",
+    "undesirable_weight",
+]
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from bt_hf.diffusion.against_base import against_base
 from bt_hf.diffusion.beta import fixed_beta
 from bt_hf.diffusion.cache import Evaluated, LatentPairs, Pairs, cache_datasets, each_dataset
 from bt_hf.diffusion.callbacks import BeginCallback, make_guards
@@ -29,14 +30,10 @@ from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.validation_images import Validation
 from bt_hf.metrics import preference_metrics
 from bt_hf.training.finite import check_losses
-from bt_hf.training.learnt import AgainstBase
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.trainer import Metrics, PreferenceTrainer
 
 logger = logging.getLogger(__name__)
-# Share by which predictions should change: below, drawings of the emoji pipeline changed by under one grey level of 255.
-LEAST_CHANGE = 0.02
-CHANGE = "predictions of noise differ from the base's by {:.2%}"
 
 
 class PreferenceLoRATrainer(PreferenceTrainer):
@@ -136,7 +133,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             sharded=self.sharded,
         )
         self.add_callback(BeginCallback(self._begin))
-        self.add_callback(AgainstBase(self._base_figures, self._change, LEAST_CHANGE, CHANGE))
+        self.add_callback(against_base(self))
         self.guards = make_guards(args, held_out=eval_dataset is not None) if args.guards else []
         for guard in self.guards:
             self.add_callback(guard)
@@ -170,35 +167,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self.log({"beta": self._beta})
         with self.base_model():
             self._log_validation(self.validation.draw_before())
-
-    @torch.no_grad()
-    def _first_batch(self) -> tuple[Batch, NoisyBatch]:
-        """Return up to 8 training pairs with noise."""
-        batch = self._encoded(next(self.read_batches(self.train_dataset, 8)))
-        return batch, self.denoising.add_noise(batch, 0, TRAIN)
-
-    @torch.no_grad()
-    def _base_figures(self) -> dict[str, float]:
-        """Loss of the base on the first training pairs."""
-        if self.sharded:
-            return {}
-        batch, noisy = self._first_batch()
-        with self.base_model() as base:
-            errors, _ = self._errors(base, noisy)
-        losses = self.pair_loss.losses(errors, errors, batch, self._beta)
-        return {"base_loss": self.weighted_mean(losses, batch["weight"], None).item()}
-
-    @torch.no_grad()
-    def _change(self) -> float | None:
-        """Root mean square of the change of the first pairs' predictions, as a share of the base's."""
-        if self.sharded or self.train_dataset is None:
-            return None
-        _, noisy = self._first_batch()
-        self.model.eval()
-        _, predicted = self._errors(self.model_wrapped, noisy)
-        with self.base_model() as base:
-            _, before = self._errors(base, noisy)
-        return ((predicted - before).square().mean() / before.square().mean()).sqrt().item()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -227,12 +227,12 @@ def sign_flip_test(sums: ArrayLike) -> float:
         >>> sign_flip_test([1, 1, 1, 1]), sign_flip_test([8, 8, 8, 8])
         (0.125, 0.125)
     """
-    sums = finite_column("sums", sums)
-    largest = np.abs(sums).max(initial=0.0)
-    sums = sums[np.abs(sums) > 1e-12 * largest]
-    sizes, observed = np.abs(sums), abs(float(sums.sum())) - 1e-9 * largest
-    if not len(sums) or np.ptp(sizes) <= 1e-9 * largest:
-        return _sign_test(int((sums > 0).sum()), int((sums < 0).sum()))
+    found = finite_column("sums", sums)
+    largest = np.abs(found).max(initial=0.0)
+    found = found[np.abs(found) > 1e-12 * largest]
+    sizes, observed = np.abs(found), abs(float(found.sum())) - 1e-9 * largest
+    if not len(found) or np.ptp(sizes) <= 1e-9 * largest:
+        return _sign_test(int((found > 0).sum()), int((found < 0).sum()))
     steps = np.rint(2 * sizes).astype(int)
     if np.abs(2 * sizes - steps).max() < 1e-9 and steps.sum() <= 10**5:
         reached = np.ones(1)  # probability of each sum, from -total to total by 2
@@ -269,7 +269,7 @@ def _sign_test(n_better: int, n_worse: int) -> float:
 
 
 def _cluster_sums(values: Floats, cluster: NDArray[np.int_]) -> Floats:
-    return np.bincount(cluster, weights=values) if len(values) else np.zeros(0)
+    return np.bincount(cluster, weights=values).astype(np.float64) if len(values) else np.zeros(0)
 
 
 def _paired(

@@ -152,8 +152,9 @@ def assign_folds(prompts: Sequence[Hashable], folds: int, seed: int = 0) -> np.n
     folds = min(folds, len(counts))
     if folds < 2:
         raise ValueError(
-            f"Cross-validation needs at least 2 folds and 2 different prompts, but got {len(counts)} prompts that the model can tell apart: collect "
-            "pairs for other prompts too, since the same prompt may not be trained on and tested on."
+            f"Cross-validation needs at least 2 folds and 2 different prompts, but got {len(counts)} prompts that the "
+            "model can tell apart: collect pairs for other prompts too, since the same prompt may not be trained on "
+            "and tested on."
         )
     order = sorted(counts, key=str)
     random.Random(seed).shuffle(order)

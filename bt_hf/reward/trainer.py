@@ -21,13 +21,13 @@ from bt_hf.data.cache import CachedPairs
 from bt_hf.losses import agreement, bradley_terry_loss, retrieval_kl
 from bt_hf.metrics import preference_metrics
 from bt_hf.reward import encoders, taste
+from bt_hf.reward.against_base import against_base
 from bt_hf.reward.cache import FeatureCache, FilePairs, MemoryPairs, store_pairs
 from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.training.finite import check_losses
-from bt_hf.training.learnt import AgainstBase
 from bt_hf.training.lora_options import check_adapter_options
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.sharding import make_shardable
@@ -105,7 +105,8 @@ class BradleyTerryTrainer(PreferenceTrainer):
         # Verdict of a cross-validation of these pairs, for the card; set by whoever ran it.
         self.verdict: str | None = None
         self._banks: dict[str, torch.Tensor] = {}
-        self._embedded_base: dict[str, torch.Tensor] = {}
+        # Training pairs as the base embeds them, where something needed that before the training.
+        self.embedded_base: dict[str, torch.Tensor] = {}
         super().__init__(
             model=model,
             args=args,
@@ -117,33 +118,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.add_callback(
-            AgainstBase(self._base_figures, self._change, 0.1, "margins of training pairs differ from the base's by {:.2g}")
-        )
-
-    def _base_figures(self) -> dict[str, float]:
-        """Loss and accuracy of the base on training pairs, where they were embedded."""
-        if not self._embedded_base:
-            return {}
-        embedded = self._embedded_base
-        scale = encoders.logit_scale(self.model).item()
-        margins = scale * (embedded["text"] * (embedded["chosen"] - embedded["rejected"])).sum(-1)
-        losses = bradley_terry_loss(margins, embedded["preference"], self.args.label_smoothing)
-        figures = preference_metrics(margins, embedded["preference"], embedded["weight"])
-        loss = (embedded["weight"] * losses).sum() / embedded["weight"].sum().clamp(min=1e-12)
-        return {"base_loss": loss.item(), "base_accuracy": figures["accuracy"]}
-
-    @torch.no_grad()
-    def _change(self) -> float | None:
-        """Root mean square of the change of up to 64 training pairs' margins against the base, unless sharded."""
-        if self.sharded or self.train_dataset is None:
-            return None
-        changes = []
-        self.model.eval()
-        for batch in self.read_batches(self.train_dataset, 64):
-            _, outputs = self.compute_loss(self.model, batch, return_outputs=True)
-            changes.append(outputs["margins"] - outputs["base_margins"])
-        return torch.cat(changes).square().mean().sqrt().item()
+        self.add_callback(against_base(self))
 
     def _cache(
         self, model: nn.Module, collator: PreferenceCollator, args: BradleyTerryConfig, train: Any, evaluation: Any
@@ -185,7 +160,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         if not (start or self.args.kl_weight) or self.train_dataset is None:
             return
         self.place_unsharded()
-        embedded = self._embedded_base = self._embed_training_pairs(512)
+        embedded = self.embedded_base = self._embed_training_pairs(512)
         size = self.args.kl_bank_size
         self._banks = {name: embedded[name][:size].to(self.args.device) for name in ("text", "chosen", "rejected")}
         layer = taste.text_lora(self.model) if start else None

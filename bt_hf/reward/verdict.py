@@ -151,9 +151,7 @@ def count_contradictions(dataset: Dataset, prompts: np.ndarray) -> tuple[int, in
     return sum(min(values) < 0.5 < max(values) for values in found), len(found)
 
 
-def fit_probe(
-    difference: np.ndarray, preference: np.ndarray, weight: np.ndarray, strength: float = 1.0
-) -> np.ndarray:
+def fit_probe(difference: np.ndarray, preference: np.ndarray, weight: np.ndarray, strength: float = 1.0) -> np.ndarray:
     """Fit a Bradley-Terry model that is linear in differences of embeddings: logistic regression without intercept.
 
     Minimises sum_i w_i loss(strength of i) + |v|^2 / (2 strength), as scikit-learn's LogisticRegression does with

@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
 from bt_hf.training.lora_options import LoraOptions
+from bt_hf.training.optimizers import check_optimizer
 from bt_hf.training.option_checks import check_bounds, check_names, is_given
-from bt_hf.training.trainer_options import check_optimizer, check_trainer_options
-
+from bt_hf.training.trainer_options import check_trainer_options
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from enum import Enum
-from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -82,14 +81,14 @@ def check_names(cls: type, given: Iterable[str]) -> None:
 def is_given(options: Any, name: str) -> bool:
     """Return True if an option exists and is not at its default."""
     field = type(options).__dataclass_fields__.get(name)
-    if field is None:  # of a newer or an older transformers
+    if field is None:  # another version of transformers has it
         return False
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     value = getattr(options, name)
     try:
         return value is not default and bool(value != default)
-    except ValueError:  # of an array
+    except ValueError:  # an array has many truths
         return True
 
 
@@ -103,7 +102,7 @@ def check_types(options: Any) -> None:
     Raises:
         ValueError: Names the option, what was expected, what came, and a near match of a misspelt word.
     """
-    hints = _hints(type(options))
+    hints = get_type_hints(type(options))
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         empty = value is None and field.default == ""  # as the command line spells it
@@ -125,11 +124,6 @@ def check_bounds(options: Any, bounds: Mapping[str, tuple[float, float, str]]) -
         value = getattr(options, name, None)
         if value is not None and not (low <= value <= high and math.isfinite(value)):  # so that NaN fails, too
             raise ValueError(f"`{name}` should be {words}, but got {value!r}.")
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
 
 
 def _check_value(field: dataclasses.Field, hint: Any, value: Any) -> None:

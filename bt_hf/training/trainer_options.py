@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -21,19 +21,76 @@ from bt_hf.training.option_checks import check_bounds, check_types, did_you_mean
 logger = logging.getLogger(__name__)
 
 WORKS = frozenset(
-    """
-    activation_checkpointing adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size bf16 data_seed
-    dataloader_num_workers dataloader_pin_memory ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
-    ddp_static_graph ddp_timeout debug deepspeed disable_tqdm enable_jit_checkpoint eval_accumulation_steps
-    eval_on_start eval_strategy fsdp full_determinism gradient_accumulation_steps gradient_checkpointing
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_token ignore_data_skip learning_rate
-    load_best_model_at_end local_rank log_level log_level_replica log_on_each_node logging_first_step
-    logging_nan_inf_filter logging_steps logging_strategy lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps
-    num_train_epochs optim optim_args output_dir per_device_eval_batch_size per_device_train_batch_size push_to_hub
-    report_to restore_callback_states_from_checkpoint resume_from_checkpoint save_on_each_node save_only_model
-    save_strategy save_total_limit seed skip_memory_metrics tf32 torch_compile torch_compile_backend
-    torch_compile_mode torch_empty_cache_steps use_cpu weight_decay
-    """.split()
+    [
+        "activation_checkpointing",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "auto_find_batch_size",
+        "bf16",
+        "data_seed",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "ddp_broadcast_buffers",
+        "ddp_bucket_cap_mb",
+        "ddp_find_unused_parameters",
+        "ddp_static_graph",
+        "ddp_timeout",
+        "debug",
+        "deepspeed",
+        "disable_tqdm",
+        "enable_jit_checkpoint",
+        "eval_accumulation_steps",
+        "eval_on_start",
+        "eval_strategy",
+        "fsdp",
+        "full_determinism",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "hub_always_push",
+        "hub_model_id",
+        "hub_private_repo",
+        "hub_revision",
+        "hub_token",
+        "ignore_data_skip",
+        "learning_rate",
+        "load_best_model_at_end",
+        "local_rank",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "lr_scheduler_kwargs",
+        "lr_scheduler_type",
+        "max_grad_norm",
+        "max_steps",
+        "num_train_epochs",
+        "optim",
+        "optim_args",
+        "output_dir",
+        "per_device_eval_batch_size",
+        "per_device_train_batch_size",
+        "push_to_hub",
+        "report_to",
+        "restore_callback_states_from_checkpoint",
+        "resume_from_checkpoint",
+        "save_on_each_node",
+        "save_only_model",
+        "save_strategy",
+        "save_total_limit",
+        "seed",
+        "skip_memory_metrics",
+        "tf32",
+        "torch_compile",
+        "torch_compile_backend",
+        "torch_compile_mode",
+        "torch_empty_cache_steps",
+        "use_cpu",
+        "weight_decay",
+    ]
 )
 
 _LANGUAGE = "it is made for language models: leave it out"
@@ -124,10 +181,7 @@ WAITING: Mapping[str, tuple[Condition, str]] = {
     "do_train": (lambda args: False, "a script that reads it: call `train()`"),
 }
 # Options of which one value is refused.
-VALUES = {
-    "accelerator_config": "rows are dealt to processes one batch each",
-    "train_sampling_strategy": "pairs have no lengths",
-}
+VALUES = frozenset({"accelerator_config", "fp16", "train_sampling_strategy"})
 _SEED = (0, 2**32 - 1, "a whole number from 0 to 4294967295")
 _COUNT = (1, 10**9, "a whole number of at least 1")
 _SHARE = (0, 1 - 1e-12, "at least 0 and below 1")
@@ -146,7 +200,7 @@ BOUNDS = {
     "gradient_accumulation_steps": _COUNT,
     "learning_rate": _AMOUNT,
     "logging_steps": _AMOUNT,
-    "max_grad_norm": (0, 1e300, "a finite number of at least 0, where 0 is no limit"),
+    "max_grad_norm": (0, 1e300, "a finite number of at least 0, where 0 sets no limit"),
     "num_train_epochs": (1e-9, 1e9, "a finite number above 0"),
     "per_device_eval_batch_size": _COUNT,
     "per_device_train_batch_size": _COUNT,
@@ -160,7 +214,7 @@ BOUNDS = {
 
 
 def check_trainer_options(args: Any) -> None:
-    """Refuse options of `TrainingArguments` that would fail late or change what is meant; warn of those without effect.
+    """Refuse options of `TrainingArguments` that fail late or change what is meant; warn of those without effect.
 
     Args:
         args: Config of a trainer, with the values that were given.
@@ -186,8 +240,8 @@ def check_trainer_options(args: Any) -> None:
             logger.warning("`%s=%r` has no effect without %s.", name, getattr(args, name), needed)
     if getattr(args, "train_sampling_strategy", "random") not in ("random", "sequential"):
         raise ValueError(
-            f"`train_sampling_strategy={args.train_sampling_strategy!r}` is refused: {VALUES['train_sampling_strategy']}"
-            ", so take 'random' or 'sequential'."
+            f"`train_sampling_strategy={args.train_sampling_strategy!r}` is refused: pairs have no lengths, so take "
+            "'random' or 'sequential'."
         )
     _check_accelerator(args.accelerator_config)
     _check_trackers(args.report_to)
@@ -197,37 +251,6 @@ def check_trainer_options(args: Any) -> None:
         raise ValueError("`fsdp` shards among processes, but there is one: start several with `accelerate launch`.")
     if args.fp16 and not _has_gpu(args):
         raise ValueError("`fp16=True` has no effect on a CPU: pass `bf16=True`, or leave it out.")
-
-
-def check_optimizer(args: TrainingArguments) -> None:
-    """Build the optimizer and the schedule of one number, so that a bad option shows before the training.
-
-    Args:
-        args: Config of a trainer, after `TrainingArguments` has converted it.
-
-    Raises:
-        ImportError: The optimizer is not installed.
-        ValueError: An option is refused by the optimizer or the schedule, or has no effect on it.
-    """
-    number = torch.nn.Parameter(torch.zeros(1))
-    optimizer: torch.optim.Optimizer = torch.optim.SGD([number], lr=0.1)
-    try:
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        if not args.optim.startswith(("galore", "apollo", "lomo", "adalomo")):  # which need the model
-            optimizer = optimizer_class([number], **options)
-            _check_optimizer_options(args, options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`optim={args.optim.value!r}`, `optim_args={args.optim_args!r}`: {error}") from None
-    kwargs, schedule = args.lr_scheduler_kwargs or {}, args.lr_scheduler_type
-    try:
-        if kwargs and schedule in ("constant", "constant_with_warmup"):
-            raise ValueError("it takes none")
-        if schedule != "greedy":  # which needs the model and its metrics
-            get_scheduler(schedule, optimizer, 1, 10, kwargs)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"`lr_scheduler_type={schedule.value!r}` does not go with `lr_scheduler_kwargs={kwargs!r}`: {error}."
-        ) from None
 
 
 def check_run(args: TrainingArguments, eval_dataset: Any, optimizer: Any) -> None:
@@ -249,29 +272,6 @@ def check_run(args: TrainingArguments, eval_dataset: Any, optimizer: Any) -> Non
         logger.warning("%s: no effect beside the optimizer that was passed.", ", ".join(ignored))
 
 
-def _check_optimizer_options(args: TrainingArguments, options: dict[str, Any]) -> None:
-    """Raise a `ValueError` for an option whose default would give the optimizer the same options."""
-    words = (args.optim_args or "").replace(" ", "").split(",")
-    fewer = {word: ",".join(other for other in words if other != word) or None for word in words if word}
-    tried = [("optim_args", word, value) for word, value in fewer.items()]
-    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if is_given(args, name):
-            tried.append((name, name, type(args).__dataclass_fields__[name].default))
-    for name, said, other in tried:
-        if _optimizer_options(args, name, other) == options:
-            raise ValueError(f"{said} has no effect on this optimizer: leave it out")
-
-
-def _optimizer_options(args: TrainingArguments, name: str, value: Any) -> dict[str, Any]:
-    """Return the options of the optimizer with another value of an option."""
-    own = getattr(args, name)
-    setattr(args, name, value)
-    try:
-        return Trainer.get_optimizer_cls_and_kwargs(args)[1]
-    finally:
-        setattr(args, name, own)
-
-
 def _has_gpu(args: Any) -> bool:
     return torch.accelerator.is_available() and not args.use_cpu
 
@@ -290,7 +290,8 @@ def _check_accelerator(config: Any) -> None:
     for name, value in {"split_batches": True, "dispatch_batches": True, "even_batches": False}.items():
         if getattr(config, name) is value:
             raise ValueError(
-                f"`accelerator_config` with `{name}={value}` is refused: {VALUES['accelerator_config']}; leave it out."
+                f"`accelerator_config` with `{name}={value}` is refused: rows are dealt to processes one batch each; "
+                "leave it out."
             )
 
 

@@ -16,7 +16,7 @@ def test_reward_says_what_it_found_and_where_it_is(workplace: Workplace) -> None
     files = {file.name for file in workplace.reward.iterdir()}
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= files
     assert "training_curve.png" in files
-    assert "reliability.png" not in files  # of 8 pairs it would show noise
+    assert "reliability.png" not in files  # 8 pairs would show noise
     assert "No reliability diagram: 8 pairs are too few" in workplace.printed
 
 

@@ -275,7 +275,7 @@ def test_errors_name_the_argument_and_the_place(call, message):
         call()
 
 
-# What belongs together
+# Clusters and weights
 
 
 def brute_force(sums):
@@ -292,7 +292,7 @@ def test_sign_flips_agree_with_all_signs(sums):
 
 
 def test_random_signs_come_near_the_exact_value():
-    """21 sums that are no multiples of one half, against those that are, ten times as many steps."""
+    """Sums of odd sizes, against multiples of one half."""
     sums = np.array([1.0, 2.0, 3.0] * 7) * np.resize([1, 1, 1, -1], 21)
     assert sign_flip_test(sums * 0.37) == pytest.approx(sign_flip_test(sums), abs=0.005)
 

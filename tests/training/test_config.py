@@ -81,7 +81,7 @@ OWN = [
 
 @pytest.mark.parametrize(("config", "name"), OWN, ids=lambda value: getattr(value, "__name__", value))
 def test_wrong_types_and_values_are_refused_by_name(config: type, name: str, tmp_path: Path) -> None:
-    """Of all options of ours; `None` and 0 where they mean something are other tests' matter."""
+    """Try each option of ours; a `None` or 0 with a meaning is for other tests."""
     hint = get_type_hints(config)[name]
     parts = get_args(hint) or (hint,)
     kinds = [kind for kind in WRONG if kind in parts] or [list if list[str] in parts else str]
