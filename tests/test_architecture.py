@@ -17,13 +17,19 @@ PACKAGE = Path(__file__).parents[1] / "bt_hf"
 WINGS = ["losses data metrics", "hub plots evaluate_modules", "training", "reward diffusion", "cli", "__init__"]
 # The floors inside each wing, in the same way; folders are wings in a wing.
 ROOMS = {
-    "cli": ["errors", "dispatch options", "__init__", "__main__ pairs pull push score training", "lora reward"],
+    "cli": [
+        "errors",
+        "config_file dispatch options",
+        "__init__",
+        "__main__ pairs pull push score training",
+        "lora reward",
+    ],
     "data": ["__init__ fingerprint formats images verified", "cache streaming", "reading", "checks", "pairs"],
     "diffusion": [
         "__init__ beta callbacks collator config kto losses",
         "families safeguard",
         "card encoder errors pair_loss",
-        "cache validation_images",
+        "against_base cache validation_images",
         "loading reference",
         "generation trainer",
     ],
@@ -34,15 +40,16 @@ ROOMS = {
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [
-        "__init__ config fitting frozen_prefix inputs lora",
+        "__init__ config fitting frozen_prefix inputs lora verdict",
         "encoders",
-        "card collator taste",
+        "against_base card collator taste",
         "cache scorer",
         "trainer",
         "cross_validation",
     ],
     "training": [
-        "__init__ dataloaders finite lora_options resume sharding shutdown",
+        "__init__ dataloaders finite learnt lora_options option_checks resume sharding shutdown",
+        "optimizers trainer_options",
         "config",
         "saving",
         "publishing",

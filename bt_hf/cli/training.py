@@ -1,8 +1,10 @@
 """Shared parts of the commands that train: data, options from dataclasses and YAML, a short help, the last steps."""
 
 import argparse
+import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,15 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 from bt_hf import plots
+from bt_hf.cli.config_file import read_config
 from bt_hf.cli.options import OptionParser
 from bt_hf.data.pairs import load_preference_pairs
+from bt_hf.training.option_checks import check_types
 from bt_hf.training.trainer import PreferenceTrainer
 
 # The few TrainingArguments that `--help` shows; `--help_all` shows all.
 _SHOWN = {"bf16", "eval_strategy", "hub_model_id", "max_steps", "output_dir", "push_to_hub", "report_to", "seed"}
+_CONFIG = re.compile("--config=")
 
 
 @dataclass
@@ -106,13 +111,21 @@ def parse_training(
         for action in parser._actions:
             if action.dest not in shown:
                 action.help = argparse.SUPPRESS
-    # TRL looks for `--config` and its value as two arguments.
-    words = [word for argument in argv for word in _split_config(argument)]
-    if words[-1:] == ["--config"]:
-        parser.error("argument --config: expected one argument")
-    *found, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
+    parser.refuse_misspelt(argv)
+    try:
+        config = _config_of(argv)
+        if config is not None:
+            known = [field.name for part in parts for field in dataclasses.fields(part) if field.init]
+            parser.set_defaults_with_config(**read_config(config, known))
+        *found, _, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        for part in found:
+            check_types(part)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
     parser.refuse_unknown(unknown)
-    return tuple(found[: len(parts)])
+    return tuple(found)
 
 
 def own_options(parts: Sequence[type]) -> set[str]:
@@ -169,14 +182,18 @@ def draw_plots(
         judged: `margins`, `preference` and perhaps `base_margins` of the pairs in the diagram.
 
     Returns:
-        The pictures. None if Matplotlib is not installed.
+        The pictures. None if Matplotlib is not installed, and no diagram of few pairs.
     """
     drawn = []
     try:
         if any("loss" in entry for entry in log_history):
             plots.plot_training_curve(log_history, folder / "training_curve.png")
             drawn.append(folder / "training_curve.png")
-        if judged is not None:
+        if judged is not None and len(judged["margins"]) < plots.FEWEST_PAIRS:
+            print(
+                f"No reliability diagram: {len(judged['margins'])} pairs are too few ({plots.FEWEST_PAIRS} are not)."
+            )
+        elif judged is not None:
             plots.plot_reliability(**judged, path=folder / "reliability.png")
             drawn.append(folder / "reliability.png")
     except ImportError:
@@ -184,8 +201,13 @@ def draw_plots(
     return drawn
 
 
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+def _config_of(argv: Sequence[str]) -> str | None:
+    """Return the value of `--config`; the parser says where it has none."""
+    words = [word for argument in argv for word in (argument.split("=", 1) if _CONFIG.match(argument) else [argument])]
+    places = [index for index, word in enumerate(words[:-1]) if word == "--config"]
+    if len(places) > 1:
+        raise ValueError("--config stands there twice: put the options into one file")
+    return words[places[0] + 1] if places else None
 
 
 def _say_nothing(*values: object) -> None:

@@ -79,8 +79,8 @@ def check_unpaired(dataset: Dataset | IterableDataset) -> None:
 def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableDataset) -> int:
     """Count the rows of `eval` that are also in `train`: same prompt and same two images, in either order.
 
-    Images are compared by their pixels after `to_rgb`, so another file format or name does not hide a copy. Only
-    training rows whose prompt is also in `eval` are decoded.
+    Prompts that differ in case or spaces alone are the same. Images are compared by their pixels after `to_rgb`, so
+    another file format or name does not hide a copy. Only training rows whose prompt is also in `eval` are decoded.
 
     Args:
         train: Rows of the contract.
@@ -109,11 +109,14 @@ def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableD
         return dataset
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["prompt"], *sorted(_digest(row[name]) for name in ("chosen", "rejected"))
+        return plain(row["prompt"]), *sorted(_digest(row[name]) for name in ("chosen", "rejected"))
+
+    def plain(prompt: str) -> str:
+        return " ".join(prompt.split()).casefold()
 
     keys = [key(row) for row in rows(eval)]
     prompts = {prompt for prompt, *_ in keys}
-    known = {key(row) for row in rows(train) if row["prompt"] in prompts}
+    known = {key(row) for row in rows(train) if plain(row["prompt"]) in prompts}
     return sum(key in known for key in keys)
 
 

@@ -15,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from bt_hf.diffusion.against_base import against_base
 from bt_hf.diffusion.beta import fixed_beta
 from bt_hf.diffusion.cache import Evaluated, LatentPairs, Pairs, cache_datasets, each_dataset
 from bt_hf.diffusion.callbacks import BeginCallback, make_guards
@@ -132,6 +133,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             sharded=self.sharded,
         )
         self.add_callback(BeginCallback(self._begin))
+        self.add_callback(against_base(self))
         self.guards = make_guards(args, held_out=eval_dataset is not None) if args.guards else []
         for guard in self.guards:
             self.add_callback(guard)

@@ -21,6 +21,7 @@ from bt_hf.data.cache import CachedPairs, can_be_cached, without_format
 from bt_hf.losses import agreement, bradley_terry_loss, retrieval_kl
 from bt_hf.metrics import preference_metrics
 from bt_hf.reward import encoders, taste
+from bt_hf.reward.against_base import against_base
 from bt_hf.reward.cache import FeatureCache, FilePairs, MemoryPairs, store_pairs
 from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
@@ -104,6 +105,8 @@ class BradleyTerryTrainer(PreferenceTrainer):
         # Verdict of a cross-validation of these pairs, for the card; set by whoever ran it.
         self.verdict: str | None = None
         self._banks: dict[str, torch.Tensor] = {}
+        # Training pairs as the base embeds them, where something needed that before the training.
+        self.embedded_base: dict[str, torch.Tensor] = {}
         super().__init__(
             model=model,
             args=args,
@@ -115,6 +118,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(against_base(self))
 
     def _cache(
         self, model: nn.Module, collator: PreferenceCollator, args: BradleyTerryConfig, train: Any, evaluation: Any
@@ -156,7 +160,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         if not (start or self.args.kl_weight) or self.train_dataset is None:
             return
         self.place_unsharded()
-        embedded = self._embed_training_pairs(512)
+        embedded = self.embedded_base = self._embed_training_pairs(512)
         size = self.args.kl_bank_size
         self._banks = {name: embedded[name][:size].to(self.args.device) for name in ("text", "chosen", "rejected")}
         layer = taste.text_lora(self.model) if start else None

@@ -25,6 +25,7 @@ from bt_hf.training.publishing import PublishingTrainer
 from bt_hf.training.resume import Position, find_checkpoint
 from bt_hf.training.sharding import wrap_by_layer
 from bt_hf.training.shutdown import destroy_group_at_exit
+from bt_hf.training.trainer_options import check_run
 
 logger = logging.getLogger(__name__)
 Metrics = Callable[[EvalPrediction], dict[str, float]]
@@ -51,6 +52,7 @@ class PreferenceTrainer(PublishingTrainer):
         self._running: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._padding_batch: dict[str, Any] | None = None
         self._user_metrics = compute_metrics
+        check_run(kwargs["args"], kwargs.get("eval_dataset"), kwargs.get("optimizers", (None,))[0])
         super().__init__(compute_metrics=self._compute_metrics, **kwargs)
         self.label_names = ["preference", "weight"]  # gathered by the evaluation loop, beside the margins
         self.add_callback(Position())

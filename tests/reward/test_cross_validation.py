@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from sklearn.linear_model import LogisticRegression
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
 from bt_hf.metrics import agreement, mcnemar_test, preference_metrics
@@ -104,8 +105,11 @@ def test_result(tmp_path: Path) -> None:
     # The tie is in no accuracy, and so in no test of accuracies.
     decided = np.array(preference) != 0.5
     right, base_right = (agreement(m, preference)[decided] for m in (result.margins, result.base_margins))
-    assert result.test == mcnemar_test(right, base_right)
-    assert result.difference[0] <= right.mean() - base_right.mean() <= result.difference[1]
+    weight = np.array(pairs["weight"])[decided]
+    assert result.test == mcnemar_test(right, base_right, weight)
+    assert result.difference[0] <= np.average(right - base_right, weights=weight) <= result.difference[1]
+    # The sentence tells the figures of the table, weights and all.
+    assert f"{result.metrics['accuracy']:.0%} against".replace("%", " %") in result.verdict
     assert result.verdict
     text = str(result)
     assert text.endswith(result.verdict)
@@ -174,3 +178,78 @@ def test_adapted_model_is_refused(tmp_path: Path) -> None:
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="needs a base model, but got one with an adapter"):
         cross_validate(adapted, red_pairs(6), config(tmp_path), processing_class=processor)
+
+
+def test_copies_are_no_evidence(tmp_path: Path) -> None:
+    """Four pairs, eight times over, prove what four pairs prove, and share a fold with their copies."""
+    pairs = concatenate_datasets([red_pairs(4)] * 8)
+    base, processor = build(seed=3)
+    result = cross_validate(base, pairs, config(tmp_path), processing_class=processor, progress=False)
+    assert result.test.n_better + result.test.n_worse <= 4
+    assert result.test.p_value >= 0.125
+    assert "32 pairs of 4 prompts" in result.verdict
+    assert result.metrics["accuracy_high"] - result.metrics["accuracy_low"] > 0.3
+    assert result.contradictions == (0, 4)
+    assert "contradict" not in result.verdict
+
+
+def test_spellings_of_a_prompt_share_a_fold(tmp_path: Path) -> None:
+    pairs = red_pairs(6)
+    prompts = [f"  {prompt.upper()} " if index % 2 else prompt for index, prompt in enumerate(pairs["prompt"])]
+    both = concatenate_datasets([pairs, pairs.remove_columns("prompt").add_column("prompt", prompts)])
+    base, processor = build()
+    result = cross_validate(base, both, config(tmp_path), folds=3, processing_class=processor, progress=False)
+    assert (result.folds[:6] == result.folds[6:]).all()
+    assert (result.prompts[:6] == result.prompts[6:]).all()
+
+
+def test_contradicting_clicks_are_told(tmp_path: Path) -> None:
+    pairs = red_pairs(6)
+    swapped = pairs.select([0, 1]).rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    rows = concatenate_datasets([pairs, swapped.select_columns(pairs.column_names), pairs.select([2])])
+    base, processor = build()
+    result = cross_validate(base, rows, config(tmp_path), processing_class=processor, progress=False)
+    assert result.contradictions == (2, 3)
+    assert result.verdict.endswith("Your clicks contradict each other on 2 of 3 repeated pairs.")
+
+
+def test_the_probe_stands_beside_base_and_adapter(tmp_path: Path) -> None:
+    """Its margins are those of scikit-learn's logistic regression on each fold's training pairs."""
+    pairs = red_pairs(20)
+    base, processor = build(seed=3)
+    result = cross_validate(base, pairs, config(tmp_path), processing_class=processor, progress=False)
+    model = build(seed=3)[0].eval()
+    inputs = [processor.image_processor(list(pairs[name]), return_tensors="pt") for name in ("chosen", "rejected")]
+    with torch.no_grad():
+        chosen, rejected = (
+            torch.nn.functional.normalize(model.get_image_features(**images).pooler_output, dim=-1)
+            for images in inputs
+        )
+    difference = (chosen - rejected).double().numpy()
+    for fold in range(5):
+        rest = difference[result.folds != fold]
+        probe = LogisticRegression(fit_intercept=False, C=0.5, tol=1e-8, max_iter=1000)  # each pair twice
+        probe.fit(np.concatenate([rest, -rest]), np.repeat([1, 0], len(rest)))
+        expected = difference[result.folds == fold] @ probe.coef_[0]
+        np.testing.assert_allclose(result.probe_margins[result.folds == fold], expected, atol=1e-4)
+    assert f"probe       {result.metrics['probe_accuracy']:9.3f}" in str(result)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_on_start": True},
+        {"eval_strategy": "steps", "eval_steps": 1},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "accuracy"},
+        {"push_to_hub": True},
+        {"resume_from_checkpoint": "true"},
+    ],
+    ids=str,
+)
+def test_options_of_a_training_with_held_out_pairs(options: dict[str, object], tmp_path: Path) -> None:
+    base, processor = build()
+    args = config(tmp_path, **options)
+    result = cross_validate(base, red_pairs(6), args, folds=2, processing_class=processor, progress=False)
+    assert len(result.margins) == 6

@@ -172,7 +172,7 @@ def test_double_weight_is_a_copy(warm_start: bool, tmp_path: Path) -> None:
             kl_weight=0.0,
             learning_rate=1e-2,
             num_train_epochs=3,
-            prior_weight=0.1,
+            **({"prior_weight": 0.1} if warm_start else {}),
         )
         trainer.train()
         ends.append(adapter(trainer))
@@ -476,7 +476,7 @@ def test_own_collator_turns_the_cache_off(tmp_path: Path) -> None:
     )
     assert trainer.cache is None
     trainer.train()
-    assert calls == [6, 6]
+    assert calls[:2] == [6, 6]
 
 
 # --- Evaluation ---
@@ -706,7 +706,7 @@ def test_contradictions(tmp_path: Path) -> None:
         make_trainer(tmp_path, full_finetuning=True, peft_config=LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"`label_smoothing` should be in \[0, 0.5\], but got 0.6"):
         make_trainer(tmp_path, label_smoothing=0.6)
-    with pytest.raises(ValueError, match="`kl_weight` should be at least 0, but got -1"):
+    with pytest.raises(ValueError, match="`kl_weight` should be a finite number of at least 0, but got -1"):
         make_trainer(tmp_path, kl_weight=-1)
 
 
