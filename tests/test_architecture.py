@@ -18,7 +18,16 @@ WINGS = ["losses data metrics", "hub plots evaluate_modules", "training", "rewar
 # The floors inside each wing, in the same way; folders are wings in a wing.
 ROOMS = {
     "cli": ["errors", "dispatch options", "__init__", "__main__ pairs pull push score training", "lora reward"],
-    "data": ["__init__ fingerprint formats images", "cache streaming", "reading", "checks", "pairs"],
+    "data": [
+        "__init__ fingerprint images",
+        "cache urls",
+        "places",
+        "archives formats tables",
+        "recognition rows streaming",
+        "conversion reading",
+        "checks",
+        "pairs",
+    ],
     "diffusion": [
         "__init__ beta callbacks collator config kto losses",
         "families safeguard",
