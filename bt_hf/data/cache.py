@@ -99,6 +99,7 @@ def encode_once(
     first_image, image_numbers = _distinct(np.stack([digests[name] for name in columns], axis=1).ravel())
     first_prompt, prompt_numbers = _distinct(digests["prompt"])
     single = {name: pairs.select_columns([name]) for name in (*columns, "prompt")}  # one is read without the others
+    single |= {name: single[name].cast_column(name, Image(decode=False)) for name in columns}  # `to_rgb` opens them
 
     def images_of(batch: dict[str, list[Any]]) -> Encoded:
         places = [(columns[number % len(columns)], number // len(columns)) for number in batch["first"]]

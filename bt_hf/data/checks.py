@@ -18,7 +18,7 @@ from bt_hf.data.images import short, to_rgb
 from bt_hf.data.places import PROBLEM
 from bt_hf.data.reading import features_of
 from bt_hf.data.recognition import check_kinds, recognise
-from bt_hf.data.rows import image_name, undecoded
+from bt_hf.data.rows import as_stored, image_name, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,17 @@ def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
         "leave such rows out with load_preference_pairs(dataset, on_bad_rows='drop')",
     )
     return dataset
+
+
+def check_images(dataset: Dataset) -> None:
+    """Open all images of pairs.
+
+    Raises:
+        ValueError: An image is missing or unreadable. Names the row and the column.
+    """
+    for row in as_stored(dataset):
+        for name in ("chosen", "rejected"):
+            to_rgb(row[name], image_name(row, name))
 
 
 def check_unpaired(dataset: Dataset | IterableDataset) -> None:
@@ -202,7 +213,7 @@ def _note(row: dict[str, Any], index: int, label: str, on_bad_rows: str) -> dict
     note = {ROW: row.get(ROW, index), PROBLEM: _problem(row)}
     if note[PROBLEM] and on_bad_rows == "raise":
         raise PreferenceDataError(
-            f"row {note['_row']} of {row.get('_shard') or label}: {note['_problem']}; "
+            f"row {note[ROW]} of {row.get(SHARD) or label}: {note[PROBLEM]}; "
             "fix the row, or pass on_bad_rows='drop' to go without it"
         )
     return note
@@ -232,7 +243,7 @@ def check_pairs(pairs: Dataset, layout: Layout, label: str, on_bad_rows: str, nu
     summary = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     if not good:
         first = next(note for note in notes)
-        raise PreferenceDataError(f"{label}: no pair is usable ({summary}); row {first['_row']}: {first['_problem']}")
+        raise PreferenceDataError(f"{label}: no pair is usable ({summary}); row {first[ROW]}: {first[PROBLEM]}")
     logger.warning("%s: dropped %d of %d pairs (%s)", label, len(problems) - len(good), len(problems), summary)
     return pairs.select(good)
 

@@ -140,8 +140,8 @@ def _stream_groups(
         first, shard = members[0][0], members[0][1].get(SHARD)
         if key in seen:
             raise PreferenceDataError(
-                f"row {first}{f' of {shard}' if shard else ''}: {group} {short(key[0])} comes again after others; in a "
-                "stream the images of a prompt must be neighbours: sort the data, or load it with streaming=False"
+                f"row {first}{f' of {shard}' if shard else ''}: {group} {short(key[0])} comes again after others; in "
+                "a stream the images of a prompt must be neighbours: sort the data, or load it with streaming=False"
             )
         seen.add(key)
         for number, row in members:

@@ -20,9 +20,23 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Decoders that run inside Pillow or its libraries. Others start programs (EPS: Ghostscript) or are hardly tested.
-FORMATS = (
-    "AVIF BMP DIB GIF HEIF ICO JPEG JPEG2000 MPO PNG PPM QOI TGA TIFF WEBP"  # HEIF: where pillow-heif is registered
-).split()
+FORMATS = (  # HEIF: where pillow-heif has registered it
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "HEIF",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "MPO",
+    "PNG",
+    "PPM",
+    "QOI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
 # Processors enlarge the shorter edge to hundreds of pixels, and the longer edge with it.
 MAX_ASPECT_RATIO = 32
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
@@ -101,7 +115,7 @@ def short(value: Any, length: int = 80) -> str:
     if isinstance(value, str | bytes) and len(value) > 2 * length:
         value = value[:length] + value[-length:]
     try:
-        text = " ".join(repr(value).split())
+        text = " ".join(repr(value).splitlines())
     except ValueError:  # an integer of more digits than Python prints
         text = f"a huge {type(value).__name__}"
     half = (length - 3) // 2

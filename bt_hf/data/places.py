@@ -96,8 +96,8 @@ class Place:
                 raise ValueError(f"unreadable image: {short(path)} is not a path") from error
             if not any(real.is_relative_to(root) for root in self.roots):
                 raise ValueError(
-                    f"image outside the folder: {short(path)} is not in {short(self.base or self.repo)}; move it there,"
-                    " or load the rows yourself and pass the dataset"
+                    f"image outside the folder: {short(path)} is not in {short(str(self.base or self.repo))}; move it "
+                    "there, or load the rows yourself and pass the dataset"
                 )
         return joined
 

@@ -50,6 +50,11 @@ def open_dataset(
     if not isinstance(loaded, Dataset | IterableDataset):
         raise PreferenceDataError(f"{label}: expected a dataset, found {type(loaded).__name__}")
     if isinstance(loaded, Dataset):
+        if loaded.format["type"] == "custom":
+            raise PreferenceDataError(
+                f"{label}: has a transform, which the checks would not see; apply it with dataset.map(...), or set it "
+                "on what load_preference_pairs returns"
+            )
         if len(loaded) == 0:
             raise PreferenceDataError(f"{label}: has no rows; expected at least one pair")
         loaded = _plain_types(loaded)

@@ -1,4 +1,4 @@
-"""Recognise the format of preference data by its columns, or say what to change, judged by the values that stand there."""
+"""Recognise the format of preference data by its columns, or say what to change, by the values that stand there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bt_hf.data.formats import (
     is_kind,
 )
 from bt_hf.data.images import embedded_bytes, short
+from bt_hf.data.rows import undecoded
 
 _KNOWN_NAMES = {
     "prompt": ("caption", "text", "instruction", "question", "query", "input"),
@@ -91,7 +92,7 @@ def _missing_columns(dataset: Dataset | IterableDataset, features: Features, lab
 
 
 def _first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
-    return list(islice(dataset.with_format(None).decode(False), 5))
+    return list(islice(undecoded(dataset.with_format(None)), 5))
 
 
 def _holds(rows: list[dict[str, Any]], features: Features, name: str, kind: str) -> bool:

@@ -12,6 +12,7 @@ from bt_hf.data.formats import ROW
 from bt_hf.data.images import short
 from bt_hf.data.places import IMAGE
 
+_COLUMNS = ("prompt", "chosen", "rejected", "completion", "preference", "weight", "label")
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
@@ -38,15 +39,32 @@ def image_name(row: Mapping[str, Any], column: str, number: int | None = None) -
     )
 
 
+def as_stored(dataset: Any) -> Any:
+    """Return the rows that a trainer reads, of the columns that it knows, with undecoded images.
+
+    Args:
+        dataset: A `Dataset`, whose rows get numbers, or a stream. With a transform of the user it stays as it is, as do
+            datasets of other kinds.
+    """
+    if isinstance(dataset, IterableDataset):
+        return undecoded(dataset)
+    if not isinstance(dataset, Dataset):
+        return dataset
+    if dataset.format["type"] != "custom":
+        kept = [name for name in dataset.column_names if name in _COLUMNS]
+        dataset = undecoded(dataset.with_format(None).select_columns(kept))
+    return NumberedRows(dataset)
+
+
 class NumberedRows(torch.utils.data.Dataset):
-    """Rows of a dataset with their numbers, which messages name, and with undecoded images.
+    """Rows of a dataset with their numbers, which messages name.
 
     Args:
         dataset: Rows of the contract, or unpaired ones.
     """
 
     def __init__(self, dataset: Dataset) -> None:
-        self.rows = undecoded(dataset)
+        self.rows = dataset
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import pyarrow
 from datasets import Features, IterableDataset, IterableDatasetDict
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from bt_hf.data.archives import archive_stream
 from bt_hf.data.formats import PLACE, ROW, SHARD, PreferenceDataError
@@ -65,7 +66,7 @@ def open_shards(
 
 def is_webdataset(builder: Any) -> bool:
     """True if a builder reads WebDataset archives, for which this library has its own reader."""
-    return type(builder).__name__ == "WebDataset"
+    return isinstance(builder, WebDataset)
 
 
 def _stream(builder: Any, split: str | None) -> IterableDataset | IterableDatasetDict:

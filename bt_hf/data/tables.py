@@ -29,8 +29,8 @@ def read_table(path: Path, roles: Roles) -> Dataset:
     """Read a table of text into memory.
 
     Args:
-        path: A `.csv`, `.tsv`, `.json` (a list of rows, rows as lines, or columns) or `.jsonl` file, in UTF-8, or UTF-16
-            with a byte order mark. A CSV may use commas, semicolons, tabs or bars.
+        path: A `.csv`, `.tsv`, `.json` (a list of rows, rows as lines, or columns) or `.jsonl` file, in UTF-8, or in
+            UTF-16 with a byte order mark. A CSV may use commas, semicolons, tabs or bars.
         roles: The names of the columns -> "text", "image" or "number" (or their plurals) for each that matters. Of a
             CSV, a text or image stays text, whatever it looks like. Columns without a role are numbers or booleans
             where all of their cells are.

@@ -162,7 +162,7 @@ def _address(host: str, port: int, allow_urls: AllowUrls, url: str) -> tuple[str
     private = [address for address in addresses if not is_public(address)]
     if private and allow_urls != "private":
         raise ValueError(
-            f"private address: {short(url)} leads to {private[0]}; pass allow_urls='private' if that is your own server"
+            f"private address: {short(url)} leads to {private[0]}; pass allow_urls='private' if that is your server"
         )
     return addresses[0], port
 

@@ -18,7 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from bt_hf.data.checks import check_columns
+from bt_hf.data.checks import check_columns, check_images
 from bt_hf.metrics import (
     McNemarResult,
     agreement,
@@ -139,6 +139,8 @@ def cross_validate(
         cache = FeatureCache(adapted, PreferenceCollator(processor), max_bytes=args.cache_max_gb * 1e9)
         pairs = (cache.add(dataset) if cache.useful else None) or dataset
         base = base if args.full_finetuning else adapted.unload()
+    if pairs is dataset:
+        check_images(dataset)  # by the numbers of its rows, which the folds do not know
     margins, base_margins = np.zeros(len(dataset)), np.zeros(len(dataset))
     preference = np.array([float(value) for value in _column(dataset, "preference")])
     with tempfile.TemporaryDirectory() as scratch:

@@ -160,8 +160,8 @@ class PreferenceScorer:
     def embed_images(self, images: Sequence[Any], batch_size: int | None = None) -> torch.Tensor:
         """Normalised embeddings (N, D), float32, on the CPU."""
         chunks = []
-        for chunk in _chunks(_listed(images), batch_size or self.batch_size):
-            rgb = [to_rgb(image) for image in chunk]
+        for chunk in _chunks(list(enumerate(_listed(images))), batch_size or self.batch_size):
+            rgb = [to_rgb(image, f"image {number}") for number, image in chunk]
             inputs = self.processor.image_processor(rgb, return_tensors="pt")
             chunks.append(encoders.embed_images(self.model, self._move(inputs)))
         return torch.cat(chunks).cpu() if chunks else torch.empty(0, 0)
