@@ -77,7 +77,7 @@ def _samples(file: str) -> Iterator[dict[str, Any]]:
             row: dict[str, Any] = {}
             for _, field, member in parts:
                 reader = archive.extractfile(member)
-                assert reader is not None  # of regular members
+                assert reader is not None  # regular members have one
                 try:
                     for name, value in _columns(field, reader.read()):
                         if name in row and not field.endswith("json"):

@@ -17,7 +17,7 @@ from bt_hf.data.places import PROBLEM
 ROW_COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight")
 DEFAULTS = {"preference": 1.0, "weight": 1.0}
 SHARD, ROW = "_bt_hf_shard", "_bt_hf_row"
-ROWS = "_bt_hf_rows"  # of a ranking that was made of several rows
+ROWS = "_bt_hf_rows"  # numbers of the rows that a ranking was made of
 PLACE = Features({SHARD: Value("string"), ROW: Value("int64")})  # where a pair came from; of one file, no name
 NOTES = Features(PLACE | {PROBLEM: Value("string")})  # and what is wrong with it
 KINDS = {

@@ -112,7 +112,7 @@ def short(value: Any, length: int = 80) -> str:
         >>> short("a" * 1000, 20)
         "'aaaaaaa...aaaaaaaa'"
     """
-    if isinstance(value, str | bytes) and len(value) > 2 * length:
+    if isinstance(value, str) and len(value) > 2 * length:
         value = value[:length] + value[-length:]
     try:
         text = " ".join(repr(value).splitlines())

@@ -48,7 +48,7 @@ class Place:
         """Return the place of a local folder, and of archives in it that `datasets` has unpacked."""
         real = os.path.realpath(path)
         roots = [real, os.path.realpath(config.EXTRACTED_DATASETS_PATH)]
-        if os.path.basename(os.path.dirname(real)) == "snapshots":  # of the Hub's cache, which are links to `blobs`
+        if os.path.basename(os.path.dirname(real)) == "snapshots":  # the Hub's cache links them to `blobs`
             roots.append(os.path.join(os.path.dirname(os.path.dirname(real)), "blobs"))
         return Place(path, tuple(roots), allow_urls=allow_urls)
 

@@ -43,8 +43,8 @@ def as_stored(dataset: Any) -> Any:
     """Return the rows that a trainer reads, of the columns that it knows, with undecoded images.
 
     Args:
-        dataset: A `Dataset`, whose rows get numbers, or a stream. With a transform of the user it stays as it is, as do
-            datasets of other kinds.
+        dataset: A `Dataset`, whose rows get numbers, or a stream. A transform of the user is kept, as are datasets of
+            other kinds.
     """
     if isinstance(dataset, IterableDataset):
         return undecoded(dataset)

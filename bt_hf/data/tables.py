@@ -75,7 +75,7 @@ def _read_csv(content: str, usual: str, roles: Roles) -> Rows:
     if declared:
         content = content[declared.end() :]
     delimiter = declared[1] if declared else _delimiter(content, usual)
-    limit = csv.field_size_limit(sys.maxsize)  # of the whole process; a cell may hold an image in Base64
+    limit = csv.field_size_limit(sys.maxsize)  # the process has one; a cell may hold an image in Base64
     try:
         lines = list(csv.reader(io.StringIO(content, newline=""), delimiter=delimiter))
     except csv.Error as error:
@@ -149,7 +149,7 @@ def _read_json(content: str, suffix: str) -> Rows:
         try:
             return _whole(json.loads(content))
         except json.JSONDecodeError as error:
-            if "Extra data" not in str(error):  # which lines have
+            if "Extra data" not in str(error):  # rows as lines give that
                 raise ValueError(f"not valid JSON: {one_line(error)}") from error
         except ValueError as error:  # a number of thousands of digits
             raise ValueError(f"not valid JSON: {one_line(error)}") from error

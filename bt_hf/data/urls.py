@@ -22,7 +22,7 @@ SECONDS = 30.0  # for one try, from connecting to the last byte
 MAX_BYTES = 64 * 2**20
 TRIES = 4
 PAUSE = 1.0  # seconds before the second try, doubled before each further one
-MAX_PAUSE = 60.0  # that a server may ask for with Retry-After
+MAX_PAUSE = 60.0  # limit to what a server may ask for with Retry-After
 _REDIRECTS = 5
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -123,10 +123,12 @@ def _response(url: str, allow_urls: AllowUrls) -> Iterator[http.client.HTTPRespo
     address = _address(host, port, allow_urls, url)
     connection = http.client.HTTPConnection(host, port)  # it gets its socket here, so it never resolves the name again
     expired = threading.Event()
-    watch = threading.Timer(SECONDS, _cut, [connection, expired])
-    watch.daemon = True
+    watch = None
     try:
         connection.sock = _connect(address, host if secure else None)
+        # The connection itself forgets its socket at answers that end it.
+        watch = threading.Timer(SECONDS, _cut, [connection.sock, expired])
+        watch.daemon = True
         watch.start()
         path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (
             "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~-._?") if parts.query else ""
@@ -135,7 +137,8 @@ def _response(url: str, allow_urls: AllowUrls) -> Iterator[http.client.HTTPRespo
         connection.request("GET", path, headers={"User-Agent": "bt-hf", "Accept-Encoding": "identity"})
         response = connection.getresponse()
     except (http.client.HTTPException, OSError, ValueError) as error:
-        watch.cancel()
+        if watch is not None:
+            watch.cancel()
         connection.close()
         raise _Again(f"no end after {SECONDS:g} s" if expired.is_set() else one_line(error)) from error
     try:
@@ -196,8 +199,7 @@ def _connect(address: tuple[str, int], host: str | None) -> socket.socket:
         raise
 
 
-def _cut(connection: http.client.HTTPConnection, expired: threading.Event) -> None:
+def _cut(connected: socket.socket, expired: threading.Event) -> None:
     expired.set()
-    if connection.sock is not None:
-        with suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)

@@ -368,7 +368,10 @@ def test_bombs_are_refused(monkeypatch):
             "rename 'winner' to 'chosen', rename 'loser' to 'rejected'",
         ),
         ({"caption": ["a"], "chosen": ["x"], "rejected": ["y"]}, "found caption, .*rename 'caption' to 'prompt'"),
-        ({"prompt": ["a"], "chosen": ["x.png"], "rejcted": ["y.png"]}, "missing: rejected; rename 'rejcted' to 'rejected'"),
+        (
+            {"prompt": ["a"], "chosen": ["x.png"], "rejcted": ["y.png"]},
+            "missing: rejected; rename 'rejcted' to 'rejected'",
+        ),
         ({"foo": ["a"]}, "missing: prompt, chosen, rejected; rename your columns"),
         (rows(prompt=[1, 2]), "column 'prompt' should hold text .*found Value..int64"),
         (rows(chosen=[1, 2]), "column 'chosen' should hold images"),
