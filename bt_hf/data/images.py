@@ -39,8 +39,9 @@ FORMATS = (  # HEIF: where pillow-heif has registered it
 )
 # Processors enlarge the shorter edge to hundreds of pixels, and the longer edge with it.
 MAX_ASPECT_RATIO = 32
-_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP")
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0", b"\0\0\0\x0cjP")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{40}")
+_LONG_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{256}")  # longer than names of files, and without a dot
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(:|//)|[\\/]{2}")  # `http://`, `simplecache::`, and shares of Windows
 
 
@@ -95,7 +96,7 @@ def embedded_bytes(text: str) -> bytes | None:
             raise ValueError(f"unreadable image: a data URI without a comma, {short(text)}")
         if not header.lower().endswith(";base64"):
             return unquote_to_bytes(payload)
-    elif _BASE64.match(text) and _is_image(_from_base64(text[:40])):
+    elif _BASE64.match(text) and (_LONG_BASE64.match(text) or _is_image(_from_base64(text[:40]))):
         payload = text
     else:
         return None

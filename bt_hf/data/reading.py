@@ -117,6 +117,8 @@ def _load(
         if tables:
             part, path = _pick_files(tables, split, label)
             place = replace(place, base=path.parent)
+            if not path.is_file():
+                raise PreferenceDataError(f"{label}: {path.name} is not a regular file")
             if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in place.roots or ()):
                 raise PreferenceDataError(f"{label}: {path.name} is a link out of the folder; copy it there")
     if path.is_file():
