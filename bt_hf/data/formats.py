@@ -132,7 +132,7 @@ def find_layout(names: Collection[str], holds: Callable[[str, str], bool]) -> La
     if holds(images, "images"):
         return Layout("ImageRewardDB", {"prompt": "text", images: "images", ranks: "numbers"}, convert)
     kinds = {"prompt": "text", images: "image", ranks: "number"}
-    return Layout("ImageRewardDB", kinds, convert, group=first("prompt_id", "prompt"))
+    return Layout("ImageRewardDB", kinds, convert, group="prompt_id" if "prompt_id" in names and holds("prompt_id", "plain") else "prompt")
 
 
 def roles(names: Collection[str]) -> dict[str, str]:
@@ -148,6 +148,8 @@ def is_kind(feature: Any, kind: str) -> bool:
     dtype = feature.dtype if isinstance(feature, Value) else None
     if dtype == "null":  # nothing is known yet; each row is checked later
         return True
+    if kind == "plain":
+        return dtype is not None
     if kind == "number":
         return dtype is not None and dtype.startswith(("float", "int", "uint", "bool", "decimal"))
     text = dtype in ("string", "large_string", "string_view")

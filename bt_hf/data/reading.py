@@ -12,7 +12,7 @@ import datasets
 from datasets import Dataset, Features, IterableDataset, ReadInstruction, Value, concatenate_datasets
 
 from bt_hf.data.archives import load_archives
-from bt_hf.data.formats import PreferenceDataError, roles
+from bt_hf.data.formats import NOTES, PreferenceDataError, roles
 from bt_hf.data.images import one_line, short
 from bt_hf.data.places import Place
 from bt_hf.data.streaming import is_webdataset, open_shards
@@ -36,11 +36,11 @@ def open_dataset(
     """Return the dataset, the place of its images, and a name for messages."""
     place, label = Place(allow_urls=allow_urls), _THE_DATASET
     if isinstance(source, Dataset | IterableDataset):
-        loaded = source
+        loaded = _without_ours(source)
         if split is not None and str(loaded.split) != split:
             raise PreferenceDataError(f"unknown split '{split}': a loaded dataset has no other splits; leave it out")
     elif isinstance(source, dict):
-        loaded = _pick(source, split, label)
+        loaded = _without_ours(_pick(source, split, label))
     elif isinstance(source, str | os.PathLike):
         loaded, place, label = _open_path(os.fspath(source), split, streaming, on_bad_rows, allow_urls, roles)
     else:
@@ -140,7 +140,7 @@ def _load(
     if is_webdataset(builder):
         part, files = _pick_files(builder.config.data_files, split, label)
         return _slice(load_archives(list(files), part), split, part), place
-    return _pick(datasets.load_dataset(name, split=split, **options), split, label), place
+    return _without_ours(_pick(datasets.load_dataset(name, split=split, **options), split, label)), place
 
 
 def _tables_of(folder: Path) -> dict[str, Path]:
@@ -194,6 +194,13 @@ def _slice(dataset: Dataset, split: str | None, name: str) -> Dataset:
         return dataset
     parts = ReadInstruction.from_spec(split).to_absolute({name: len(dataset)})
     return concatenate_datasets([dataset.select(range(*slice(p.from_, p.to).indices(len(dataset)))) for p in parts])
+
+
+def _without_ours(dataset: Any) -> Any:
+    """Leave out columns that are called like those that this library adds."""
+    if not isinstance(dataset, Dataset):
+        return dataset
+    return dataset.remove_columns([name for name in dataset.column_names if name in NOTES])
 
 
 def _plain_types(dataset: Dataset) -> Dataset:

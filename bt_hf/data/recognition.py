@@ -80,7 +80,7 @@ def _missing_columns(dataset: Dataset | IterableDataset, features: Features, lab
     if not hints and choice and len(images) == 2:
         advice = f"make 'chosen' and 'rejected' of '{images[0]}' and '{images[1]}', as '{choice}' tells for each row"
     elif not hints:
-        advice = f"name the columns so in the first line of {table}" if table else ""
+        advice = f"name the columns so in {table}" if table else ""
         advice = advice or "rename your columns with dataset.rename_columns({...})"
         if missing == ["prompt"]:
             advice = "pass default_prompt='...' if the images were made without one"

@@ -18,6 +18,7 @@ from bt_hf.data.images import one_line, short
 from bt_hf.data.places import PROBLEM
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
+_OURS = "_bt_hf_"  # begins the names of columns that this library adds, such as `PROBLEM`
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")  # not "007", and never more than 64 bits hold
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf)", re.IGNORECASE)
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -83,7 +84,8 @@ def _read_csv(content: str, usual: str, roles: Roles) -> Rows:
     finally:
         csv.field_size_limit(limit)
     lines = [line for line in lines if line]
-    header = [name.strip() for name in lines[0]] if lines else []
+    header = [name.strip() or f"unnamed_{number}" for number, name in enumerate(lines[0])] if lines else []
+    header = [name.removeprefix(_OURS) for name in header]
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise ValueError(f"two columns are called {short(twice)}")
@@ -158,10 +160,11 @@ def _read_json(content: str, suffix: str) -> Rows:
 
 def _whole(value: Any) -> Rows:
     if isinstance(value, dict) and value and all(isinstance(one, list) for one in value.values()):
-        if len({len(one) for one in value.values()}) == 1:
-            return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-        if len(value) == 1:
-            (value,) = value.values()
+        (first, *_), lengths = value.values(), {len(one) for one in value.values()}
+        if len(value) == 1 and any(isinstance(one, dict) for one in first):  # such as {"data": [rows]}
+            value = first
+        elif len(lengths) == 1:
+            value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     return [_row(one) for one in (value if isinstance(value, list) else [value])]
 
 
@@ -183,6 +186,8 @@ def _row(value: Any) -> dict[str, Any]:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return {PROBLEM: f"not a row: a text is not valid Unicode in {short(value)}"}
+    if "" in value or any(name.startswith(_OURS) for name in value):
+        value = {name or "unnamed": one for name, one in value.items() if not name.startswith(_OURS)}
     return value
 
 
