@@ -132,7 +132,12 @@ def find_layout(names: Collection[str], holds: Callable[[str, str], bool]) -> La
     if holds(images, "images"):
         return Layout("ImageRewardDB", {"prompt": "text", images: "images", ranks: "numbers"}, convert)
     kinds = {"prompt": "text", images: "image", ranks: "number"}
-    return Layout("ImageRewardDB", kinds, convert, group="prompt_id" if "prompt_id" in names and holds("prompt_id", "plain") else "prompt")
+    return Layout(
+        "ImageRewardDB",
+        kinds,
+        convert,
+        group="prompt_id" if "prompt_id" in names and holds("prompt_id", "plain") else "prompt",
+    )
 
 
 def roles(names: Collection[str]) -> dict[str, str]:

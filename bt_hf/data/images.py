@@ -84,22 +84,28 @@ def is_address(text: str) -> bool:
     return _ADDRESS.match(text) is not None
 
 
+def is_embedded(text: str) -> bool:
+    """True if a text is a data URI, or Base64 of an image, not a path."""
+    if text[:5].lower() == "data:" or _LONG_BASE64.match(text):
+        return True
+    return _BASE64.match(text) is not None and _is_image(_from_base64(text[:40]))
+
+
 def embedded_bytes(text: str) -> bytes | None:
     """Return the image that a data URI or Base64 text holds, or `None` if it is neither.
 
     Raises:
         ValueError: A data URI that is damaged.
     """
+    if not is_embedded(text):
+        return None
+    payload = text
     if text[:5].lower() == "data:":
         header, comma, payload = text.partition(",")
         if not comma:
             raise ValueError(f"unreadable image: a data URI without a comma, {short(text)}")
         if not header.lower().endswith(";base64"):
             return unquote_to_bytes(payload)
-    elif _BASE64.match(text) and (_LONG_BASE64.match(text) or _is_image(_from_base64(text[:40]))):
-        payload = text
-    else:
-        return None
     try:
         return _from_base64(payload)
     except binascii.Error as error:

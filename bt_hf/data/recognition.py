@@ -17,7 +17,7 @@ from bt_hf.data.formats import (
     find_layout,
     is_kind,
 )
-from bt_hf.data.images import embedded_bytes, short
+from bt_hf.data.images import is_embedded, short
 from bt_hf.data.rows import undecoded
 
 _KNOWN_NAMES = {
@@ -100,5 +100,5 @@ def _holds(rows: list[dict[str, Any]], features: Features, name: str, kind: str)
     if not is_kind(features[name], kind):
         return False
     texts = [row[name] for row in rows if isinstance(row.get(name), str)]
-    files = [text.lower().endswith(_FILES) or embedded_bytes(text) is not None for text in texts]
+    files = [text.lower().endswith(_FILES) or is_embedded(text) for text in texts]
     return not texts or any(files) == (kind == "image")

@@ -11,7 +11,7 @@ import pytest
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.data.images import to_rgb
 from bt_hf.data.pairs import load_preference_pairs
-from tests.support.images import png
+from tiny_images import png
 
 
 @pytest.fixture(autouse=True)

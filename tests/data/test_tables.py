@@ -14,7 +14,7 @@ from bt_hf.data.pairs import load_preference_pairs
 from bt_hf.data.reading import open_dataset
 from bt_hf.data.recognition import recognise
 from bt_hf.data.tables import read_table
-from tests.support.images import png
+from tiny_images import png
 
 
 @pytest.fixture
@@ -244,7 +244,7 @@ def test_fuzz(folder: Path, name: str, cases: int, monkeypatch: pytest.MonkeyPat
         (folder / name).write_bytes(fuzzed_file(chance))
         policy, streaming = chance.choice(["raise", "drop"]), chance.random() < 0.3
         try:
-            if seed % 10:  # files to columns, without the work of `datasets` on rows, which takes most of the time
+            if seed % 20:  # files to columns, without the work of `datasets` on rows, which takes most of the time
                 rows, place, label = open_dataset(folder, None, False)
                 recognise(rows, rows.features, label, place.table)
                 pairs = []

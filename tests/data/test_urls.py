@@ -11,8 +11,8 @@ from bt_hf.data.formats import PreferenceDataError
 from bt_hf.data.images import to_rgb
 from bt_hf.data.pairs import load_preference_pairs
 from bt_hf.data.urls import UnreachableError, fetch, is_public
-from tests.support.image_server import ImageServer, image_server
-from tests.support.images import png
+from image_server import ImageServer, image_server
+from tiny_images import png
 
 
 @pytest.fixture(autouse=True)
