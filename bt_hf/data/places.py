@@ -116,7 +116,8 @@ class Place:
                 raise ValueError(f"image too large: {short(path)} has more than {MAX_BYTES // 2**20} MiB")
             return content
         if not path.lower().startswith(("http://", "https://")) or "::" in path:
-            raise ValueError(f"image at an address: {short(path)} is neither a local path nor an http(s) URL")
+            way_out = "; pass the Hub id of the dataset itself" if "hf://" in path else ""
+            raise ValueError(f"image at an address: {short(path)} is neither a local path nor an http(s) URL{way_out}")
         if not self.allow_urls:
             raise ValueError(
                 f"image at an address: {short(path)} would be fetched from elsewhere; pass allow_urls=True if it may"

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, IterableDataset, ReadInstruction, Value,
 
 from bt_hf.data.archives import load_archives
 from bt_hf.data.formats import NOTES, PreferenceDataError, roles
-from bt_hf.data.images import one_line, short
+from bt_hf.data.images import is_address, one_line, short
 from bt_hf.data.places import Place
 from bt_hf.data.streaming import is_webdataset, open_shards
 from bt_hf.data.tables import TABLES, Roles, read_table
@@ -66,6 +66,8 @@ def open_dataset(
 def _open_path(
     source: str, split: str | None, streaming: bool, on_bad_rows: str, allow_urls: AllowUrls, roles: Roles
 ) -> tuple[Any, Place, str]:
+    if not source.strip() or is_address(source):
+        raise PreferenceDataError(f"{short(source)}: expected a Hub id, or a local file or folder; download it first")
     try:
         path = Path(source)
         local = path.exists()

@@ -31,10 +31,16 @@ def write(folder: Path, members: dict[str, bytes], name: str = "a.tar") -> Path:
 
 RED, BLUE, JPEG, WEBP = png("red"), png("blue"), png("red", format="JPEG"), png("blue", format="WEBP")
 MIXED = {
-    "1.chosen.png": RED, "1.rejected.webp": WEBP, "1.prompt.txt": b"007",
-    "2.chosen.jpg": JPEG, "2.rejected.PNG": BLUE, "2.txt": b"true",
-    "x/3.chosen.jpeg": JPEG, "x/3.rejected.webp": WEBP, "x/3.json": json.dumps({"prompt": "2024-01-01", "note": 5}).encode(),
-}  # fmt: skip
+    "1.chosen.png": RED,
+    "1.rejected.webp": WEBP,
+    "1.prompt.txt": b"007",
+    "2.chosen.jpg": JPEG,
+    "2.rejected.PNG": BLUE,
+    "2.txt": b"true",
+    "x/3.chosen.jpeg": JPEG,
+    "x/3.rejected.webp": WEBP,
+    "x/3.json": json.dumps({"prompt": "2024-01-01", "note": 5}).encode(),
+}
 
 
 def load(source: Path, streaming: bool, **options: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Data stays in its folder: paths, links and addresses that lead out of it are bad rows, and nothing else is opened."""
+"""Data stays in its folder: whatever leads out of it is a bad row, and only regular files are opened."""
 
 import base64
 import json
@@ -70,15 +70,30 @@ def write(folder: Path, kind: str, value: str, form: str) -> Path:
 
 
 OUTSIDE = [
-    "../private.png", "{parent}/private.png", "a/../../private.png", "link.png", "out/private.png", "../data-private/a.png",
-    "./../private.png", "{folder}/../private.png",
-]  # fmt: skip
+    "../private.png",
+    "{parent}/private.png",
+    "a/../../private.png",
+    "link.png",
+    "out/private.png",
+    "../data-private/a.png",
+    "./../private.png",
+    "{folder}/../private.png",
+]
 ADDRESSES = [
-    "http://127.0.0.1:1/a.png", "HTTPS://127.0.0.1:1/a.png", "file://{parent}/private.png", "local://{parent}/private.png",
-    "zip://a.png::http://127.0.0.1:1/a.zip", "simplecache::http://127.0.0.1:1/a.png", "zip://a.png::{parent}/a.zip",
-    "ftp://127.0.0.1/a.png", "s3://bucket/a.png", "hf://datasets/some/one/a.png", "//127.0.0.1/share/a.png",
-    "\\\\127.0.0.1\\share\\a.png", "reference://::http://127.0.0.1:1/a",
-]  # fmt: skip
+    "http://127.0.0.1:1/a.png",
+    "HTTPS://127.0.0.1:1/a.png",
+    "file://{parent}/private.png",
+    "local://{parent}/private.png",
+    "zip://a.png::http://127.0.0.1:1/a.zip",
+    "simplecache::http://127.0.0.1:1/a.png",
+    "zip://a.png::{parent}/a.zip",
+    "ftp://127.0.0.1/a.png",
+    "s3://bucket/a.png",
+    "hf://datasets/some/one/a.png",
+    "//127.0.0.1/share/a.png",
+    "\\\\127.0.0.1\\share\\a.png",
+    "reference://::http://127.0.0.1:1/a",
+]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -19,10 +19,14 @@ RED, BLUE = png("red"), png("blue")
 PAIR: dict[str, list[Any]] = {"prompt": ["x"], "chosen": [RED], "rejected": [BLUE]}
 TEXTS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 IMAGES = [
-    pa.binary(), pa.large_binary(), pa.binary_view(), pa.struct({"bytes": pa.binary(), "path": pa.string()}),
-    pa.struct({"bytes": pa.binary_view(), "path": pa.string_view()}), pa.struct({"bytes": pa.large_binary()}),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+    pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+    pa.struct({"bytes": pa.binary_view(), "path": pa.string_view()}),
+    pa.struct({"bytes": pa.large_binary()}),
     *TEXTS,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -54,9 +58,29 @@ def test_types_of_arrow_and_polars(text: pa.DataType, image: pa.DataType, stream
 
 
 FURTHER = [
-    "label", "completion", "score", "rank", "ranking", "image", "images", "caption", "human_preference", "label_0", "has_label",
-    "winner", "prompt_id", "img_better", "chosen_file_name", "file_name", "_row", "_problem", "_shard", "text", "__key__", "messages",
-]  # fmt: skip
+    "label",
+    "completion",
+    "score",
+    "rank",
+    "ranking",
+    "image",
+    "images",
+    "caption",
+    "human_preference",
+    "label_0",
+    "has_label",
+    "winner",
+    "prompt_id",
+    "img_better",
+    "chosen_file_name",
+    "file_name",
+    "_row",
+    "_problem",
+    "_shard",
+    "text",
+    "__key__",
+    "messages",
+]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -92,15 +116,31 @@ def test_further_images_are_not_opened() -> None:
 @pytest.mark.parametrize(
     ("columns", "expected", "unwanted"),
     [
-        ({"prompt": ["x"], "image_a": ["a.png"], "image_b": ["b.png"], "winner": [1]}, "of 'image_a' and 'image_b', as 'winner'", "rename"),
-        ({"prompt": ["x"], "left": ["a.png"], "right": ["b.png"], "winner": ["left"]}, "of 'left' and 'right', as 'winner'", "rename"),
+        (
+            {"prompt": ["x"], "image_a": ["a.png"], "image_b": ["b.png"], "winner": [1]},
+            "of 'image_a' and 'image_b', as 'winner'",
+            "rename",
+        ),
+        (
+            {"prompt": ["x"], "left": ["a.png"], "right": ["b.png"], "winner": ["left"]},
+            "of 'left' and 'right', as 'winner'",
+            "rename",
+        ),
         ({"prompt": ["x"], "best": [0.9], "worst": [0.1]}, "missing: chosen, rejected", "rename 'best'"),
         ({"text": [3], "chosen": ["a.png"], "rejected": ["b.png"]}, "default_prompt", "rename 'text'"),
         ({"image_path": ["a.png"], "chosen": ["a.png"], "rejected": ["b.png"]}, "default_prompt", "rename"),
-        ({"text": ["a cat"], "chosen": ["a.png"], "rejected": ["b.png"]}, "rename 'text' to 'prompt'", "default_prompt"),
-        ({"prompt": ["x"], "winner": ["a.png"], "loser": ["b.png"]}, "rename 'winner' to 'chosen', rename 'loser'", "make"),
+        (
+            {"text": ["a cat"], "chosen": ["a.png"], "rejected": ["b.png"]},
+            "rename 'text' to 'prompt'",
+            "default_prompt",
+        ),
+        (
+            {"prompt": ["x"], "winner": ["a.png"], "loser": ["b.png"]},
+            "rename 'winner' to 'chosen', rename 'loser'",
+            "make",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kind", ["dataset", "csv", "jsonl"])
 def test_advice_looks_at_the_values(
     tmp_path: Path, kind: str, columns: dict[str, list], expected: str, unwanted: str
@@ -115,7 +155,7 @@ def test_advice_looks_at_the_values(
     with pytest.raises(PreferenceDataError) as caught:
         load_preference_pairs(source)
     message = str(caught.value)
-    assert expected in message or (kind == "csv" and "text" in columns)  # of a CSV, 3 is a text
+    assert expected in message or (kind == "csv" and "text" in columns)  # a CSV has texts alone
     assert unwanted not in message or (kind == "csv" and "text" in columns)
     assert "dataset." not in message or kind == "dataset"
     assert "\n" not in message

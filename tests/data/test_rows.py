@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, Features, Image, Value
-from tiny_images import png
 
 import tiny_models
 import tiny_trainers
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceScorer, cross_validate
 from bt_hf.data.checks import overlapping_rows
 from bt_hf.data.rows import as_stored
+from tiny_images import png
 
 FEATURES = Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
 EPS = png("red", (40, 40), "EPS")

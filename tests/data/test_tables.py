@@ -32,8 +32,17 @@ def load(folder: Path, name: str, content: str | bytes, **options: Any) -> Any:
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     "prompts",
-    [["7", "007"], ["True", "false"], ["1.50", "1e3"], ["2024-01-01", "2024-01-02"], ["null", "NaN"], ["NA", "-"], ["1_000", "0x10"], ["١", "∞"]],
-)  # fmt: skip
+    [
+        ["7", "007"],
+        ["True", "false"],
+        ["1.50", "1e3"],
+        ["2024-01-01", "2024-01-02"],
+        ["null", "NaN"],
+        ["NA", "-"],
+        ["1_000", "0x10"],
+        ["١", "∞"],
+    ],
+)
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json"])
 def test_prompts_stay_as_they_are_written(folder: Path, kind: str, prompts: list[str], streaming: bool) -> None:
     mark = "\t" if kind == "tsv" else ","
@@ -79,26 +88,39 @@ def test_decimal_commas_of_semicolon_files(folder: Path) -> None:
     assert load(folder, "p.csv", content)["preference"][:] == [0.75]
 
 
+GOOD = '{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n'
 BAD = {
     "p.csv": [
-        ("prompt,chosen,rejected\nx,a.png,b.png\ny, z,a.png,b.png\n", "row 1 of p.csv: wrong number of fields: found 4"),
-        ("prompt,chosen,rejected\nx,a.png,b.png\ny,a.png\n", "row 1 of p.csv: wrong number of fields: found 2, expected 3"),
+        (
+            "prompt,chosen,rejected\nx,a.png,b.png\ny, z,a.png,b.png\n",
+            "row 1 of p.csv: wrong number of fields: found 4",
+        ),
+        (
+            "prompt,chosen,rejected\nx,a.png,b.png\ny,a.png\n",
+            "row 1 of p.csv: wrong number of fields: found 2, expected 3",
+        ),
         ("prompt,chosen,rejected,preference\nx,a.png,b.png,1\ny,a.png,b.png,left\n", "row 1 .*'preference' is 'left'"),
         ("prompt,chosen,rejected\nx,a.png,b.png\n,a.png,b.png\n", "row 1 of p.csv: prompt is not text: found None"),
     ],
     "p.jsonl": [
-        ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n{"prompt"\n', "row 1 of p.jsonl: not a row: not valid"),
-        ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n[1]\n', "row 1 of p.jsonl: not a row: expected a JSON"),
-        ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n{"prompt": 7, "chosen": "a.png", "rejected": "b.png"}',
-         "row 1 of p.jsonl: not a text: 'prompt' is 7"),
-        ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n{"prompt": "y", "chosen": ["a.png"], "rejected": "b.png"}',
-         "row 1 of p.jsonl: not a text: 'chosen' is"),
-        ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n{"prompt": "\\ud800", "chosen": "a.png", "rejected": "b.png"}',
-         "row 1 of p.jsonl: not a row: a text is not valid Unicode"),
-        ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n' + "[" * 100_000, "row 1 of p.jsonl: not a row"),
-        ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n{"prompt": ' + "9" * 5000 + "}", "row 1 of p.jsonl: not a row"),
+        (GOOD + '{"prompt"\n', "row 1 of p.jsonl: not a row: not valid"),
+        (GOOD + "[1]\n", "row 1 of p.jsonl: not a row: expected a JSON"),
+        (
+            GOOD + '{"prompt": 7, "chosen": "a.png", "rejected": "b.png"}',
+            "row 1 of p.jsonl: not a text: 'prompt' is 7",
+        ),
+        (
+            GOOD + '{"prompt": "y", "chosen": ["a.png"], "rejected": "b.png"}',
+            "row 1 of p.jsonl: not a text: 'chosen' is",
+        ),
+        (
+            GOOD + '{"prompt": "\\ud800", "chosen": "a.png", "rejected": "b.png"}',
+            "row 1 of p.jsonl: not a row: a text is not valid Unicode",
+        ),
+        (GOOD + "[" * 100_000, "row 1 of p.jsonl: not a row"),
+        (GOOD + '{"prompt": ' + "9" * 5000 + "}", "row 1 of p.jsonl: not a row"),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -197,16 +219,77 @@ def test_a_table_of_many_rows_is_read_in_seconds(folder: Path) -> None:
 
 
 VALUES: list[Any] = [
-    "x", "", " ", "7", "a.png", "b.png", "../a.png", "/etc/passwd", "http://a.example/x.png", "data:image/png;base64,AAAA", "data:",
-    "\0", "a\nb", "\ud800", "💥", "." * 5000, "zip://a::b", None, True, False, 0, 1, -1, 0.5, 1e308, 10**400, float("nan"), float("inf"),
-    [], {}, ["a.png", "b.png"], [1, 2], [None], [[1]], {"path": "a.png"}, {"bytes": None, "path": None}, {"bytes": "x"}, {"path": 3},
-    {"bytes": [1]}, {"": 1},
-]  # fmt: skip
+    "x",
+    "",
+    " ",
+    "7",
+    "a.png",
+    "b.png",
+    "../a.png",
+    "/etc/passwd",
+    "http://a.example/x.png",
+    "data:image/png;base64,AAAA",
+    "data:",
+    "\0",
+    "a\nb",
+    "\ud800",
+    "💥",
+    "." * 5000,
+    "zip://a::b",
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    0.5,
+    1e308,
+    10**400,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    ["a.png", "b.png"],
+    [1, 2],
+    [None],
+    [[1]],
+    {"path": "a.png"},
+    {"bytes": None, "path": None},
+    {"bytes": "x"},
+    {"path": 3},
+    {"bytes": [1]},
+    {"": 1},
+]
 NAMES = [
-    "prompt", "chosen", "rejected", "preference", "weight", "image", "images", "rank", "ranking", "human_preference", "caption",
-    "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "chosen_file_name", "rejected_file_name", "file_name", "prompt_id", "label",
-    "_bt_hf_problem", "_bt_hf_row", "_row", "", "\0", "a.b", "💥",
-]  # fmt: skip
+    "prompt",
+    "chosen",
+    "rejected",
+    "preference",
+    "weight",
+    "image",
+    "images",
+    "rank",
+    "ranking",
+    "human_preference",
+    "caption",
+    "jpg_0",
+    "jpg_1",
+    "label_0",
+    "label_1",
+    "has_label",
+    "chosen_file_name",
+    "rejected_file_name",
+    "file_name",
+    "prompt_id",
+    "label",
+    "_bt_hf_problem",
+    "_bt_hf_row",
+    "_row",
+    "",
+    "\0",
+    "a.b",
+    "💥",
+]
 
 
 def fuzzed_row(chance: random.Random) -> Any:
@@ -239,6 +322,7 @@ def fuzzed_file(chance: random.Random) -> bytes:
 def test_fuzz(folder: Path, name: str, cases: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("a connection was tried"))
     loaded = refused = 0
+    messages: list[str] = []
     for seed in range(cases):
         chance = random.Random(seed)
         (folder / name).write_bytes(fuzzed_file(chance))
@@ -252,8 +336,7 @@ def test_fuzz(folder: Path, name: str, cases: int, monkeypatch: pytest.MonkeyPat
                 pairs = list(load_preference_pairs(folder, streaming=streaming, on_bad_rows=policy))
         except PreferenceDataError as error:
             refused += 1
-            assert "\n" not in str(error), seed
-            assert 20 < len(str(error)) < 700, (seed, str(error))
+            messages.append(str(error))
         except Exception as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
         else:
@@ -262,5 +345,6 @@ def test_fuzz(folder: Path, name: str, cases: int, monkeypatch: pytest.MonkeyPat
                 assert isinstance(row["prompt"], str)
                 assert row["chosen"].size == row["rejected"].size == (4, 4)
                 assert 0 <= row["preference"] <= 1
+    assert not [message for message in messages if "\n" in message or not 20 < len(message) < 700]
     assert refused > cases / 20
     assert loaded > cases / 20 or name == "metadata.csv"

@@ -118,9 +118,29 @@ def test_private_hosts_are_refused_after_redirects_and_for_any_of_their_addresse
 
 @pytest.mark.parametrize(
     "address",
-    "0.0.0.0 10.1.2.3 100.64.0.1 127.9.9.9 169.254.169.254 172.16.0.1 192.168.1.1 198.18.0.1 224.0.0.1 240.0.0.1 "
-    "255.255.255.255 :: ::1 ::ffff:10.0.0.1 fc00::1 fe80::1 fe80::1%eth0 ff02::1 64:ff9b::a00:1 2002:7f00:1:: "
-    "::127.0.0.1".split(),
+    [
+        "0.0.0.0",
+        "10.1.2.3",
+        "100.64.0.1",
+        "127.9.9.9",
+        "169.254.169.254",
+        "172.16.0.1",
+        "192.168.1.1",
+        "198.18.0.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "::ffff:10.0.0.1",
+        "fc00::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "ff02::1",
+        "64:ff9b::a00:1",
+        "2002:7f00:1::",
+        "::127.0.0.1",
+    ],
 )
 def test_private_addresses(address: str) -> None:
     assert not is_public(address)
@@ -133,9 +153,18 @@ def test_public_addresses(address: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["ftp://a.example/a.png", "http://", "http:///a.png", "http://u:p@a.example/a.png", "http://a.example:x/a.png",
-     "http://a.example/a b.png", "http://a.example/\r\nX: y", "http://[::1/a.png", "http://a..example/a.png"],
-)  # fmt: skip
+    [
+        "ftp://a.example/a.png",
+        "http://",
+        "http:///a.png",
+        "http://u:p@a.example/a.png",
+        "http://a.example:x/a.png",
+        "http://a.example/a b.png",
+        "http://a.example/\r\nX: y",
+        "http://[::1/a.png",
+        "http://a..example/a.png",
+    ],
+)
 def test_what_is_not_a_plain_url(url: str) -> None:
     with pytest.raises((ValueError, UnreachableError)) as caught:
         fetch(url, True)
