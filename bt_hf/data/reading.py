@@ -66,15 +66,13 @@ def open_dataset(
 def _open_path(
     source: str, split: str | None, streaming: bool, on_bad_rows: str, allow_urls: AllowUrls, roles: Roles
 ) -> tuple[Any, Place, str]:
-    if not source.strip() or is_address(source):
+    if not source.strip() or "\0" in source or is_address(source):
         raise PreferenceDataError(f"{short(source)}: expected a Hub id, or a local file or folder; download it first")
     try:
         path = Path(source)
         local = path.exists()
-    except ValueError as error:  # a null byte
-        raise PreferenceDataError(f"{short(source)}: not a path and not a Hub id") from error
-    except OSError:
-        local = False
+    except OSError as error:  # such as a name that is too long
+        raise PreferenceDataError(f"{short(source)}: cannot be opened ({error.strerror})") from error
     label = path.name or source if local else source if len(source) < 200 else short(source)
     if local and not path.is_dir() and not path.is_file():
         raise PreferenceDataError(f"{label}: expected a regular file or a folder, found a device, FIFO or socket")
