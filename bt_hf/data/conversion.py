@@ -10,7 +10,7 @@ from datasets import Dataset, Features, IterableDataset, Value, concatenate_data
 
 from bt_hf.data.formats import DEFAULTS, NOTES, ROW, ROW_COLUMNS, ROWS, SHARD, Layout, PreferenceDataError, is_kind
 from bt_hf.data.images import short
-from bt_hf.data.places import IMAGE, PROBLEM, Place, encode_or_problem, store_images
+from bt_hf.data.places import IMAGE, PROBLEM, Place, encode_or_problem, scratch_file, store_images
 
 
 def to_pairs(
@@ -44,7 +44,15 @@ def to_pairs(
         return _in_place(dataset, layout, place, num_proc)
     # The default writer batch would keep the images of a thousand rows in memory.
     sizes = {"batch_size": 16, "writer_batch_size": 64}
-    return dataset.map(_expand, num_proc=num_proc, desc="Making pairs", load_from_cache_file=False, **sizes, **options)
+    return dataset.map(
+        _expand,
+        num_proc=num_proc,
+        desc="Making pairs",
+        load_from_cache_file=False,
+        cache_file_name=scratch_file(dataset),
+        **sizes,
+        **options,
+    )
 
 
 def _in_place(dataset: Dataset, layout: Layout, place: Place, num_proc: int | None) -> Dataset:

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import PIL.Image
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, Value, concatenate_datasets, config
+from datasets.fingerprint import get_temporary_cache_files_directory
 from huggingface_hub import constants
 
 from bt_hf.data.images import embedded_bytes, is_address, short
@@ -70,6 +72,8 @@ class Place:
         path = value
         if isinstance(value, dict):
             content, path = value.get("bytes"), value.get("path")
+            if isinstance(content, str):  # JSON has no bytes
+                content = embedded_bytes(content) or content.encode()
             if content is not None:
                 # Without the path: `datasets` would prefer a file of that name.
                 return {"bytes": content, "path": None}
@@ -144,11 +148,19 @@ def store_images(dataset: Dataset, names: Sequence[str], place: Place, num_proc:
         writer_batch_size=64,
         features=Features(dict.fromkeys(moving, IMAGE) | {PROBLEM: Value("string")}),
         fn_kwargs={"names": moving, "place": place},
+        cache_file_name=scratch_file(dataset),
         load_from_cache_file=False,  # files, links and servers may have changed since
         num_proc=num_proc,
         desc="Finding images",
     )
     return concatenate_datasets([dataset.remove_columns([*moving, *noted]), found], axis=1)
+
+
+def scratch_file(dataset: Dataset) -> str | None:
+    """Return a file for what is made of a dataset in memory, deleted at exit; of one on disk `datasets` knows one."""
+    if dataset.cache_files:
+        return None
+    return os.path.join(get_temporary_cache_files_directory(), f"pairs-{uuid4().hex}.arrow")
 
 
 def _whole(dataset: Dataset, name: str) -> bool:
