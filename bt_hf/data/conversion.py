@@ -181,3 +181,21 @@ def with_prompt(dataset: Dataset | IterableDataset, features: Features, prompt: 
 def _fill_prompt(row: dict[str, Any], name: str, prompt: str) -> dict[str, Any]:
     value = row.get(name)
     return {name: prompt if value is None or (isinstance(value, str) and not value.strip()) else value}
+
+
+def place_images(dataset: Dataset | IterableDataset, name: str, place: Place, label: str) -> Any:
+    """Return rows of single images whose column `name` is `IMAGE`, in its place.
+
+    Raises:
+        PreferenceDataError: An image may not be read from where it is; of a stream, when its row is read.
+    """
+    if isinstance(dataset, IterableDataset):
+        features = Features((dataset.features or {}) | {name: IMAGE}) if dataset.features else None
+        return dataset.map(lambda value: {name: place.encode(value)}, input_columns=name, features=features)
+    dataset = store_images(dataset, [name], place, None)
+    if PROBLEM not in dataset.column_names:
+        return dataset
+    for row, problem in enumerate(dataset[PROBLEM]):
+        if problem:
+            raise PreferenceDataError(f"row {row} of {label}: {problem}; fix the row, or leave it out")
+    return dataset.remove_columns(PROBLEM)

@@ -146,6 +146,11 @@ def roles(names: Collection[str]) -> dict[str, str]:
     return {"prompt": "text", "caption": "text"} | (layout.kinds if layout else {})
 
 
+def unpaired_roles(names: Collection[str]) -> dict[str, str]:
+    """Return the same for files of single images: text of a CSV stays text."""
+    return roles(names) | {"completion": "image", "label": "number"}
+
+
 def is_kind(feature: Any, kind: str) -> bool:
     """True if a column of this feature holds a kind, a key of `KINDS`."""
     if kind.endswith("s"):
