@@ -24,7 +24,17 @@ ROOMS = {
         "__main__ pairs pull push score training",
         "lora reward",
     ],
-    "data": ["__init__ fingerprint formats images verified", "cache streaming", "reading", "checks", "pairs"],
+    "data": [
+        "__init__ fingerprint images verified",
+        "cache urls",
+        "places",
+        "archives formats tables",
+        "rows",
+        "recognition streaming",
+        "conversion reading",
+        "checks",
+        "pairs",
+    ],
     "diffusion": [
         "__init__ beta callbacks collator config kto losses",
         "families safeguard",

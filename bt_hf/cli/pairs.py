@@ -178,7 +178,7 @@ def _read_column(dataset: str | None, column: str, split: str | None) -> tuple[l
     """Return the distinct texts of a dataset's column, and a name for messages."""
     from bt_hf.data.reading import open_dataset
 
-    rows, _, source = open_dataset(dataset, split, streaming=False)
+    rows, _, source = open_dataset(dataset, split, streaming=False, roles=lambda names: {column: "text"})
     if column not in rows.column_names:
         raise ValueError(f"{source}: no column {column!r}; name one of {', '.join(rows.column_names)} in --column")
     values = list(rows.select_columns([column])[column])

@@ -48,20 +48,34 @@ class DataArguments:
         },
     )
 
+    allow_urls: bool = field(
+        default=False, metadata={"help": "Fetch images that rows name by http(s) addresses, from public servers."}
+    )
+    default_prompt: str | None = field(default=None, metadata={"help": "Prompt of rows that have none."})
+
     def load_pairs(self) -> tuple[Dataset | IterableDataset, Dataset | None]:
         """Load training pairs, and held-out ones or `None`."""
         return self.load_training_pairs(), self.load_held_out_pairs()
 
     def load_training_pairs(self) -> Dataset | IterableDataset:
         """Load the pairs to train on, as a stream if asked for."""
-        return load_preference_pairs(self.dataset, self.split, self.streaming, self.on_bad_rows)
+        return self._load(self.dataset, self.split, self.streaming)
 
     def load_held_out_pairs(self) -> Dataset | None:
         """Load the pairs to evaluate on, or return `None` if none are named."""
         if self.eval_dataset is None and self.eval_split is None:
             return None
-        held_out = self.eval_dataset or self.dataset
-        return load_preference_pairs(held_out, self.eval_split, on_bad_rows=self.on_bad_rows)
+        return self._load(self.eval_dataset or self.dataset, self.eval_split)
+
+    def _load(self, source: str, split: str | None, streaming: bool = False) -> Any:
+        return load_preference_pairs(
+            source,
+            split,
+            streaming,
+            self.on_bad_rows,
+            allow_urls=self.allow_urls,
+            default_prompt=self.default_prompt,
+        )
 
 
 @dataclass

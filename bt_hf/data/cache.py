@@ -141,6 +141,7 @@ def encode_once(
     first_tokens, token_numbers = _distinct(tokens)
     first_prompt, prompt_numbers = first_text[first_tokens], token_numbers[text_numbers]
     single = {name: pairs.select_columns([name]) for name in (*columns, "prompt")}  # one is read without the others
+    single |= {name: single[name].cast_column(name, Image(decode=False)) for name in columns}  # `to_rgb` opens them
 
     def images_of(batch: dict[str, list[Any]]) -> Encoded:
         places = [(columns[number % len(columns)], number // len(columns)) for number in batch["first"]]

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from bt_hf.data.fingerprint import number_of
 from bt_hf.data.images import to_rgb
+from bt_hf.data.rows import image_name
 
 Row: TypeAlias = Mapping[str, Any]
 Batch: TypeAlias = dict[str, Any]  # tensors, and the prompts
@@ -45,7 +46,7 @@ class DiffusionCollator:
         ```
     """
 
-    reads_stored_rows = True  # an output format of `datasets` would change prompts and images, and so the noise
+    opens_images = True  # rows come to it as they are stored
 
     def __init__(self, size: tuple[int, int], smallest: int = 1) -> None:
         self.size = size
@@ -53,7 +54,7 @@ class DiffusionCollator:
 
     def __call__(self, rows: list[Row]) -> Batch:
         columns = image_columns(list(rows[0]))
-        names = [f"`{name}` of the row with the prompt {row['prompt']!r}" for name in columns for row in rows]
+        names = [image_name(row, name) for name in columns for row in rows]
         pixels = self.preprocess([row[name] for name in columns for row in rows], names)
         prompts = [row["prompt"] for row in rows]
         hashes = hash_pixels(pixels).view(len(columns), -1)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from bt_hf.data.cache import CachedPairs, can_be_cached, encode_once, read_tensors, without_format
 from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights, tokenize_plainly
 from bt_hf.data.images import to_rgb
+from bt_hf.data.rows import as_stored, image_name
 from bt_hf.reward.collator import PreferenceCollator, batch_labels
 from bt_hf.reward.encoders import context_length, fills_context, tokenize
 from bt_hf.reward.frozen_prefix import FrozenPrefix
@@ -85,10 +86,10 @@ class FeatureCache:
         rows: list[dict[str, Any]] = []
         images: dict[bytes, Any] = {}
         texts: dict[bytes, str] = {}
-        for row in tqdm(dataset, desc=description, unit="pair", leave=False):
+        for row in tqdm(as_stored(dataset), desc=description, unit="pair", leave=False):
             keys = []
             for column in ("chosen", "rejected"):
-                image = to_rgb(row[column])
+                image = to_rgb(row[column], image_name(row, column))
                 key = hashlib.blake2b(image.tobytes(), digest_size=16, salt=repr(image.size).encode()[:16]).digest()
                 keys.append(key)
                 if key not in self._images:

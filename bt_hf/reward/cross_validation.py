@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from bt_hf.data.cache import without_format
-from bt_hf.data.checks import check_columns
+from bt_hf.data.checks import check_columns, check_images
 from bt_hf.reward import encoders
 from bt_hf.reward.cache import FeatureCache
 from bt_hf.reward.collator import PreferenceCollator
@@ -97,6 +97,8 @@ def cross_validate(
         cache = FeatureCache(adapted, PreferenceCollator(processor), max_bytes=args.cache_max_gb * 1e9)
         pairs = (cache.add(dataset) if cache.useful else None) or dataset
         base = base if args.full_finetuning else adapted.unload()
+    if pairs is dataset:
+        check_images(dataset)  # by the numbers of its rows, which the folds do not know
     margins, base_margins = np.zeros(len(dataset)), np.zeros(len(dataset))
     preference, weight = (np.array(_column(dataset, name), dtype=float) for name in ("preference", "weight"))
     difference: np.ndarray | None = None

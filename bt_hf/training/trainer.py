@@ -17,9 +17,10 @@ from torch import nn
 from transformers import EvalPrediction
 from transformers.trainer_utils import TrainOutput
 
-from bt_hf.data.cache import CachedPairs, without_format
+from bt_hf.data.cache import CachedPairs
 from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
+from bt_hf.data.rows import as_stored
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
 from bt_hf.training.publishing import PublishingTrainer
 from bt_hf.training.resume import Position, find_checkpoint
@@ -148,14 +149,14 @@ class PreferenceTrainer(PublishingTrainer):
         """Return batches of the training rows; of a stream, those of this process."""
         if isinstance(self.train_dataset, IterableDataset) and self.args.world_size > 1:
             return train_dataloader(
-                self._as_stored(self.train_dataset), self.args, self._train_batch_size, self.data_collator
+                self._stored(self.train_dataset), self.args, self._train_batch_size, self.data_collator
             )
         return super().get_train_dataloader()
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, **kwargs: Any
     ) -> torch.utils.data.DataLoader:
-        dataset = self._as_stored(dataset)
+        dataset = self._stored(dataset)
         if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
             return eval_dataloader(dataset, self.args, batch_size, self.data_collator)
         # The Trainer knows one collator, but cached and plain rows need different ones.
@@ -166,16 +167,16 @@ class PreferenceTrainer(PublishingTrainer):
         finally:
             self.data_collator = own
 
+    def _stored(self, dataset: Any) -> Any:
+        """Leave opening images to the library's collators, which name the row of a bad one."""
+        return as_stored(dataset) if getattr(self.data_collator, "opens_images", False) else dataset
+
     def _collator_of(self, dataset: Any) -> Any:
         return dataset.collate if isinstance(dataset, CachedPairs) else self.data_collator
 
-    def _as_stored(self, dataset: Any) -> Any:
-        """Return a dataset without its output format, unless a collator of the user's may want it."""
-        return without_format(dataset) if getattr(self.data_collator, "reads_stored_rows", False) else dataset
-
     def read_batches(self, dataset: Any, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield batches of up to `limit` rows in their own order, on the device; the same on every process."""
-        collate, rows = self._collator_of(dataset), iter(self._as_stored(dataset))
+        collate, rows = self._collator_of(dataset), iter(self._stored(dataset))
         size, left = self.args.per_device_eval_batch_size, limit
         while chunk := list(islice(rows, size if left is None else min(size, left))):
             left = None if left is None else left - len(chunk)
