@@ -18,7 +18,7 @@ WINGS = ["losses data metrics", "hub plots evaluate_modules", "training", "rewar
 # The floors inside each wing, in the same way; folders are wings in a wing.
 ROOMS = {
     "cli": ["errors", "dispatch options", "__init__", "__main__ pairs pull push score training", "lora reward"],
-    "data": ["__init__ fingerprint formats images", "cache streaming", "reading", "checks", "pairs"],
+    "data": ["__init__ atomic fingerprint formats images", "cache streaming", "reading", "checks", "pairs"],
     "diffusion": [
         "__init__ beta callbacks collator config kto losses",
         "families safeguard",
@@ -42,7 +42,7 @@ ROOMS = {
     ],
     "training": [
         "__init__ dataloaders finite lora_options resume sharding shutdown",
-        "config",
+        "config output",
         "saving",
         "publishing",
         "trainer",
