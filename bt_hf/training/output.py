@@ -86,7 +86,7 @@ def readable_errors(doing: str, run: str | Path, folder: str | Path | None = Non
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        number, reason = _reason(error)
+        number, reason = _reason(error, run)
         if number is None or isinstance(error, _SaveError):
             raise
         raise _SaveError(
@@ -98,16 +98,16 @@ class _SaveError(OSError):
     """An error that has been made readable."""
 
 
-def _reason(error: Exception) -> tuple[int | None, str]:
+def _reason(error: Exception, folder: str | Path) -> tuple[int | None, str]:
     """Return number and reason of an error of writing; no number for another error."""
     if isinstance(error, OSError):
         return error.errno, str(error.strerror)
-    text = " ".join(str(error).split())
+    text = str(error)
     # torch and safetensors write by themselves, and tell the system's reason in words, if at all.
-    if isinstance(error, SafetensorError) or "PytorchStreamWriter" in text or "inline_container" in text:
-        full = "o space left" in text
-        return (errno.ENOSPC if full else errno.EIO), (os.strerror(errno.ENOSPC) if full else text[:200])
-    return None, text
+    if not isinstance(error, SafetensorError) and "PytorchStreamWriter" not in text and "inline_container" not in text:
+        return None, text
+    full = os.strerror(errno.ENOSPC) in text or shutil.disk_usage(folder).free < _PROBE_BYTES
+    return (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, "a file could not be written")
 
 
 def check_no_training(folder: str | Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class Fault:
 
     def _open(self, path: Any, flags: int) -> None:
         self._busy = True
-        os.close(os.open(path, flags, 0o644))
+        with suppress(OSError):  # a folder, which `tempfile` opens in a way of its own
+            os.close(os.open(path, flags, 0o644))
 
     def _foreign(self, file: Any, write: Callable[[], None], failure: Exception) -> None:
         """Count a file that is written without Python: before it, and when half of it is there."""
@@ -156,13 +158,21 @@ def touches(work: Callable[[], Any], template: Path, folder: Path) -> tuple[int,
 
 
 def each_fault(
-    work: Callable[[], Any], template: Path, folder: Path, kind: str, step: int = 1
+    work: Callable[[], Any], template: Path, folder: Path, kind: str, count: int, most: int | None = None
 ) -> Iterator[tuple[int, Outcome]]:
-    """Run `work` on copies of `template`, with the fault at each touch (or each `step`-th), and yield what came."""
-    count, _ = touches(work, template, folder)
-    for at in range(1, count + 1, step):
+    """Run `work` on copies of `template`, with the fault at each of `count` touches, and yield what came.
+
+    Args:
+        work: Touches `folder` `count` times.
+        template: Old state of `folder`.
+        folder: The folder.
+        kind: Kind of the fault.
+        count: Number of touches.
+        most: Only so many of them, from the first to the last.
+    """
+    most = min(most or count, count)
+    for at in sorted({1 + round(number * (count - 1) / (most - 1)) for number in range(most)}):
         restore(template, folder)
         outcome = forked(work, Fault(folder, at, kind))
-        if kind == KILL:
-            assert outcome.killed or at > count, (at, outcome)
+        assert outcome.killed or kind != KILL or at > outcome.touches, (at, outcome)
         yield at, outcome
