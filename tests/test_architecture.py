@@ -41,7 +41,7 @@ ROOMS = {
         "cross_validation",
     ],
     "training": [
-        "__init__ dataloaders finite lora_options resume sharding shutdown",
+        "__init__ dataloaders finite lock lora_options resume sharding shutdown",
         "config output",
         "saving",
         "publishing",

@@ -24,13 +24,8 @@ from bt_hf.hub.contract import (
 )
 from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.finite import check_weights
-from bt_hf.training.output import (
-    check_no_training,
-    check_writable,
-    readable_errors,
-    remove_scratch,
-    training_lock,
-)
+from bt_hf.training.lock import check_no_training, remove_scratch, training_lock
+from bt_hf.training.output import check_writable, readable_errors
 from bt_hf.training.resume import find_checkpoint
 from bt_hf.training.sharding import gathered_state_dict
 

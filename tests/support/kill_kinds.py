@@ -31,7 +31,7 @@ from bt_hf.data.cache import encode_once, read_tensors
 from bt_hf.diffusion.generation.pair_folder import FEATURES, PairFolder
 from bt_hf.hub.contract import contract_files
 from bt_hf.hub.pull import pull_adapter
-from bt_hf.training.output import LOCK
+from bt_hf.training.lock import LOCK
 from hub_server import TOKEN, Account, Hub, serving
 from kills import FULL_DISK, KILL, Outcome, each_fault, forked, touches
 from tiny_models import build, picture, red_pairs
