@@ -197,7 +197,7 @@ def _remember(repo: Path, revision: str, commit: str) -> None:
         commit: The commit.
     """
     for left in repo.glob(".*.tmp"):
-        if time.time() - left.stat().st_mtime > 60:  # of a pull that was killed; a younger one may be under way
+        if time.time() - left.stat().st_mtime > 60:  # left by a pull that was killed; a younger one may be under way
             left.unlink(missing_ok=True)
     # Written beside `refs`: the client would take a file that a kill leaves there for another ref.
     write_file(repo / "refs" / revision, commit.encode(), scratch=repo)

@@ -71,7 +71,7 @@ def newest_checkpoint(output_dir: str | Path, warn: bool = False) -> str | None:
 
 def _problem(checkpoint: Path) -> str | None:
     """Describe a problem of a checkpoint; None if it is whole. The Trainer writes its state last."""
-    for scratch in checkpoint.glob(f"{SCRATCH}*"):  # of older versions: the Trainer would take it for an adapter
+    for scratch in checkpoint.glob(f"{SCRATCH}*"):  # left by older versions: the Trainer would take it for an adapter
         shutil.rmtree(scratch, ignore_errors=True)
         if scratch.exists():
             return f"it holds {scratch.name}, of a save that was cut, which can't be removed"

@@ -169,7 +169,7 @@ class SavingTrainer(Trainer):
         if self.args.should_save:
             place_folder(written.name, run)
         self.accelerator.wait_for_everyone()
-        if self.args.local_process_index == 0 and written.is_dir():  # of a node with a disk of its own
+        if self.args.local_process_index == 0 and written.is_dir():  # a node has a disk of its own
             place_folder(written.name, run)
 
     def save_beside_checkpoint(self, folder: Path) -> None:

@@ -86,7 +86,7 @@ class Kind:
         root: An empty folder; what is watched is `root / "saved"`.
     """
 
-    faults = 24  # of each sort, unless it runs long
+    faults = 24  # tried of each sort, unless it runs long
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder, self.template = root, root / "saved", root / "template"

@@ -109,7 +109,7 @@ class Fault:
 
 @dataclass
 class Outcome:
-    """What became of a forked process: its result, the error that ended it, or neither after a SIGKILL."""
+    """Result of a forked process, or the error that ended it, or neither after a SIGKILL."""
 
     touches: int = 0
     result: Any = None

@@ -59,7 +59,7 @@ class PairFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`output_dir` should be a folder, but '{self.folder}' is a file.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        for half in (*self.folder.glob(".*.tmp"), *self.folder.glob("images/.*.tmp")):  # of a run that was killed
+        for half in (*self.folder.glob(".*.tmp"), *self.folder.glob("images/.*.tmp")):  # left by a run that was killed
             half.unlink()
         file = self.folder / _SETTINGS
         if not file.exists():
