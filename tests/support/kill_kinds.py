@@ -185,7 +185,7 @@ class Card(SaveOver):
 class Checkpoints(Kind):
     """A training that writes a checkpoint at each step; afterwards it goes on to the same bits."""
 
-    faults = 12
+    faults = 8
     options: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
     def __init__(self, root: Path) -> None:
