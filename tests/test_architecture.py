@@ -25,8 +25,9 @@ ROOMS = {
         "lora reward",
     ],
     "data": [
-        "__init__ fingerprint images verified",
-        "cache urls",
+        "__init__ atomic fingerprint images",
+        "urls verified",
+        "cache",
         "places",
         "archives formats tables",
         "rows",
@@ -58,9 +59,9 @@ ROOMS = {
         "cross_validation",
     ],
     "training": [
-        "__init__ dataloaders finite learnt lora_options option_checks resume sharding shutdown",
+        "__init__ dataloaders finite learnt lock lora_options option_checks resume sharding shutdown",
         "optimizers trainer_options",
-        "config",
+        "config output",
         "saving",
         "publishing",
         "trainer",

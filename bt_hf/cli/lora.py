@@ -24,7 +24,7 @@ from bt_hf.data.rows import undecoded
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.trainer import PreferenceLoRATrainer
 from bt_hf.diffusion.validation_images import SHEET
-from bt_hf.training.saving import refuse_to_overwrite
+from bt_hf.training.saving import check_output_dir
 
 _DESCRIPTION = """Train a LoRA on a diffusers pipeline, from pairs of images of which one is preferred.
 
@@ -96,7 +96,7 @@ def run(options: Options) -> None:
     """Train, save, and then evaluate and draw."""
     arguments, plots, config = options
     say = speaker(config)
-    refuse_to_overwrite(config)
+    check_output_dir(config)
     unpaired = config.loss_type == "kto"
     pairs, held_out = arguments.load_pairs(unpaired)
     rows = "liked or disliked images" if unpaired else "pairs"

@@ -23,7 +23,7 @@ from bt_hf.reward import encoders, verdict
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.cross_validation import CrossValidation, cross_validate
 from bt_hf.reward.trainer import BradleyTerryTrainer
-from bt_hf.training.saving import refuse_to_overwrite
+from bt_hf.training.saving import check_output_dir
 
 _DESCRIPTION = """Adapt CLIP and its kin to one person's taste, from pairs of images of which one is preferred.
 
@@ -85,7 +85,7 @@ def run(options: Options) -> None:
     """Cross-validate, train, save, and then evaluate and draw."""
     arguments, plots, config = options
     say = speaker(config)
-    refuse_to_overwrite(config)
+    check_output_dir(config)
     pairs, held_out = arguments.load_pairs()
     model = encoders.load_dual_encoder(arguments.model, is_trainable=True)
     processor = encoders.find_processor(arguments.model, model)

@@ -12,10 +12,6 @@ from typing import Any, Literal
 from bt_hf.cli.errors import one_line
 from bt_hf.cli.options import PositiveInt, parse_options
 
-# Formats of Pillow that are read from folders.
-FORMATS = frozenset(
-    ("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
-)
 _DESCRIPTION = "Score images with a reward for a prompt, best first."
 _EPILOG = """examples:
   bt-hf score my-taste --prompt "a red apple" photos/ --top_k 10
@@ -183,6 +179,8 @@ def _search(folder: Path, left_out: Counter[str]) -> list[Path]:
 def _suffixes() -> frozenset[str]:
     """Return the endings of the names of images that Pillow reads here."""
     from PIL import Image
+
+    from bt_hf.data.images import FORMATS
 
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 

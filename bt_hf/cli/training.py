@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from bt_hf import plots
 from bt_hf.cli.config_file import read_config
 from bt_hf.cli.options import OptionParser
+from bt_hf.data.atomic import replaced
 from bt_hf.data.pairs import load_preference_pairs
 from bt_hf.training.option_checks import check_types
 from bt_hf.training.trainer import PreferenceTrainer
@@ -198,21 +199,20 @@ def draw_plots(
     Returns:
         The pictures. None if Matplotlib is not installed, and no diagram of few pairs.
     """
-    drawn = []
-    try:
-        if any("loss" in entry for entry in log_history):
-            plots.plot_training_curve(log_history, folder / "training_curve.png")
-            drawn.append(folder / "training_curve.png")
-        if judged is not None and len(judged["margins"]) < plots.FEWEST_PAIRS:
-            print(
-                f"No reliability diagram: {len(judged['margins'])} pairs are too few ({plots.FEWEST_PAIRS} are not)."
-            )
-        elif judged is not None:
-            plots.plot_reliability(**judged, path=folder / "reliability.png")
-            drawn.append(folder / "reliability.png")
-    except ImportError:
-        print("No plots without Matplotlib: pip install matplotlib")
-    return drawn
+    with replaced(folder) as scratch:
+        try:
+            if any("loss" in entry for entry in log_history):
+                plots.plot_training_curve(log_history, scratch / "training_curve.png")
+            if judged is not None and len(judged["margins"]) < plots.FEWEST_PAIRS:
+                print(
+                    f"No reliability diagram: {len(judged['margins'])} pairs are too few ({plots.FEWEST_PAIRS} are not)."
+                )
+            elif judged is not None:
+                plots.plot_reliability(**judged, path=scratch / "reliability.png")
+        except ImportError:
+            print("No plots without Matplotlib: pip install matplotlib")
+        drawn = sorted((file.name for file in scratch.iterdir()), reverse=True)
+    return [folder / name for name in drawn]
 
 
 def _config_of(argv: Sequence[str]) -> str | None:

@@ -5,6 +5,8 @@ import logging
 import os
 from pathlib import Path
 
+from bt_hf.data.atomic import sync
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,14 +27,14 @@ def is_whole(path: Path) -> bool:
 
 def move_into_place(part: Path, path: Path) -> None:
     """Move a file into place once it is on the disk, behind its digest: what is at `path` is whole or told apart."""
-    _sync(part)
+    sync(part)
     told = path.with_suffix(".sha256.part")
     told.write_text(_digest_file(part))
-    _sync(told)
+    sync(told)
     told.replace(_digest_path(path))
     part.replace(path)
     if os.name == "posix":  # the names too
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def _digest_path(path: Path) -> Path:
@@ -42,11 +44,3 @@ def _digest_path(path: Path) -> Path:
 def _digest_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bt_hf.training.finite import check_weights
+
 logger = logging.getLogger(__name__)
 
 _BEST = "best_adapter.safetensors"  # a file in each checkpoint
@@ -44,6 +46,9 @@ class Guard(TrainerCallback):
     def say(self, sentence: str) -> None:
         self.said.append(sentence)
         logger.warning(sentence)
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the state into a checkpoint that is being written; nothing by default."""
 
     def load(self, checkpoint: str | Path) -> None:
         """Load the state that was saved with a checkpoint, if there is one."""
@@ -136,13 +141,13 @@ class OverfittingGuard(Guard):
                 f"{self._best_step}."
             )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def save(self, checkpoint: Path) -> None:
         best = self._best_state or {}
         # No process has the whole of sharded weights.
-        if not args.should_save or not best or any(type(value) is not torch.Tensor for value in best.values()):
+        if not best or any(type(value) is not torch.Tensor for value in best.values()):
             return
+        check_weights(best, checkpoint.parent)
         known = [self._training_accuracy, self._best, self._best_step, self._falls, self.said]
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         save_file(best, checkpoint / _BEST, {"known": json.dumps(known)})
 
     def load(self, checkpoint: str | Path) -> None:

@@ -333,6 +333,10 @@ class PreferenceLoRATrainer(PreferenceTrainer):
     def save_beside_adapter(self, folder: Path) -> None:
         self.family.save_lora(self.accelerator.unwrap_model(self.model), folder)
 
+    def save_beside_checkpoint(self, folder: Path) -> None:
+        for guard in self.guards:
+            guard.save(folder)
+
     def draw_pictures(self, folder: Path) -> None:
         self.validation.save(folder)
 

@@ -10,6 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftType
 
+from bt_hf.data.atomic import recover
+
 Content = Path | bytes
 
 CARD = "README.md"
@@ -37,6 +39,7 @@ def find_adapter_config(name_or_path: str, revision: str | None = None, token: s
     """Load the adapter's config if `name_or_path` holds a PEFT adapter; `None` for a whole model."""
     folder = Path(name_or_path)
     if folder.is_dir():
+        recover(folder)
         return PeftConfig.from_pretrained(name_or_path) if (folder / ADAPTER_CONFIG).is_file() else None
     try:
         return PeftConfig.from_pretrained(name_or_path, revision=revision, token=token)
@@ -75,6 +78,7 @@ def contract_files(folder: str | Path) -> dict[str, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}': pass the one that `trainer.save_model` wrote.")
+    recover(folder)
     return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and in_contract(file.name)}
 
 

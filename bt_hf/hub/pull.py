@@ -1,7 +1,7 @@
 """Fetch a published adapter completely or not at all, and check it before use."""
 
 import logging
-import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
+from bt_hf.data.atomic import write_file
 from bt_hf.hub.checks import Shapes, check_fit, check_weights, content_hash, expected_hash, file_shapes
 from bt_hf.hub.contract import (
     ADAPTER_CONFIG,
@@ -97,7 +98,7 @@ def pull_adapter(
     folder = _download(repo_id, commit, wanted, token, cache, doing)
     check_incoming(folder, repr(repo_id), base_model, kind)
     if revision != commit:
-        _remember(folder.parents[1] / "refs" / revision, commit)
+        _remember(folder.parents[1], revision, commit)
     return folder
 
 
@@ -185,12 +186,18 @@ def _download(
     )
 
 
-def _remember(path: Path, commit: str) -> None:
+def _remember(repo: Path, revision: str, commit: str) -> None:
     """Point a branch or tag of the cache to a commit, in one step.
 
     The layout is that of https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+
+    Args:
+        repo: Folder of a repo in the cache.
+        revision: The branch or tag.
+        commit: The commit.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}.{os.getpid()}")
-    written.write_text(commit)
-    os.replace(written, path)
+    for left in repo.glob(".*.tmp"):
+        if time.time() - left.stat().st_mtime > 60:  # left by a pull that was killed; a younger one may be under way
+            left.unlink(missing_ok=True)
+    # Written beside `refs`: the client would take a file that a kill leaves there for another ref.
+    write_file(repo / "refs" / revision, commit.encode(), scratch=repo)
