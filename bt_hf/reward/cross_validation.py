@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -33,6 +33,8 @@ from bt_hf.reward.collator import PreferenceCollator
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.trainer import BradleyTerryTrainer
+from bt_hf.training.adapters import Untouched, unwrapped
+from bt_hf.training.trainer import check_arguments, check_kind
 
 
 @dataclass
@@ -103,6 +105,7 @@ def cross_validate(
         A `CrossValidation`; `print` it for the table and the verdict.
 
     Raises:
+        TypeError: `dataset` is a stream, or `args` are not a `BradleyTerryConfig`.
         ValueError: Fewer than two folds or two distinct prompts, `model` has an adapter, which may have been trained
             on these pairs, or FSDP or DeepSpeed is on.
 
@@ -114,7 +117,9 @@ def cross_validate(
         print(result.verdict)
         ```
     """
-    check_columns(dataset)
+    args = BradleyTerryConfig("reward-adapter", report_to="none") if args is None else args
+    check_arguments(args, BradleyTerryConfig)
+    _check_map_style(dataset)
     if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "`cross_validate` trains one model again for each fold, which can't be once FSDP or DeepSpeed has divided "
@@ -122,7 +127,7 @@ def cross_validate(
         )
     source = model
     # A copy, as the adapters of the folds come and go, and leave the weights frozen.
-    base: Any = copy.deepcopy(model) if isinstance(model, nn.Module) else encoders.load_dual_encoder(model)
+    base: Any = encoders.load_dual_encoder(model) if isinstance(model, str | Path) else copy.deepcopy(unwrapped(model))
     if isinstance(base, PeftModel):
         raise ValueError(
             "`cross_validate` needs a base model, but got one with an adapter, which may have seen these pairs: pass "
@@ -130,7 +135,8 @@ def cross_validate(
         )
     processor = processing_class or encoders.find_processor(source, base)
     assignment = assign_folds(list(dataset["prompt"]), folds, seed)
-    args = _quiet(args or BradleyTerryConfig("reward-adapter", report_to="none"))
+    args = _quiet(args)
+    untouched = Untouched(base)
     pairs: Any = dataset
     if args.cache_features:
         # The adapter decides which layers are frozen, so one is put on while the cache is built.
@@ -138,7 +144,7 @@ def cross_validate(
         adapted.to(args.device)
         cache = FeatureCache(adapted, PreferenceCollator(processor), max_bytes=args.cache_max_gb * 1e9)
         pairs = (cache.add(dataset) if cache.useful else None) or dataset
-        base = base if args.full_finetuning else adapted.unload()
+        untouched.restore()
     margins, base_margins = np.zeros(len(dataset)), np.zeros(len(dataset))
     preference = np.array([float(value) for value in _column(dataset, "preference")])
     with tempfile.TemporaryDirectory() as scratch:
@@ -156,8 +162,7 @@ def cross_validate(
             trainer.train()
             predictions = trainer.predict(pairs.select(held_out.tolist())).predictions
             margins[held_out], base_margins[held_out] = predictions
-            if not args.full_finetuning:
-                base = trainer.model.unload()
+            untouched.restore()
     weight = np.array([float(value) for value in _column(dataset, "weight")])
     metrics = preference_metrics(margins, preference, weight)
     metrics |= {f"base_{name}": value for name, value in preference_metrics(base_margins, preference, weight).items()}
@@ -174,6 +179,17 @@ def cross_validate(
         difference=paired_difference_interval(correct, base_correct),
         verdict=verdict_sentence(correct, base_correct),
     )
+
+
+def _check_map_style(dataset: Any) -> None:
+    """Check the columns of a `Dataset`; raise a `TypeError` for a stream or anything else that has no known length."""
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            "`cross_validate` splits the pairs into folds, but got a stream, which has no length: load it whole, by "
+            "`Dataset.from_list(list(stream), features=stream.features)`."
+        )
+    check_kind(dataset, "`dataset`")
+    check_columns(dataset)
 
 
 def assign_folds(prompts: list[str], folds: int, seed: int = 0) -> np.ndarray:

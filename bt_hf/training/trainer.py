@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import EvalPrediction
 from transformers.trainer_utils import TrainOutput
 
@@ -21,6 +22,7 @@ from bt_hf.data.cache import CachedPairs
 from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
+from bt_hf.training.first_step import FirstStep
 from bt_hf.training.publishing import PublishingTrainer
 from bt_hf.training.resume import Position, find_checkpoint
 from bt_hf.training.sharding import wrap_by_layer
@@ -54,6 +56,8 @@ class PreferenceTrainer(PublishingTrainer):
         super().__init__(compute_metrics=self._compute_metrics, **kwargs)
         self.label_names = ["preference", "weight"]  # gathered by the evaluation loop, beside the margins
         self.add_callback(Position())
+        if not self.sharded:
+            self.add_callback(FirstStep())
         if self.args.world_size > 1:
             destroy_group_at_exit(self)
 
@@ -226,6 +230,17 @@ class PreferenceTrainer(PublishingTrainer):
         adapters = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         return adapters, [module for module in modules if isinstance(module, self.mode_dependent_modules)]
 
+    def compute_loss_context_manager(self) -> Any:
+        """As the Trainer's, with batch norms of the frozen base in evaluation mode: their statistics are the base's."""
+        for module in self._frozen_norms:
+            module.training = False
+        return super().compute_loss_context_manager()
+
+    @cached_property
+    def _frozen_norms(self) -> list[nn.Module]:
+        norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
+        return [module for module in norms if not any(value.requires_grad for value in module.parameters())]
+
     # --- Loss, log and metrics ---
 
     def weighted_mean(
@@ -277,17 +292,55 @@ class PreferenceTrainer(PublishingTrainer):
         raise NotImplementedError
 
 
+def check_arguments(args: Any, expected: type) -> None:
+    """Raise a `TypeError` unless `args` are those of this trainer."""
+    if not isinstance(args, expected):
+        name = expected.__name__
+        raise TypeError(
+            f"`args` should be a `{name}`, but got {type(args).__name__}: pass "
+            f"`{name}({str(getattr(args, 'output_dir', 'my-taste'))!r}, ...)`, which takes all options of "
+            "`TrainingArguments` too."
+        )
+
+
+def check_kind(pairs: Any, name: str) -> None:
+    """Raise a `TypeError` unless `pairs` hold rows: a dataset of `datasets` or PyTorch, or a list of dicts.
+
+    Args:
+        pairs: What the user passed.
+        name: Its name in the error.
+    """
+    if isinstance(pairs, Dataset | IterableDataset | torch.utils.data.Dataset):
+        return
+    if isinstance(pairs, list) and pairs and isinstance(pairs[0], Mapping):
+        return
+    if isinstance(pairs, Mapping) and any(isinstance(value, Dataset | IterableDataset) for value in pairs.values()):
+        advice = f"pick a split: {', '.join(map(str, pairs))}"
+    elif isinstance(pairs, Mapping):
+        advice = "make a dataset of these columns, by `load_preference_pairs(Dataset.from_dict(...))`"
+    else:
+        advice = "load it by `load_preference_pairs(...)`"
+    raise TypeError(f"{name} should be a `Dataset` or a stream of pairs, but got {type(pairs).__name__}: {advice}.")
+
+
 def check_datasets(train: Any, evaluation: Any) -> None:
     """Check plain datasets (see `check_columns`), and warn of evaluation pairs that are trained on.
 
     Args:
-        train: Pairs, a stream, or a dataset of another kind, which is not checked.
+        train: Pairs, a stream, or a dataset of another kind, whose rows are not checked.
         evaluation: The same, or a dict of several.
 
     Raises:
         PreferenceDataError: A dataset is not in the row contract, or has no rows.
+        TypeError: It is no dataset at all, such as a dict of columns.
     """
-    held_out = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    # A dict of several holds datasets, one of columns lists.
+    several = isinstance(evaluation, dict) and not any(isinstance(pairs, list) for pairs in evaluation.values())
+    named = {f"`eval_dataset[{name!r}]`": pairs for name, pairs in evaluation.items()} if several else {}
+    for name, pairs in {"`train_dataset`": train, **(named or {"`eval_dataset`": evaluation})}.items():
+        if pairs is not None:
+            check_kind(pairs, name)
+    held_out = list(named.values()) or [evaluation]
     for pairs in (train, *held_out):
         if isinstance(pairs, Dataset | IterableDataset):
             check_columns(pairs)
