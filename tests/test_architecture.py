@@ -20,7 +20,7 @@ ROOMS = {
     "cli": ["errors", "dispatch options", "__init__", "__main__ pairs pull push score training", "lora reward"],
     "data": ["__init__ fingerprint formats images", "cache streaming", "reading", "checks", "pairs"],
     "diffusion": [
-        "__init__ beta callbacks collator config kto losses",
+        "__init__ beta callbacks collator config kto losses origin",
         "families safeguard",
         "card encoder errors pair_loss",
         "cache validation_images",
@@ -41,7 +41,7 @@ ROOMS = {
         "cross_validation",
     ],
     "training": [
-        "__init__ dataloaders finite lora_options resume sharding shutdown",
+        "__init__ adapters dataloaders finite first_step lora_options resume sharding shutdown",
         "config",
         "saving",
         "publishing",

@@ -134,6 +134,8 @@ class PreferenceLoRAConfig(PreferenceConfig):
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as in `TrainingArguments`
         super().__post_init__()
+        if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
+            self.validation_prompts = [self.validation_prompts]
         if self.beta not in ("auto", "published"):
             self.beta = _positive("beta", self.beta, ", 'auto' or 'published'")
         counts = ("num_noise_samples", "num_eval_noise_samples", "validation_images", "resolution")

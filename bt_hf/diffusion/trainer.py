@@ -30,7 +30,7 @@ from bt_hf.diffusion.validation_images import Validation
 from bt_hf.metrics import preference_metrics
 from bt_hf.training.finite import check_losses
 from bt_hf.training.saving import prepare_run
-from bt_hf.training.trainer import Metrics, PreferenceTrainer
+from bt_hf.training.trainer import Metrics, PreferenceTrainer, check_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +90,10 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
-        args = args or PreferenceLoRAConfig("preference-lora")
-        prepare_run(args)
+        args = PreferenceLoRAConfig("preference-lora") if args is None else args
+        check_arguments(args, PreferenceLoRAConfig)
         check_rows(args.loss_type, train_dataset, eval_dataset)
+        prepare_run(args)
         self.family, self.base_name = load_family(model)
         self.pipeline = self.family.pipeline
         self.size = training_size(self.family, args.resolution)
@@ -132,7 +133,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             sharded=self.sharded,
         )
         self.add_callback(BeginCallback(self._begin))
-        self.guards = make_guards(args, held_out=eval_dataset is not None) if args.guards else []
+        self.guards = make_guards(args, eval_dataset) if args.guards else []
         for guard in self.guards:
             self.add_callback(guard)
 
@@ -140,14 +141,34 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does, between two drawings of the validation prompts."""
-        self._prepare_training()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._set_memory_format(self.args.channels_last)
+        try:
+            self._prepare_training()
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._leave_as_loaded()
         restored = self.args.load_best_model_at_end or any(guard.stopped for guard in self.guards)
         try:
             self._draw_validation(again=restored)
         except Exception as error:  # the weights are not saved yet
             logger.warning("The validation prompts were not drawn after training: %s", error)
         return output
+
+    def _set_memory_format(self, channels_last: bool) -> None:
+        if self.family.denoiser != "unet" or self.sharded:
+            return
+        self.family.module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        if self.model.active_peft_config.use_dora:  # PEFT views its weights as matrices
+            for name, value in self.model.named_parameters():
+                if ".lora_" in name:
+                    value.data = value.data.contiguous()
+
+    def _leave_as_loaded(self) -> None:
+        """Leave the denoiser as diffusers loads one: in evaluation mode, contiguous, without checkpointing."""
+        self._set_memory_format(channels_last=False)
+        self.model.eval()
+        if self.args.gradient_checkpointing:
+            self.family.module.disable_gradient_checkpointing()
 
     def _prepare_training(self) -> None:
         """Set beta, and compute the base's errors where training meets noise samples again."""
