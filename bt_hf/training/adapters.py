@@ -106,7 +106,7 @@ def put_on(base: nn.Module, config: PeftConfig) -> PeftModel:
     before = Untouched(base, weights=not plain)
     try:
         model = get_peft_model(base, copy.deepcopy(config))
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         before.restore()
         raise ValueError(
             f"PEFT can't put the adapter of this {type(config).__name__} on {type(base).__name__}: "
