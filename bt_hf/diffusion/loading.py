@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
@@ -137,10 +138,11 @@ def add_adapter(
     model.peft_config[model.active_adapter].base_model_name_or_path = base
     model.get_base_model()._hf_peft_config_loaded = True  # else diffusers would not switch, fuse or unload it
     if args.gradient_checkpointing:
-        # The Trainer asks in the words of transformers, diffusers answers to its own.
-        model.gradient_checkpointing_enable = lambda *args, **kwargs: (
+        # The Trainer asks in the words of transformers (the latter from 5.23), diffusers answers to its own.
+        def enable(*args: Any, **kwargs: Any) -> None:
             model.get_base_model().enable_gradient_checkpointing()
-        )
+
+        model.gradient_checkpointing_enable = model.activation_checkpointing_enable = enable
     return model
 
 

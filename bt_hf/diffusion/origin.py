@@ -80,7 +80,7 @@ def known_name(pipeline: DiffusionPipeline) -> str | None:
     Weights are compared with the files, where these are on this machine: a fused LoRA, an exchanged part or other
     tokens change what the LoRA belongs to.
     """
-    name = pipeline.config.get("_name_or_path") or None
+    name = str(pipeline.config.get("_name_or_path") or "") or None
     part = _changed_part(pipeline, name) if name else None
     if part is None:
         return name

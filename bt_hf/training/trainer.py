@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from bt_hf.data.cache import CachedPairs
 from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
+from bt_hf.training.adapters import check_names
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
 from bt_hf.training.first_step import FirstStep
 from bt_hf.training.publishing import PublishingTrainer
@@ -200,6 +201,12 @@ class PreferenceTrainer(PublishingTrainer):
         if self.is_fsdp_enabled:
             wrap_by_layer(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the folder, once the names of the weights are found to be the base's."""
+        if self.args.should_save and not self.sharded:
+            check_names(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict)
 
     # --- The base ---
 
