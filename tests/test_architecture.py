@@ -41,7 +41,7 @@ ROOMS = {
         "cross_validation",
     ],
     "training": [
-        "__init__ adapters dataloaders finite first_step lora_options resume sharding shutdown",
+        "__init__ adapters arguments dataloaders finite first_step lora_options resume sharding shutdown",
         "config",
         "saving",
         "publishing",

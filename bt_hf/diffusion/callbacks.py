@@ -138,8 +138,8 @@ class OverfittingGuard(Guard):
             control.should_training_stop = True
             self.say(
                 f"Step {state.global_step}: training accuracy is {self._training_accuracy:.2f}, but held-out accuracy"
-                f"{_set_name(self.prefix)} fell from {self._best:.3f} to {accuracy:.3f}: stopped, and back to the adapter of step "
-                f"{self._best_step}."
+                f"{_set_name(self.prefix)} fell from {self._best:.3f} to {accuracy:.3f}: stopped, and back to "
+                f"the adapter of step {self._best_step}."
             )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -205,7 +205,7 @@ def make_guards(args: TrainingArguments, evaluation: Any) -> list[Guard]:
         prefixes: list[str] = []
     else:
         prefixes = [f"eval_{name}" for name in evaluation] if isinstance(evaluation, dict) else ["eval"]
-    winners = [WinnerErrorGuard(prefix) for prefix in prefixes or [None]]
+    winners = [WinnerErrorGuard(prefix) for prefix in prefixes] or [WinnerErrorGuard(None)]
     return [*winners, *(OverfittingGuard(prefix) for prefix in prefixes), CollapseGuard()]
 
 

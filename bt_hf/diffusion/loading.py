@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
@@ -19,8 +20,8 @@ from bt_hf.diffusion.families.base import Family, check_adapter, check_tensors, 
 from bt_hf.diffusion.origin import LOAD_ERRORS, from_pretrained, known_name
 from bt_hf.hub.contract import find_adapter_config
 from bt_hf.training.adapters import put_on, saved_names, take_over, train_in_float32, unwrapped
+from bt_hf.training.arguments import check_datasets, check_kind
 from bt_hf.training.lora_options import check_adapter_options
-from bt_hf.training.trainer import check_datasets, check_kind
 
 
 def load_family(model: str | Path | DiffusionPipeline) -> tuple[Family, str | None]:
@@ -70,9 +71,9 @@ def _load_by_name(name: str) -> tuple[Family, str]:
         pipeline = from_pretrained(base)
     except OSError as error:
         raise OSError(
-            f"The base {base!r} of the adapter {name!r} can't be loaded; if it has moved, load its pipeline from where "
-            "it is, put the adapter on its denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and "
-            f"pass the pipeline. ({error})"
+            f"The base {base!r} of the adapter {name!r} can't be loaded; if it has moved, load its pipeline from "
+            "where it is, put the adapter on its denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, "
+            f"and pass the pipeline. ({error})"
         ) from error
     family = find_family(_without_safety_checker(pipeline))
     setattr(family.pipeline, family.denoiser, _load_adapter(family, name, base))
@@ -144,6 +145,25 @@ def add_adapter(
 
         model.gradient_checkpointing_enable = model.activation_checkpointing_enable = enable
     return model
+
+
+def set_memory_format(family: Family, model: PeftModel, channels_last: bool) -> None:
+    """Set the memory format of a UNet's convolutions; a transformer has none."""
+    if family.denoiser != "unet":
+        return
+    model.get_base_model().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if model.active_peft_config.use_dora:  # PEFT views its weights as matrices
+        for name, value in model.named_parameters():
+            if ".lora_" in name:
+                value.data = value.data.contiguous()
+
+
+def leave_as_loaded(family: Family, model: PeftModel) -> None:
+    """Leave the denoiser as diffusers loads one: in evaluation mode, contiguous, without gradient checkpointing."""
+    set_memory_format(family, model, channels_last=False)
+    model.eval()
+    if model.get_base_model().is_gradient_checkpointing:
+        model.get_base_model().disable_gradient_checkpointing()
 
 
 def training_size(family: Family, resolution: int | None) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def from_pretrained(name_or_path: str) -> DiffusionPipeline:
             if variant == variants[0]:
                 first = error
     raise OSError(
-        f"No pipeline can be loaded from {name_or_path!r}: it is neither a folder that `save_pretrained` of a pipeline "
+        f"No pipeline can be loaded from {name_or_path!r}: it is neither a folder that a pipeline's `save_pretrained` "
         f"wrote nor a Hub id of one that can be reached now. ({_one_line(first)})"
     ) from first
 

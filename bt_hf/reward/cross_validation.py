@@ -34,7 +34,7 @@ from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.trainer import BradleyTerryTrainer
 from bt_hf.training.adapters import Untouched, unwrapped
-from bt_hf.training.trainer import check_arguments, check_kind
+from bt_hf.training.arguments import check_arguments, check_kind
 
 
 @dataclass

@@ -27,11 +27,12 @@ from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.training.adapters import check_names, take_over, train_in_float32, unwrapped
+from bt_hf.training.arguments import check_arguments, check_datasets, map_eval_datasets
 from bt_hf.training.finite import check_losses
 from bt_hf.training.lora_options import check_adapter_options
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.sharding import make_shardable
-from bt_hf.training.trainer import Metrics, PreferenceTrainer, check_arguments, check_datasets, map_eval_datasets
+from bt_hf.training.trainer import Metrics, PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 Pairs: TypeAlias = Dataset | IterableDataset | MemoryPairs | FilePairs
@@ -312,21 +313,20 @@ def _adapt(
     model: str | Path | nn.Module, args: BradleyTerryConfig, peft_config: PeftConfig | None
 ) -> tuple[nn.Module, bool]:
     """Load `model` and put an adapter on it. Return the model, and True if the adapter is a fresh one."""
-    if not isinstance(model, nn.Module):
-        model = encoders.load_dual_encoder(model, is_trainable=True)
-    model = unwrapped(model)
-    encoders.check_dual_encoder(model)
-    check_adapter_options(model, args, peft_config, args.full_finetuning)
-    fresh = not isinstance(model, PeftModel) and not args.full_finetuning
+    given = model if isinstance(model, nn.Module) else encoders.load_dual_encoder(model, is_trainable=True)
+    encoder = unwrapped(given)
+    encoders.check_dual_encoder(encoder)
+    check_adapter_options(encoder, args, peft_config, args.full_finetuning)
+    fresh = not isinstance(encoder, PeftModel) and not args.full_finetuning
     if fresh:
-        model = add_adapter(model, peft_config, args)
-    elif isinstance(model, PeftModel):
-        take_over(model)
+        encoder = add_adapter(encoder, peft_config, args)
+    elif isinstance(encoder, PeftModel):
+        take_over(encoder)
     else:
-        check_names(model)
-        if not any(value.requires_grad for value in model.parameters()):
-            model.requires_grad_(True)
+        check_names(encoder)
+        if not any(value.requires_grad for value in encoder.parameters()):
+            encoder.requires_grad_(True)
         # r = s cos(...) with a trained s would only change how sure the model is; the folder contract freezes it.
-        model.get_parameter("logit_scale").requires_grad_(False)
-    train_in_float32(model)
-    return model, fresh
+        encoder.get_parameter("logit_scale").requires_grad_(False)
+    train_in_float32(encoder)
+    return encoder, fresh

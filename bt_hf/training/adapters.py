@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "default"  # the one name whose weights PEFT saves into the folder itself, and not into one below it
 _WRAPPERS = (OptimizedModule, DistributedDataParallel, nn.DataParallel)
-# Children of PEFT's layers that hold the base's own weights.
+# Parts of a PEFT layer that are the base's own.
 _OF_BASE = {"base_layer", "original_module"}
 _SAFE_INITS = (True, False, "gaussian")  # leave the base alone; all others are measured
 _HALF = (torch.float16, torch.bfloat16)
@@ -88,8 +88,8 @@ def put_on(base: nn.Module, config: PeftConfig) -> PeftModel:
     """Wrap `base` with a fresh adapter that leaves the base's weights alone; the base is frozen.
 
     Raises:
-        ValueError: There is an adapter already, PEFT can't put it on this model, it needs data to begin with, or the base would be lost: its
-            weights change, or it trains what can't be switched off. `base` is then as it was.
+        ValueError: There is an adapter already, PEFT can't put it on this model, it needs data to begin with, or the
+            base would be lost: its weights change, or it trains what can't be switched off. `base` is then as it was.
     """
     if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError(
@@ -214,7 +214,7 @@ def check_names(model: nn.Module) -> None:
 
 
 def _fresh_names(base: Any) -> set[str] | None:
-    """Return the modules' names of a new model with the config of `base`, without weights; None if none can be made."""
+    """Return the modules' names of a new model with the config of `base`; None if none can be made."""
     cls = type(base)
     try:
         with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -19,7 +19,6 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import TrainOutput
 
 from bt_hf.data.cache import CachedPairs
-from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.training.adapters import check_names
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
@@ -238,7 +237,7 @@ class PreferenceTrainer(PublishingTrainer):
         return adapters, [module for module in modules if isinstance(module, self.mode_dependent_modules)]
 
     def compute_loss_context_manager(self) -> Any:
-        """As the Trainer's, with batch norms of the frozen base in evaluation mode: their statistics are the base's."""
+        """As the Trainer's, with batch norms of the frozen base in evaluation mode, so that its statistics stay."""
         for module in self._frozen_norms:
             module.training = False
         return super().compute_loss_context_manager()
@@ -297,71 +296,3 @@ class PreferenceTrainer(PublishingTrainer):
     def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of an evaluation, before those of the user are added."""
         raise NotImplementedError
-
-
-def check_arguments(args: Any, expected: type) -> None:
-    """Raise a `TypeError` unless `args` are those of this trainer."""
-    if not isinstance(args, expected):
-        name = expected.__name__
-        raise TypeError(
-            f"`args` should be a `{name}`, but got {type(args).__name__}: pass "
-            f"`{name}({str(getattr(args, 'output_dir', 'my-taste'))!r}, ...)`, which takes all options of "
-            "`TrainingArguments` too."
-        )
-
-
-def check_kind(pairs: Any, name: str) -> None:
-    """Raise a `TypeError` unless `pairs` hold rows: a dataset of `datasets` or PyTorch, or a list of dicts.
-
-    Args:
-        pairs: What the user passed.
-        name: Its name in the error.
-    """
-    if isinstance(pairs, Dataset | IterableDataset | torch.utils.data.Dataset):
-        return
-    if isinstance(pairs, list) and pairs and isinstance(pairs[0], Mapping):
-        return
-    if isinstance(pairs, Mapping) and any(isinstance(value, Dataset | IterableDataset) for value in pairs.values()):
-        advice = f"pick a split: {', '.join(map(str, pairs))}"
-    elif isinstance(pairs, Mapping):
-        advice = "make a dataset of these columns, by `load_preference_pairs(Dataset.from_dict(...))`"
-    else:
-        advice = "load it by `load_preference_pairs(...)`"
-    raise TypeError(f"{name} should be a `Dataset` or a stream of pairs, but got {type(pairs).__name__}: {advice}.")
-
-
-def check_datasets(train: Any, evaluation: Any) -> None:
-    """Check plain datasets (see `check_columns`), and warn of evaluation pairs that are trained on.
-
-    Args:
-        train: Pairs, a stream, or a dataset of another kind, whose rows are not checked.
-        evaluation: The same, or a dict of several.
-
-    Raises:
-        PreferenceDataError: A dataset is not in the row contract, or has no rows.
-        TypeError: It is no dataset at all, such as a dict of columns.
-    """
-    # A dict of several holds datasets, one of columns lists.
-    several = isinstance(evaluation, dict) and not any(isinstance(pairs, list) for pairs in evaluation.values())
-    named = {f"`eval_dataset[{name!r}]`": pairs for name, pairs in evaluation.items()} if several else {}
-    for name, pairs in {"`train_dataset`": train, **(named or {"`eval_dataset`": evaluation})}.items():
-        if pairs is not None:
-            check_kind(pairs, name)
-    held_out = list(named.values()) or [evaluation]
-    for pairs in (train, *held_out):
-        if isinstance(pairs, Dataset | IterableDataset):
-            check_columns(pairs)
-    for pairs in held_out:
-        if isinstance(train, Dataset) and isinstance(pairs, Dataset) and (overlap := overlapping_rows(train, pairs)):
-            logger.warning(
-                "%d of %d evaluation pairs are also in the training set: their accuracy says nothing about new pairs.",
-                overlap,
-                len(pairs),
-            )
-
-
-def map_eval_datasets(transform: Callable[[Any], Any], evaluation: Any) -> Any:
-    """Apply `transform` to an evaluation dataset, or to each of a dict of several."""
-    if isinstance(evaluation, dict):
-        return {name: transform(pairs) for name, pairs in evaluation.items()}
-    return transform(evaluation)

@@ -73,4 +73,7 @@ def test_each_set_keeps_its_best_in_a_checkpoint(tmp_path: Path) -> None:
 def test_without_evaluation_the_training_pairs_are_watched(tmp_path: Path) -> None:
     args = make(tmp_path).args
     for evaluation in (None, {"a": 1, "b": 2}):
-        assert [type(guard).__name__ for guard in make_guards(args, evaluation)] == ["WinnerErrorGuard", "CollapseGuard"]
+        assert [type(guard).__name__ for guard in make_guards(args, evaluation)] == [
+            "WinnerErrorGuard",
+            "CollapseGuard",
+        ]

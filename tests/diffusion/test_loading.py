@@ -1,4 +1,4 @@
-"""Whatever the user wraps, adapts or passes: trained, saved as unmodified diffusers loads it, and left as it was."""
+"""Train pipelines that are wrapped or adapted, load the result in unmodified diffusers, and look at what is left."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def drawn_with(folder: Path, name: str = "sd") -> torch.Tensor:
-    """What an unmodified pipeline draws with the LoRA of a folder."""
+    """Draw with an unmodified pipeline and the LoRA of a folder."""
     pipeline = build(name)
     pipeline.load_lora_weights(folder)
     return draw(pipeline)

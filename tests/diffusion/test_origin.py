@@ -40,7 +40,9 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert "No pipeline can be loaded from" in refused(str(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "https://huggingface.co/a/b/blob/main/model.safetensors", "m.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "https://huggingface.co/a/b/blob/main/model.safetensors", "m.ckpt"]
+)
 def test_a_single_file(name: str) -> None:
     assert "single file: load it with diffusers (`StableDiffusionPipeline.from_single_file(...)`" in refused(name)
 
@@ -104,7 +106,7 @@ def test_an_untouched_pipeline_keeps_its_name(
     name = save(tmp_path)
     pipeline = load(tmp_path, dtype=dtype)
     assert known_name(pipeline) == name
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # how it draws, not what it is
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # draws otherwise, from the same weights
     assert known_name(pipeline.to(torch.float32)) == name
     pipeline.unet = get_peft_model(pipeline.unet, LoraConfig(r=2, target_modules=["to_q"]))
     assert known_name(pipeline) == name

@@ -755,7 +755,9 @@ def test_a_wrapped_model_trains_as_a_plain_one(wrap: Callable, full: bool, tmp_p
         trainer = make_trainer(tmp_path / name, model=model, max_steps=2, learning_rate=1e-3, full_finetuning=full)
         trainer.train()
         trainer.save_model()
-        ends.append({key: value for file in (tmp_path / name).glob("*.safetensors") for key, value in load_file(file).items()})
+        ends.append(
+            {key: value for file in (tmp_path / name).glob("*.safetensors") for key, value in load_file(file).items()}
+        )
     assert_same(*ends, tolerance=0)
 
 
@@ -798,7 +800,7 @@ def test_statistics_of_a_frozen_batch_norm_are_the_bases(tmp_path: Path) -> None
 def test_an_adapter_that_changes_the_base_is_refused(name: str, tmp_path: Path) -> None:
     model = build()[0]
     config = LoraConfig(r=4, target_modules=["text_projection", "visual_projection"], init_lora_weights=name)
-    with pytest.raises(ValueError, match=f"`init_lora_weights='{name}'` rewrites text_projection.weight"):
+    with pytest.raises(ValueError, match=rf"`init_lora_weights='{name}'` rewrites \w+_projection.weight"):
         make_trainer(tmp_path, model=model, peft_config=config)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in build()[0].state_dict().items())
 

@@ -1,7 +1,6 @@
-"""Adapters of every kind on a tiny base: off is the base to the bit, on is what unmodified PEFT loads, or a refusal."""
+"""Adapters of every kind on a tiny base: off is the base to the bit and on is what PEFT loads, or a refusal."""
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ LOST = {
     "all biases": {"bias": "all"},
     "biases": {"bias": "lora_only", "target_modules": ["q_proj"]},
 }
-# What a kind of adapter needs to be told of such small layers.
+# Options of kinds whose defaults are for larger layers.
 TOLD: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 10},
     "BOFT": {"boft_block_size": 4},
@@ -127,7 +126,11 @@ def test_any_kind_is_switched_off_or_refused(kind: str, tmp_path: Path) -> None:
         config = any_config(kind)
         put_on(base, config)
     except ValueError as error:
-        assert "\n" not in str(error)
+        refused = str(error)
+    else:
+        refused = ""
+    if refused:
+        assert "\n" not in refused
         assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
         assert base.state_dict().keys() == before.keys()
         return
