@@ -37,7 +37,7 @@ ROOMS = {
         "pairs",
     ],
     "diffusion": [
-        "__init__ beta callbacks collator config kto losses",
+        "__init__ beta callbacks collator config kto losses origin",
         "families safeguard",
         "card encoder errors pair_loss",
         "against_base cache validation_images",
@@ -59,7 +59,8 @@ ROOMS = {
         "cross_validation",
     ],
     "training": [
-        "__init__ dataloaders finite learnt lock lora_options option_checks resume sharding shutdown",
+        "__init__ adapters arguments dataloaders finite first_step learnt lock lora_options option_checks",
+        "resume sharding shutdown",
         "optimizers trainer_options",
         "config output",
         "saving",

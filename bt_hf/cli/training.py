@@ -204,9 +204,8 @@ def draw_plots(
             if any("loss" in entry for entry in log_history):
                 plots.plot_training_curve(log_history, scratch / "training_curve.png")
             if judged is not None and len(judged["margins"]) < plots.FEWEST_PAIRS:
-                print(
-                    f"No reliability diagram: {len(judged['margins'])} pairs are too few ({plots.FEWEST_PAIRS} are not)."
-                )
+                count = len(judged["margins"])
+                print(f"No reliability diagram: {count} pairs are too few ({plots.FEWEST_PAIRS} are not).")
             elif judged is not None:
                 plots.plot_reliability(**judged, path=scratch / "reliability.png")
         except ImportError:

@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 from bt_hf.data.cache import CachedPairs, can_be_cached, encode_once, read_tensors
 from bt_hf.diffusion.collator import Batch, Row, batch_labels, hash_rows, image_columns
 from bt_hf.diffusion.encoder import PairEncoder
-from bt_hf.training.trainer import map_eval_datasets
+from bt_hf.training.arguments import map_eval_datasets
 
 
 class LatentPairs(CachedPairs):

@@ -1,6 +1,6 @@
 """Collate rows of preference pairs into batches of pixels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,9 +17,14 @@ PAIRED = ("chosen", "rejected")
 UNPAIRED = ("completion",)
 
 
-def image_columns(columns: Sequence[str]) -> tuple[str, ...]:
+def is_unpaired(columns: Collection[str]) -> bool:
+    """True for rows of one image each; pairs may have further columns, whatever these are called."""
+    return "completion" in columns and not set(PAIRED) <= set(columns)
+
+
+def image_columns(columns: Collection[str]) -> tuple[str, ...]:
     """Return the columns that hold images: `chosen` and `rejected`, or `completion` of unpaired rows."""
-    return UNPAIRED if set(UNPAIRED) <= set(columns) else PAIRED
+    return UNPAIRED if is_unpaired(columns) else PAIRED
 
 
 class DiffusionCollator:
@@ -86,7 +91,7 @@ def batch_labels(rows: list[Row]) -> dict[str, torch.Tensor]:
     """
     weight = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
     preference = torch.tensor([float(row.get("preference", 1.0)) for row in rows])
-    if "label" not in rows[0]:
+    if not is_unpaired(rows[0].keys()):
         return {"preference": preference, "weight": weight}
     label = torch.tensor([float(row["label"]) for row in rows])
     return {"label": label * preference + (1 - label) * (1 - preference), "weight": weight}

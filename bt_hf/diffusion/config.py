@@ -149,6 +149,8 @@ class PreferenceLoRAConfig(PreferenceConfig):
         if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
             self.validation_prompts = [self.validation_prompts]
         super().__post_init__()
+        if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
+            self.validation_prompts = [self.validation_prompts]
         if self.beta not in ("auto", "published"):
             self.beta = _positive("beta", self.beta, ", 'auto' or 'published'")
         for name in _POSITIVE:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -28,6 +28,8 @@ from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.trainer import BradleyTerryTrainer
 from bt_hf.reward.verdict import CrossValidation, count_contradictions, judge, number_prompts, probe_margins
+from bt_hf.training.adapters import Untouched, unwrapped
+from bt_hf.training.arguments import check_arguments, check_kind
 
 
 def cross_validate(
@@ -59,6 +61,7 @@ def cross_validate(
         A `CrossValidation`; `print` it for the table and the verdict.
 
     Raises:
+        TypeError: `dataset` is a stream, or `args` are not a `BradleyTerryConfig`.
         ValueError: Fewer than two folds or two distinct prompts, `model` has an adapter, which may have been trained
             on these pairs, or FSDP or DeepSpeed is on.
 
@@ -70,7 +73,10 @@ def cross_validate(
         print(result.verdict)
         ```
     """
-    dataset = without_format(check_columns(dataset))
+    args = BradleyTerryConfig("reward-adapter", report_to="none") if args is None else args
+    check_arguments(args, BradleyTerryConfig)
+    _check_map_style(dataset)
+    dataset = without_format(dataset)
     if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "`cross_validate` trains one model again for each fold, which can't be once FSDP or DeepSpeed has divided "
@@ -78,7 +84,7 @@ def cross_validate(
         )
     source = model
     # A copy, as the adapters of the folds come and go, and leave the weights frozen.
-    base: Any = copy.deepcopy(model) if isinstance(model, nn.Module) else encoders.load_dual_encoder(model)
+    base: Any = encoders.load_dual_encoder(model) if isinstance(model, str | Path) else copy.deepcopy(unwrapped(model))
     if isinstance(base, PeftModel):
         raise ValueError(
             "`cross_validate` needs a base model, but got one with an adapter, which may have seen these pairs: pass "
@@ -88,7 +94,8 @@ def cross_validate(
     limit = encoders.context_length(processor)
     prompts = number_prompts(getattr(processor, "tokenizer", processor), list(dataset["prompt"]), limit)
     assignment = assign_folds(prompts.tolist(), folds, seed)
-    args = _quiet(args or BradleyTerryConfig("reward-adapter", report_to="none"))
+    args = _quiet(args)
+    untouched = Untouched(base)
     pairs: Any = dataset
     if args.cache_features:
         # The adapter decides which layers are frozen, so one is put on while the cache is built.
@@ -96,7 +103,7 @@ def cross_validate(
         adapted.to(args.device)
         cache = FeatureCache(adapted, PreferenceCollator(processor), max_bytes=args.cache_max_gb * 1e9)
         pairs = (cache.add(dataset) if cache.useful else None) or dataset
-        base = base if args.full_finetuning else adapted.unload()
+        untouched.restore()
     if pairs is dataset:
         check_images(dataset)  # by the numbers of its rows, which the folds do not know
     margins, base_margins = np.zeros(len(dataset)), np.zeros(len(dataset))
@@ -119,8 +126,7 @@ def cross_validate(
             trainer.train()
             predictions = trainer.predict(pairs.select(held_out.tolist())).predictions
             margins[held_out], base_margins[held_out] = predictions
-            if not args.full_finetuning:
-                base = trainer.model.unload()
+            untouched.restore()
     assert difference is not None  # there are at least two folds
     return judge(
         margins,
@@ -143,6 +149,17 @@ def _image_differences(trainer: BradleyTerryTrainer, pairs: Any) -> np.ndarray:
             chosen, rejected = trainer._embed(model, batch)[1].chunk(2)
         found.append((chosen - rejected).double().cpu().numpy())
     return np.concatenate(found)
+
+
+def _check_map_style(dataset: Any) -> None:
+    """Check the columns of a `Dataset`; raise a `TypeError` for a stream or anything else that has no known length."""
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            "`cross_validate` splits the pairs into folds, but got a stream, which has no length: load it whole, by "
+            "`Dataset.from_list(list(stream), features=stream.features)`."
+        )
+    check_kind(dataset, "`dataset`")
+    check_columns(dataset)
 
 
 def assign_folds(prompts: Sequence[Hashable], folds: int, seed: int = 0) -> np.ndarray:

@@ -27,11 +27,13 @@ from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
+from bt_hf.training.adapters import check_names, take_over, train_in_float32, unwrapped
+from bt_hf.training.arguments import check_arguments, check_datasets, map_eval_datasets
 from bt_hf.training.finite import check_losses
 from bt_hf.training.lora_options import check_adapter_options
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.sharding import make_shardable
-from bt_hf.training.trainer import Metrics, PreferenceTrainer, check_datasets, map_eval_datasets
+from bt_hf.training.trainer import Metrics, PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 Pairs: TypeAlias = Dataset | IterableDataset | MemoryPairs | FilePairs
@@ -88,7 +90,9 @@ class BradleyTerryTrainer(PreferenceTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
-        args = args or BradleyTerryConfig("reward-adapter")
+        args = BradleyTerryConfig("reward-adapter") if args is None else args
+        check_arguments(args, BradleyTerryConfig)
+        check_datasets(train_dataset, eval_dataset)
         prepare_run(args)
         source = model
         model, self._fresh_adapter = _adapt(model, args, peft_config)
@@ -96,7 +100,6 @@ class BradleyTerryTrainer(PreferenceTrainer):
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
         self.reference = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
         own_collator = PreferenceCollator(processing_class)
-        check_datasets(train_dataset, eval_dataset)
         if isinstance(train_dataset, Dataset):
             count_truncated(processing_class, list(without_format(train_dataset)["prompt"]))
         self.cache: FeatureCache | None = None
@@ -314,14 +317,20 @@ def _adapt(
     model: str | Path | nn.Module, args: BradleyTerryConfig, peft_config: PeftConfig | None
 ) -> tuple[nn.Module, bool]:
     """Load `model` and put an adapter on it. Return the model, and True if the adapter is a fresh one."""
-    if not isinstance(model, nn.Module):
-        model = encoders.load_dual_encoder(model, is_trainable=True)
-    encoders.check_dual_encoder(model)
-    check_adapter_options(model, args, peft_config, args.full_finetuning)
-    if isinstance(model, PeftModel):
-        return model, False
-    if args.full_finetuning:
+    given = model if isinstance(model, nn.Module) else encoders.load_dual_encoder(model, is_trainable=True)
+    encoder = unwrapped(given)
+    encoders.check_dual_encoder(encoder)
+    check_adapter_options(encoder, args, peft_config, args.full_finetuning)
+    fresh = not isinstance(encoder, PeftModel) and not args.full_finetuning
+    if fresh:
+        encoder = add_adapter(encoder, peft_config, args)
+    elif isinstance(encoder, PeftModel):
+        take_over(encoder)
+    else:
+        check_names(encoder)
+        if not any(value.requires_grad for value in encoder.parameters()):
+            encoder.requires_grad_(True)
         # r = s cos(...) with a trained s would only change how sure the model is; the folder contract freezes it.
-        model.get_parameter("logit_scale").requires_grad_(False)
-        return model, False
-    return add_adapter(model, peft_config, args), True
+        encoder.get_parameter("logit_scale").requires_grad_(False)
+    train_in_float32(encoder)
+    return encoder, fresh

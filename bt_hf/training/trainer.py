@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import EvalPrediction
 from transformers.trainer_utils import TrainOutput
 
 from bt_hf.data.cache import CachedPairs
-from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.data.rows import as_stored
+from bt_hf.training.adapters import check_names
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
+from bt_hf.training.first_step import FirstStep
 from bt_hf.training.publishing import PublishingTrainer
 from bt_hf.training.resume import Position, find_checkpoint
 from bt_hf.training.sharding import wrap_by_layer
@@ -57,6 +59,8 @@ class PreferenceTrainer(PublishingTrainer):
         super().__init__(compute_metrics=self._compute_metrics, **kwargs)
         self.label_names = ["preference", "weight"]  # gathered by the evaluation loop, beside the margins
         self.add_callback(Position())
+        if not self.sharded:
+            self.add_callback(FirstStep())
         if self.args.world_size > 1:
             destroy_group_at_exit(self)
 
@@ -207,6 +211,12 @@ class PreferenceTrainer(PublishingTrainer):
             wrap_by_layer(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(*args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the folder, once the names of the weights are found to be the base's."""
+        if self.args.should_save and not self.sharded:
+            check_names(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict)
+
     # --- The base ---
 
     @contextmanager
@@ -235,6 +245,17 @@ class PreferenceTrainer(PublishingTrainer):
         modules = list(self.model.modules())
         adapters = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         return adapters, [module for module in modules if isinstance(module, self.mode_dependent_modules)]
+
+    def compute_loss_context_manager(self) -> Any:
+        """As the Trainer's, with batch norms of the frozen base in evaluation mode, so that its statistics stay."""
+        for module in self._frozen_norms:
+            module.training = False
+        return super().compute_loss_context_manager()
+
+    @cached_property
+    def _frozen_norms(self) -> list[nn.Module]:
+        norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
+        return [module for module in norms if not any(value.requires_grad for value in module.parameters())]
 
     # --- Loss, log and metrics ---
 
@@ -285,33 +306,3 @@ class PreferenceTrainer(PublishingTrainer):
     def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of an evaluation, before those of the user are added."""
         raise NotImplementedError
-
-
-def check_datasets(train: Any, evaluation: Any) -> None:
-    """Check plain datasets (see `check_columns`), and warn of evaluation pairs that are trained on.
-
-    Args:
-        train: Pairs, a stream, or a dataset of another kind, which is not checked.
-        evaluation: The same, or a dict of several.
-
-    Raises:
-        PreferenceDataError: A dataset is not in the row contract, or has no rows.
-    """
-    held_out = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
-    for pairs in (train, *held_out):
-        if isinstance(pairs, Dataset | IterableDataset):
-            check_columns(pairs)
-    for pairs in held_out:
-        if isinstance(train, Dataset) and isinstance(pairs, Dataset) and (overlap := overlapping_rows(train, pairs)):
-            logger.warning(
-                "%d of %d evaluation pairs are also in the training set: their accuracy says nothing about new pairs.",
-                overlap,
-                len(pairs),
-            )
-
-
-def map_eval_datasets(transform: Callable[[Any], Any], evaluation: Any) -> Any:
-    """Apply `transform` to an evaluation dataset, or to each of a dict of several."""
-    if isinstance(evaluation, dict):
-        return {name: transform(pairs) for name, pairs in evaluation.items()}
-    return transform(evaluation)

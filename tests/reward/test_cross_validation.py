@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from sklearn.linear_model import LogisticRegression
+from transformers import TrainingArguments
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
 from bt_hf.metrics import agreement, mcnemar_test, preference_metrics
@@ -253,3 +254,68 @@ def test_options_of_a_training_with_held_out_pairs(options: dict[str, object], t
     args = config(tmp_path, **options)
     result = cross_validate(base, red_pairs(6), args, folds=2, processing_class=processor, progress=False)
     assert len(result.margins) == 6
+
+
+# --- Folds that see each other ---
+
+LOSING = {
+    "whole modules": LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["visual_projection", "text_projection"]
+    ),
+    "tokens": LoraConfig(
+        r=4, target_modules=["visual_projection"], trainable_token_indices={"token_embedding": list(range(20))}
+    ),
+    "norms": LNTuningConfig(target_modules=["layer_norm1", "final_layer_norm"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT of its own kind
+@pytest.mark.parametrize("name", LOSING)
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+def test_every_fold_starts_from_the_same_bits(name: str, cache: bool, tmp_path: Path) -> None:
+    """Each fold predicts as a training by itself does, and the base is the true one in all of them."""
+    pairs, (model, processor) = red_pairs(12), build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    args = config(tmp_path, learning_rate=5e-2, cache_features=cache, warm_start=False)
+    result = cross_validate(model, pairs, args, 3, processor, peft_config=LOSING[name], progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for fold in range(3):
+        held_out = np.flatnonzero(result.folds == fold)
+        trainer = BradleyTerryTrainer(
+            build()[0],
+            config(tmp_path / str(fold), learning_rate=5e-2, cache_features=cache, warm_start=False),
+            train_dataset=pairs.select(np.flatnonzero(result.folds != fold)),
+            processing_class=processor,
+            peft_config=LOSING[name],
+        )
+        trainer.train()
+        margins, base = trainer.predict(pairs.select(held_out)).predictions
+        np.testing.assert_allclose(result.margins[held_out], margins, atol=1e-4)
+        np.testing.assert_allclose(result.base_margins[held_out], base, atol=1e-5)
+    untrained = BradleyTerryTrainer(build()[0], config(tmp_path / "base"), processing_class=processor)
+    np.testing.assert_allclose(result.base_margins, untrained.predict(pairs).predictions[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset": red_pairs(4).to_iterable_dataset()}, "got a stream, which has no length: load it whole"),
+        ({"dataset": red_pairs(4).to_dict()}, r"`dataset` .* got dict: make a dataset of these columns"),
+        ({"dataset": DatasetDict(train=red_pairs(4))}, "`dataset` .* got DatasetDict: pick a split: train"),
+        ({"dataset": "pairs/"}, "`dataset` .* got str: load it by"),
+        ({"args": TrainingArguments("out", report_to="none")}, "should be a `BradleyTerryConfig`, .*TrainingArg"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(arguments: dict, message: str) -> None:
+    model, processor = build()
+    with pytest.raises(TypeError, match=message) as error:
+        cross_validate(model, **{"dataset": red_pairs(4), "processing_class": processor, **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_a_compiled_model_is_cross_validated(tmp_path: Path) -> None:
+    pairs, (model, processor) = red_pairs(8), build()
+    plain = cross_validate(model, pairs, config(tmp_path), 2, processor, progress=False)
+    compiled = torch.compile(build()[0], backend="eager")
+    result = cross_validate(compiled, pairs, config(tmp_path), 2, processor, progress=False)
+    np.testing.assert_array_equal(result.margins, plain.margins)
