@@ -15,7 +15,7 @@ from bt_hf.diffusion.cache import Evaluated, LatentPairs, Pairs
 from bt_hf.diffusion.collator import UNPAIRED
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, check_adapter, find_family
-from bt_hf.hub.contract import find_adapter_config
+from bt_hf.hub.loading import find_adapter_config, load_adapter, load_pretrained
 from bt_hf.training.lora_options import check_adapter_options
 from bt_hf.training.trainer import check_datasets
 
@@ -60,7 +60,7 @@ def _load_by_name(name: str) -> tuple[Family, str]:
             "denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and pass the pipeline."
         )
     family = find_family(_without_safety_checker(from_pretrained(base)))
-    adapted = PeftModel.from_pretrained(family.module, name, is_trainable=True)
+    adapted = load_adapter(family.module, name, is_trainable=True)
     setattr(family.pipeline, family.denoiser, adapted)
     return family, base
 
@@ -79,7 +79,7 @@ def from_pretrained(name_or_path: str) -> DiffusionPipeline:
     Without a dtype, diffusers takes float32 for its own models, but leaves a text encoder in the dtype that it was
     saved in (transformers 5), and the two then don't go together.
     """
-    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32)
+    return load_pretrained(DiffusionPipeline, name_or_path, dtype=torch.float32)
 
 
 def add_adapter(

@@ -6,7 +6,16 @@ from collections.abc import Iterable, Mapping
 
 import safetensors.torch
 
-from bt_hf.hub.contract import ADAPTER_CONFIG, LORA_WEIGHTS, VOCABULARIES, Content, hub_id, read_config, read_content
+from bt_hf.hub.contract import (
+    ADAPTER_CONFIG,
+    LORA_WEIGHTS,
+    VOCABULARIES,
+    Content,
+    hub_id,
+    read_content,
+    weights_metadata,
+)
+from bt_hf.hub.peft_configs import read_config
 
 _SECRETS = re.compile(
     r"\b(hf_[A-Za-z0-9]{12,}|api_org_[A-Za-z0-9]{12,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[\w-]{20,}"
@@ -47,7 +56,7 @@ def check_privacy(files: Mapping[str, Content], secrets: Iterable[str] = ()) -> 
 def _text(name: str, data: bytes) -> str:
     """Decode the readable part of a file: a text, the metadata of weights, nothing of a picture."""
     if name.endswith(".safetensors"):
-        return _metadata(data)
+        return json.dumps(weights_metadata(data), ensure_ascii=False)
     return data.decode(errors="replace") if name.endswith((".json", ".md", ".txt")) else ""
 
 
@@ -85,7 +94,7 @@ def with_base(files: Mapping[str, Content], base_model: str | None, source: str)
 def _without_base(content: Content) -> Content:
     """Remove the base, which may be a local path, from the config that LoRA weights carry in their metadata."""
     data = read_content(content)
-    metadata = json.loads(_metadata(data) or "{}")
+    metadata = weights_metadata(data)
     try:
         config = json.loads(metadata["lora_adapter_metadata"])
     except (KeyError, ValueError):
@@ -95,12 +104,3 @@ def _without_base(content: Content) -> Content:
         return content
     metadata["lora_adapter_metadata"] = json.dumps({**config, **dict.fromkeys(named)}, indent=2, sort_keys=True)
     return safetensors.torch.save(safetensors.torch.load(data), metadata=metadata)
-
-
-def _metadata(data: bytes) -> str:
-    """Read the `__metadata__` of a safetensors file as JSON, see https://huggingface.co/docs/safetensors."""
-    length = int.from_bytes(data[:8], "little")
-    try:
-        return json.dumps(json.loads(data[8 : 8 + length]).get("__metadata__", {}), ensure_ascii=False)
-    except (AttributeError, ValueError):
-        return ""
