@@ -32,9 +32,9 @@ ROOMS = {
     "evaluate_modules": ["__init__ base", "preference_accuracy preference_calibration preference_log_loss"],
     "hub": [
         "__init__ contract patterns",
-        "card_sections facts peft_configs retries",
-        "cards privacy tensors",
-        "checks",
+        "card_sections peft_configs retries",
+        "facts privacy tensors",
+        "cards checks",
         "loading pull push",
     ],
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],

@@ -27,6 +27,7 @@ from bt_hf.diffusion.loading import add_adapter, check_rows, load_family, traini
 from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
 from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.validation_images import Validation
+from bt_hf.hub.facts import digest_rows
 from bt_hf.metrics import preference_metrics
 from bt_hf.training.finite import check_losses
 from bt_hf.training.saving import prepare_run
@@ -93,6 +94,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         args = args or PreferenceLoRAConfig("preference-lora")
         prepare_run(args)
         check_rows(args.loss_type, train_dataset, eval_dataset)
+        self.data_digest = digest_rows(train_dataset)
         self.family, self.base_name = load_family(model)
         self.pipeline = self.family.pipeline
         self.size = training_size(self.family, args.resolution)

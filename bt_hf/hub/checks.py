@@ -8,10 +8,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import ModelCard
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
+from bt_hf.hub.card_sections import read_card
 from bt_hf.hub.contract import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -184,10 +184,7 @@ def check_card(text: str) -> None:
     """Raise a `ValueError` if a card has placeholders, or metadata that huggingface_hub can't read."""
     if found := _PLACEHOLDER.search(text):
         raise ValueError(f'{CARD} says "{found[0]}": write what there is to say, or take the line out.')
-    try:
-        data = ModelCard(text).data
-    except Exception as error:  # raised by YAML or huggingface_hub
-        raise ValueError(f"{CARD} has metadata that can't be read: {_first_line(error)}") from error
+    data = read_card(text).data
     for name in ("tags", "datasets", "language"):
         value = getattr(data, name, None)
         if value is not None and not isinstance(value, list | str):

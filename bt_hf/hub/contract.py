@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,16 +62,28 @@ def in_contract(name: str) -> bool:
     return name in CONTRACT_FILES or MODEL_WEIGHTS.fullmatch(name) is not None
 
 
-def contract_files(folder: str | Path) -> dict[str, Path]:
+def contract_files(folder: str | Path, links: bool = False) -> dict[str, Path]:
     """List the files of the folder contract that are in `folder`, by name.
+
+    Args:
+        folder: The folder.
+        links: Follow links, of which the cache of `huggingface_hub` is made.
 
     Raises:
         FileNotFoundError: There is no such folder.
+        ValueError: One of them is a link, or something else than a regular file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}': pass the one that `trainer.save_model` wrote.")
-    return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and in_contract(file.name)}
+    files = {file.name: file for file in sorted(folder.iterdir()) if in_contract(file.name)}
+    for name, file in files.items():
+        if not (links and file.is_file()) and not stat.S_ISREG(file.lstat().st_mode):
+            raise ValueError(
+                f"{name} of '{folder}' is not a regular file (a link, a folder or a device), which could lead "
+                "anywhere: put the file itself in its place, or take it out."
+            )
+    return files
 
 
 def read_content(content: Content) -> bytes:

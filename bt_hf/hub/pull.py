@@ -106,7 +106,7 @@ def pull_adapter(
 
 def check_incoming(folder: Path, source: str, base_model: str | Path | nn.Module | None, kind: str | None) -> None:
     """Raise a `ValueError` unless `folder` holds an adapter of this kind that fits the base; see `pull_adapter`."""
-    files = contract_files(folder)
+    files = contract_files(folder, links=True)
     found = find_kind((file.name for file in folder.iterdir()), source)
     _check_kind(found, kind, source)
     shapes = check_weights(files, found, source)

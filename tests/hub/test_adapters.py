@@ -32,7 +32,7 @@ GOOD = {
     "some layers": LoraConfig(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern="layers"),
     "dora": LoraConfig(r=2, use_dora=True, target_modules=LAYERS),
     "rslora": LoraConfig(r=2, use_rslora=True, target_modules=LAYERS),
-    "lora's bias": LoraConfig(r=2, lora_bias=True, target_modules=LAYERS),
+    "lora's bias": LoraConfig(r=2, lora_bias=True, target_modules=["q_proj"]),
     "convolution": LoraConfig(r=2, target_modules=["patch_embedding", "token_embedding"]),
     "a whole layer": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["visual_projection"]),
     "adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=12, target_modules=LAYERS),
