@@ -134,8 +134,8 @@ def publish(
     check_repo_id(repo_id)
     if revision is not None:
         check_revision(revision)
-    said = {"commit_message": commit_message, "revision": revision, "tag": tag, "repo_id": repo_id}
-    for argument, text in said.items():
+    named = {"commit_message": commit_message, "revision": revision, "tag": tag, "repo_id": repo_id}
+    for argument, text in named.items():
         check_text(text or "", f"`{argument}`", _tokens(token))
     api = HfApi(token=token)
     kind = find_kind(files, f"'{source}'")
@@ -350,13 +350,20 @@ def _parquet(pairs: Dataset, token: str | None) -> bytes:
     secrets = _tokens(token)
     numbers = [name for name in ("preference", "weight") if name in pairs.column_names]
     columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", *numbers)}
-    for row, pair in enumerate(pairs.with_format(None).select_columns(list(columns))):
+    plain = pairs.with_format(None).select_columns(list(columns))
+    for name in _IMAGES:
+        plain = plain.cast_column(name, Image(decode=False))
+    for row, pair in enumerate(plain):
         check_text(pair["prompt"], f"the prompt of row {row} of `pairs`", secrets)
         for name, values in columns.items():
             value = pair[name]
-            values.append({"bytes": encode_picture(to_rgb(value)), "path": None} if name in _IMAGES else value)
+            values.append(
+                {"bytes": encode_picture(to_rgb(value, f"`{name}` of row {row}")), "path": None}
+                if name in _IMAGES
+                else value
+            )
     features = {"prompt": Value("string"), **dict.fromkeys(_IMAGES, Image())}
-    plain = Dataset.from_dict(columns, features=Features({**features, **dict.fromkeys(numbers, Value("float32"))}))
+    written = Dataset.from_dict(columns, features=Features({**features, **dict.fromkeys(numbers, Value("float32"))}))
     with tempfile.TemporaryDirectory() as folder:
-        plain.to_parquet(Path(folder) / PAIRS)
+        written.to_parquet(Path(folder) / PAIRS)
         return (Path(folder) / PAIRS).read_bytes()

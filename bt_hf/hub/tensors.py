@@ -197,8 +197,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for value in model.parameters():
         memo[id(value)] = nn.Parameter(torch.empty(value.shape, dtype=value.dtype, device="meta"), requires_grad=False)
-    for value in model.buffers():
-        memo[id(value)] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    memo |= {id(value): torch.empty(value.shape, dtype=value.dtype, device="meta") for value in model.buffers()}
     return copy.deepcopy(model, memo)
 
 
