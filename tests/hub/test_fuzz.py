@@ -23,10 +23,33 @@ CASES = 1000
 SLOWEST = 2.0  # seconds
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["text_projection", "visual_projection"]}
 WORDS = [
-    "", "a", "LORA", "../x", "/etc/passwd", "\u0000", "\ud83d\ude00", "a\nb", "(a+)+$", ".*" * 30, "x" * 5000, "[", "\\", "None",
-    "all-linear", "text_projection", "pissa", "none", "os.system", "\u2028", "{{ 7 * 7 }}",
-    "-->", "```", "---", "hf_x", "\ud800",
-]  # fmt: skip
+    "",
+    "a",
+    "LORA",
+    "../x",
+    "/etc/passwd",
+    "\u0000",
+    "\ud83d\ude00",
+    "a\nb",
+    "(a+)+$",
+    ".*" * 30,
+    "x" * 5000,
+    "[",
+    "\\",
+    "None",
+    "all-linear",
+    "text_projection",
+    "pissa",
+    "none",
+    "os.system",
+    "\u2028",
+    "{{ 7 * 7 }}",
+    "-->",
+    "```",
+    "---",
+    "hf_x",
+    "\ud800",
+]
 NUMBERS = [0, 1, -1, 2, 8, 1.5, 10**8, 10**30, -(10**30), 1e308, float("nan"), float("inf"), True, False, None]
 
 
@@ -127,10 +150,27 @@ CARD = (
     "<!-- begin training -->\n- steps: 2\n<!-- end training -->\n"
 )
 PIECES = [
-    "<!-- begin summary -->\n", "<!-- begin summary", "<!-- end summary -->", "<!--", "-->", "---\n", "\n" * 50, "tags: [",
-    "&a [*a]\n",     "!!python/object/apply:os.system ['x']\n", "```python\n", '"' * 30, "model-index:\n- name: x\n  results: 7\n",
-    "license: {a: b}\n",     "base_model: ../x\n", "\t", "? - :\n", "a: &a [1]\nb: [*a, *a]\n", "2024-99-99\n", *WORDS,
-]  # fmt: skip
+    "<!-- begin summary -->\n",
+    "<!-- begin summary",
+    "<!-- end summary -->",
+    "<!--",
+    "-->",
+    "---\n",
+    "\n" * 50,
+    "tags: [",
+    "&a [*a]\n",
+    "!!python/object/apply:os.system ['x']\n",
+    "```python\n",
+    '"' * 30,
+    "model-index:\n- name: x\n  results: 7\n",
+    "license: {a: b}\n",
+    "base_model: ../x\n",
+    "\t",
+    "? - :\n",
+    "a: &a [1]\nb: [*a, *a]\n",
+    "2024-99-99\n",
+    *WORDS,
+]
 
 
 def a_card(source: random.Random) -> None:
