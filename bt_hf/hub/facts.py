@@ -25,6 +25,7 @@ from bt_hf.hub.card_sections import plain_line, read_card
 from bt_hf.hub.contract import CARD, hub_id
 
 Option = str | float | None
+_INDEXES = ("model_index.json", "config.json")
 _COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "preference", "weight")
 F = TypeVar("F", bound="RunFacts")
 
@@ -161,7 +162,7 @@ class RunFacts:
         if held_out and len(evaluations) == 1:
             evaluations = [dataclasses.replace(evaluations[0], title=f"{held_out} held-out pairs")]
         model = trainer.accelerator.unwrap_model(trainer.model)
-        revision = find_revision(model)
+        revision = find_revision(model, base)
         return cls(
             name=name,
             address=args.hub_model_id or name,
@@ -212,32 +213,38 @@ class RunFacts:
         return {fact: _in_words(value) for fact, value in facts.items() if value is not None}
 
 
-def find_revision(model: nn.Module) -> str | None:
+def find_revision(model: nn.Module, base: str | None) -> str | None:
     """Find the commit on the Hub that a base was loaded from; `None` if it was not, or nobody knows."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config: Any = getattr(base, "config", None)
-    commit = getattr(config, "_commit_hash", None)
-    # diffusers keeps the folder in the cache instead.
-    path = str(getattr(config, "_name_or_path", None) or "")
-    found = re.search(r"snapshots[\\/]([0-9a-f]{40})", path)
-    return commit or (found[1] if found else None)
+    loaded = model.get_base_model() if isinstance(model, PeftModel) else model
+    config: Any = getattr(loaded, "config", None)
+    # diffusers keeps the folder in the cache, and transformers the commit, which not every class hands on.
+    places = [getattr(config, "_name_or_path", None), *(_cached(base, name, None) for name in _INDEXES)]
+    found = (re.search(r"snapshots[\\/]([0-9a-f]{40})", str(place or "")) for place in places)
+    return getattr(config, "_commit_hash", None) or next((match[1] for match in found if match), None)
+
+
+def _cached(base: str | None, file: str, revision: str | None) -> str | None:
+    """Find a file of a base in its folder or in the cache; the Hub is not asked."""
+    if not base:
+        return None
+    if Path(base).is_dir():
+        return str(Path(base) / file)
+    try:
+        found = try_to_load_from_cache(base, file, revision=revision)
+    except HFValidationError:
+        return None
+    return found if isinstance(found, str) else None
 
 
 def find_licence(base: str | None, revision: str | None) -> str | None:
     """Find the licence in the card of a base, in its folder or in the cache; the Hub is not asked."""
-    if not base:
+    card = _cached(base, CARD, revision)
+    if card is None:
         return None
-    if Path(base).is_dir():
-        card: Any = Path(base) / CARD
-    else:
-        try:
-            card = try_to_load_from_cache(base, CARD, revision=revision)
-        except HFValidationError:
-            return None
     try:
         text = Path(card).read_text(encoding="utf-8")
         licence = read_card(text, ignore_metadata_errors=True).data.to_dict().get("license")
-    except (OSError, TypeError, ValueError):  # there is no card, or none that can be read
+    except (OSError, ValueError):  # there is no card, or none that can be read
         return None
     return str(licence) if licence else None
 

@@ -31,6 +31,11 @@ def load_pretrained(cls: Any, name_or_path: str | Path, revision: str | None = N
     if revision is not None:
         check_revision(revision)
         options["revision"] = revision
+    if cls.__name__.startswith("AutoModel") and _find_file(
+        name_or_path, ADAPTER_CONFIG, revision, options.get("token")
+    ):
+        # transformers would load it, and its base, unchecked.
+        raise ValueError(f"'{name_or_path}' is an adapter itself, where a whole model is needed: name its base.")
     try:
         return cls.from_pretrained(str(name_or_path), trust_remote_code=False, **options)
     except ValueError as error:

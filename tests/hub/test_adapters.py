@@ -1,6 +1,8 @@
 """Adapters of others: exactly the tensors that the config declares for the model at hand, or one line."""
 
+import ast
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -8,18 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModel
 
 from bt_hf import PreferenceScorer, pull_adapter
-from bt_hf.hub.loading import check_adapter, find_adapter_config, load_adapter
+from bt_hf.diffusion.loading import load_family
+from bt_hf.hub.loading import check_adapter, check_pipeline_lora, find_adapter_config, load_adapter
 from bt_hf.hub.patterns import check_patterns
 from hub_published import BASE
 from hub_server import Hub
-from tiny_models import build, picture
+from tiny_models import build, picture, save
 from tiny_pipelines import build as build_pipeline
+from tiny_pipelines import save as save_pipeline
 
 pytest_plugins = ["hub_fixtures"]
+ROOT = Path(__file__).parents[2]
 LAYERS = ["text_projection", "visual_projection"]
 SINGLE = r".*vision_model\..*layers?\.[01]\..*(q_proj|fc1)"
 GOOD = {
@@ -307,3 +314,101 @@ def test_a_revision_is_a_name_and_never_a_path(adapter: Path, revision: str) -> 
         with pytest.raises(ValueError, match="`revision` should be a branch, a tag or a commit") as caught:
             load()
         assert "\n" not in str(caught.value)
+
+
+# --- No code, and no question ---
+
+
+def asks(folder: Path, file: str, **values: object) -> str:
+    """A folder whose file asks to run code that ends the process."""
+    (folder / "run.py").write_text("raise SystemExit('code of the repo ran')")
+    known = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**known, **values}))
+    return str(folder)
+
+
+CODE = {
+    "model": ("config.json", {"model_type": "evil", "auto_map": {"AutoConfig": "run.C", "AutoModel": "run.M"}}),
+    "processor": ("processor_config.json", {"processor_class": "E", "auto_map": {"AutoProcessor": "run.P"}}),
+}
+
+
+@pytest.mark.parametrize("what", CODE)
+@pytest.mark.parametrize("whose", ["model", "base"])
+def test_code_of_a_repo_is_neither_run_nor_asked_for(what: str, whose: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked at the terminal"))
+    folder = asks(Path(save(tmp_path / "clip")), CODE[what][0], **CODE[what][1])
+    adapter = saved(tmp_path / "adapter", GOOD["lora"])
+    change(adapter, base_model_name_or_path=folder)
+    with pytest.raises(
+        (ValueError, OSError), match="run code of its own|No processor was found|can't be used"
+    ) as caught:
+        PreferenceScorer.from_pretrained(folder if whose == "model" else adapter)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("named", [["my_module", "Evil"], ["antigravity", "Evil"], ["run", "Evil"]])
+def test_code_of_a_pipeline_is_not_run(named: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked at the terminal"))
+    save_pipeline(tmp_path / "sd", "sd")
+    folder = asks(tmp_path / "sd", "model_index.json", unet=named)
+    (tmp_path / "sd" / "unet" / f"{named[0]}.py").write_text("raise SystemExit('code of the repo ran')")
+    with pytest.raises(ValueError, match="asks to run code of its own") as caught:
+        load_family(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_call_that_loads_goes_through_one_door() -> None:
+    """Models, tokenizers, processors and pipelines load by `load_pretrained`, adapters by `load_adapter`."""
+    foreign = re.compile(
+        r"\b(?:Auto\w+|DiffusionPipeline|\w*Pipeline\w*|PeftModel|PeftConfig|CLIP\w+|pipeline_class)\.from_pretrained\("
+        r"|\bfrom_single_file\("
+    )
+    allowed = {"bt_hf/hub/loading.py"}
+    for file in sorted((ROOT / "bt_hf").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and foreign.match(ast.unparse(node)):
+                assert file.relative_to(ROOT).as_posix() in allowed, f"{file}:{node.lineno}: {ast.unparse(node)[:80]}"
+
+
+def test_a_base_that_is_an_adapter_is_refused(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", GOOD["lora"], AutoModel.from_pretrained(save(tmp_path / "clip")))
+    adapter = saved(tmp_path / "adapter", GOOD["lora"])
+    change(adapter, base_model_name_or_path=str(base))
+    with pytest.raises((OSError, ValueError), match="is an adapter itself") as caught:
+        PreferenceScorer.from_pretrained(adapter)
+    assert "\n" not in str(caught.value)
+
+
+def test_both_copies_of_a_lora_say_the_same(hub: Hub, online: Path, made: Path, tmp_path: Path) -> None:
+    def pulled(name: str, says: str) -> None:
+        hub.put(f"you/{name}", folder)
+        with pytest.raises(ValueError, match=says) as caught:
+            pull_adapter(f"you/{name}", base_model=build_pipeline("sd").unet)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match=says):
+            check_pipeline_lora(folder, build_pipeline("sd").unet)
+
+    original = made / "my-taste-lora"
+    check_pipeline_lora(original, build_pipeline("sd").unet)
+    with safe_open(original / "pytorch_lora_weights.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(original / "pytorch_lora_weights.safetensors")
+    told = json.loads(metadata["lora_adapter_metadata"])
+    first = next(iter(tensors))
+    for index, (further, values, says) in enumerate(
+        (
+            ({"unet.conv_in.weight": torch.ones(2)}, {}, "different tensors"),
+            ({"text_encoder.x.lora_A.weight": torch.ones(2, 2)}, {}, "different tensors"),
+            ({first: tensors[first] + 1}, {}, "not of the same training"),
+            ({}, {"unet.r": 10**8}, "but expected a rank"),
+            ({}, {"unet.lora_alpha": 7}, "`lora_alpha` = 7, but adapter_config.json says 6"),
+            ({}, {"unet.megatron_core": "antigravity"}, "megatron_core"),
+            ({}, {"unet.target_modules": "(a+)+$"}, "`target_modules`"),
+            ({}, {"unet.rank_pattern": {"x": 9}}, "`rank_pattern`"),
+        )
+    ):
+        folder = Path(shutil.copytree(original, tmp_path / f"lora-{index}"))
+        data = {**metadata, "lora_adapter_metadata": json.dumps({**told, **values})}
+        save_file({**tensors, **further}, folder / "pytorch_lora_weights.safetensors", metadata=data)
+        pulled(f"lora-{index}", says)

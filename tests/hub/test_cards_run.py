@@ -85,7 +85,7 @@ def test_names_of_folders_do_not_break_code(name: str, tmp_path: Path, monkeypat
     for block in fenced_blocks(published, "python"):
         compile(block.code, "card", "exec")
         assert '"me/nice"' in block.code
-        assert "base " not in block.code
+        assert '"base' not in block.code
 
 
 def test_strings_in_code_are_read_back() -> None:
