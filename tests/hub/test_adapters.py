@@ -372,7 +372,8 @@ def test_every_call_that_loads_goes_through_one_door() -> None:
 
 
 def test_a_base_that_is_an_adapter_is_refused(tmp_path: Path) -> None:
-    base = saved(tmp_path / "base", GOOD["lora"], AutoModel.from_pretrained(save(tmp_path / "clip")))
+    model = AutoModel.from_pretrained(save(tmp_path / "clip"))
+    base = saved(tmp_path / "base", LoraConfig(r=2, target_modules=LAYERS), model)
     adapter = saved(tmp_path / "adapter", GOOD["lora"])
     change(adapter, base_model_name_or_path=str(base))
     with pytest.raises((OSError, ValueError), match="is an adapter itself") as caught:
