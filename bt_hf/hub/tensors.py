@@ -52,7 +52,7 @@ def adapter_shapes(path: Path, source: str) -> dict[str, Shape]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             types = {name: found.get_dtype() for name, found in slices.items()}
             shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
-    except Exception as error:  # of the parser, which has its own classes
+    except Exception as error:  # the parser has its own classes
         raise ValueError(
             f"{path.name} of {source} is not a safetensors file ({shown(error)}): save the adapter again."
         ) from error
