@@ -47,7 +47,13 @@ ROOMS = {
     "diffusion.families": ["__init__ schedules", "base", "sd sd3", "flux sana sdxl", "flux2"],
     "diffusion.generation": ["__init__ pair_folder", "candidates", "generate"],
     "evaluate_modules": ["__init__ base", "preference_accuracy preference_calibration preference_log_loss"],
-    "hub": ["__init__ contract", "card_sections checks facts privacy retries", "cards", "pull push"],
+    "hub": [
+        "__init__ contract patterns",
+        "card_sections peft_configs retries",
+        "facts privacy tensors",
+        "cards checks",
+        "loading pull push",
+    ],
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [

@@ -1,7 +1,6 @@
 """Wrap a pipeline in its family, put a LoRA on its denoiser, and check that both fit the options and the rows."""
 
 import copy
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from bt_hf.diffusion.collator import is_unpaired
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, check_adapter, check_tensors, find_family
 from bt_hf.diffusion.origin import LOAD_ERRORS, from_pretrained, known_name
-from bt_hf.hub.contract import find_adapter_config
+from bt_hf.hub.loading import find_adapter_config, load_adapter
 from bt_hf.training.adapters import put_on, saved_names, take_over, train_in_float32, unwrapped
 from bt_hf.training.arguments import check_datasets, check_kind
 from bt_hf.training.lora_options import check_adapter_options
@@ -84,10 +83,8 @@ def _load_by_name(name: str) -> tuple[Family, str]:
 def _load_adapter(family: Family, name: str, base: str) -> PeftModel:
     """Load a trainable LoRA onto the pipeline's denoiser; raise a `ValueError` if it does not fit."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys")
-            return PeftModel.from_pretrained(family.module, name, is_trainable=True)
-    except (*LOAD_ERRORS, RuntimeError, UserWarning) as error:
+        return load_adapter(family.module, name, is_trainable=True)
+    except (*LOAD_ERRORS, RuntimeError) as error:
         raise ValueError(
             f"The LoRA {name!r} does not fit the {family.denoiser} of {base!r} ({type(family.pipeline).__name__}): "
             "it belongs to another kind or size of model, or is incomplete. Pass the base that it was trained on. "

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 from bt_hf.hub.contract import LORA_WEIGHTS
+from bt_hf.hub.loading import load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def from_pretrained(name_or_path: str) -> DiffusionPipeline:
     variants = _variants(folder) if folder.is_dir() else [None, "fp16"]
     for variant in variants:
         try:
-            return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, variant=variant)
+            return load_pretrained(DiffusionPipeline, name_or_path, dtype=torch.float32, variant=variant)
         except LOAD_ERRORS as error:
             if variant == variants[0]:
                 first = error

@@ -28,6 +28,7 @@ from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
 from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
 from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.validation_images import Validation
+from bt_hf.hub.facts import digest_rows
 from bt_hf.metrics import preference_metrics
 from bt_hf.training.arguments import check_arguments
 from bt_hf.training.finite import check_losses
@@ -96,6 +97,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         check_arguments(args, PreferenceLoRAConfig)
         loading.check_rows(args.loss_type, train_dataset, eval_dataset)
         prepare_run(args)
+        self.data_digest = digest_rows(train_dataset)
         self.family, self.base_name = loading.load_family(model)
         self.pipeline = self.family.pipeline
         self.size = loading.training_size(self.family, args.resolution)

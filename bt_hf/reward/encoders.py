@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from bt_hf.hub.contract import VOCABULARIES, find_adapter_config
+from bt_hf.hub.contract import VOCABULARIES
+from bt_hf.hub.loading import find_adapter_config, load_adapter, load_pretrained
 from bt_hf.reward.fitting import UNBOUNDED, fit_processor
 
 # Files that tell that a folder means to have a processor.
@@ -75,7 +76,7 @@ def load_dual_encoder(
         if base_model is not None:
             raise ValueError(f"`base_model` is for adapters, but {name!r} has no adapter_config.json: leave it out.")
         try:
-            model = AutoModel.from_pretrained(name, revision=revision, token=token, dtype=dtype)
+            model = load_pretrained(AutoModel, name, revision, token=token, dtype=dtype)
         except OSError as error:
             raise OSError(
                 f"No model or adapter can be loaded from {name!r}: it is neither a local folder that holds one nor a "
@@ -88,7 +89,7 @@ def load_dual_encoder(
         raise ValueError(f"The adapter {name!r} does not name its base model: pass `base_model`.")
     if not isinstance(base, nn.Module):
         try:
-            base = AutoModel.from_pretrained(base, token=token, dtype=dtype)
+            base = load_pretrained(AutoModel, base, token=token, dtype=dtype)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"The base model {base!r} of the adapter {name!r} can't be loaded: pass `base_model` with a Hub id or "
@@ -96,7 +97,7 @@ def load_dual_encoder(
             ) from error
     check_dual_encoder(base)
     try:
-        return PeftModel.from_pretrained(base, name, revision=revision, token=token, is_trainable=is_trainable)
+        return load_adapter(base, name, revision, token, is_trainable)
     except (RuntimeError, ValueError) as error:
         if "size mismatch" not in str(error) and "not found in the base model" not in str(error):
             raise
@@ -109,7 +110,7 @@ def load_dual_encoder(
 
 def load_processor(name_or_path: str | Path, token: str | None = None, revision: str | None = None) -> ProcessorMixin:
     """Load the processor (tokenizer and image processor) of a dual encoder or an adapter folder."""
-    return AutoProcessor.from_pretrained(str(name_or_path), token=token, revision=revision)
+    return load_pretrained(AutoProcessor, name_or_path, revision, token=token)
 
 
 def find_processor(

@@ -18,6 +18,7 @@ from transformers import EvalPrediction, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 
 from bt_hf.data.cache import CachedPairs, can_be_cached, without_format
+from bt_hf.hub.facts import digest_rows
 from bt_hf.losses import agreement, bradley_terry_loss, retrieval_kl
 from bt_hf.metrics import preference_metrics
 from bt_hf.reward import encoders, taste
@@ -100,6 +101,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
         self.reference = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
         own_collator = PreferenceCollator(processing_class)
+        self.data_digest = digest_rows(train_dataset)
         if isinstance(train_dataset, Dataset):
             count_truncated(processing_class, list(without_format(train_dataset)["prompt"]))
         self.cache: FeatureCache | None = None
