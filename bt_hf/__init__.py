@@ -56,7 +56,13 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'bt_hf' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as error:
+        extra = importlib.import_module("bt_hf.cli.errors").name_extra(error)
+        if extra is None:
+            raise
+        raise ImportError(f"{name}: {extra}", name=error.name) from None
 
 
 def __dir__() -> list[str]:

@@ -17,11 +17,14 @@ from bt_hf.cli.training import (
     save,
     speaker,
 )
+from bt_hf.data.conversion import place_images
+from bt_hf.data.formats import unpaired_roles
 from bt_hf.data.reading import features_of, open_dataset
+from bt_hf.data.rows import undecoded
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.trainer import PreferenceLoRATrainer
 from bt_hf.diffusion.validation_images import SHEET
-from bt_hf.training.saving import refuse_to_overwrite
+from bt_hf.training.saving import check_output_dir
 
 _DESCRIPTION = """Train a LoRA on a diffusers pipeline, from pairs of images of which one is preferred.
 
@@ -70,13 +73,13 @@ class LoraArguments(DataArguments):
 
     def _load_unpaired_rows(self) -> Dataset | IterableDataset | None:
         """Load a dataset of single images, or return `None` if it has pairs."""
-        rows, folder, label = open_dataset(self.dataset, self.split, self.streaming)
+        rows, place, label = open_dataset(
+            self.dataset, self.split, self.streaming, self.on_bad_rows, self.allow_urls, unpaired_roles
+        )
         features = features_of(rows, label)
-        if not set(features) >= _UNPAIRED:
+        if not set(features) >= _UNPAIRED or {"chosen", "rejected"} <= set(features):
             return None
-        if folder is not None and getattr(features["completion"], "dtype", None) in ("string", "large_string"):
-            rows = rows.map(lambda path: {"completion": str(folder / path)}, input_columns="completion")
-        return rows.cast_column("completion", Image())
+        return place_images(undecoded(rows), "completion", place, label).cast_column("completion", Image())
 
 
 Options: TypeAlias = tuple[LoraArguments, PlotArguments, PreferenceLoRAConfig]
@@ -93,7 +96,7 @@ def run(options: Options) -> None:
     """Train, save, and then evaluate and draw."""
     arguments, plots, config = options
     say = speaker(config)
-    refuse_to_overwrite(config)
+    check_output_dir(config)
     unpaired = config.loss_type == "kto"
     pairs, held_out = arguments.load_pairs(unpaired)
     rows = "liked or disliked images" if unpaired else "pairs"

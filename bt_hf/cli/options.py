@@ -3,12 +3,12 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trl import TrlParser
 
 from bt_hf.cli.errors import OneLineErrors
+from bt_hf.training.option_checks import did_you_mean
 
 Options = TypeVar("Options")
 
@@ -63,8 +63,21 @@ class OptionParser(OneLineErrors, TrlParser):
         if option is None:
             self.error(f"unexpected argument {words[0]!r}")
         shown = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
-        near = get_close_matches(option, shown, n=1) or get_close_matches(option, self._option_string_actions, n=1)
-        self.error(f"unknown option {option}" + (f", did you mean {near[0]}?" if near else ""))
+        near = did_you_mean(option, shown) or did_you_mean(option, self._option_string_actions)
+        self.error(f"unknown option {option}{near}")
+
+    def refuse_misspelt(self, argv: Sequence[str]) -> None:
+        """Refuse an unknown option before argparse complains of what is missing in its stead."""
+        names = (word.split("=")[0] for word in argv if word.startswith("--") and word != "--")
+        self.refuse_unknown([name for name in names if " " not in name and name not in self._option_string_actions])
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a word that is not among the choices, with the nearest of them."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise argparse.ArgumentError(
+                action, f"expected one of {', '.join(choices)}, but got {value!r}{did_you_mean(str(value), choices)}"
+            )
 
 
 class _CommandParser(OptionParser):
@@ -98,6 +111,7 @@ def parse_options(command: str, options: type[Options], argv: Sequence[str], des
         dataclass raises.
     """
     parser = _CommandParser(options, command, description, epilog)
+    parser.refuse_misspelt(argv)
     namespace, unknown = parser.parse_known_intermixed_args(argv)
     parser.refuse_unknown(unknown)
     try:

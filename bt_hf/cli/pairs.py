@@ -178,7 +178,7 @@ def _read_column(dataset: str | None, column: str, split: str | None) -> tuple[l
     """Return the distinct texts of a dataset's column, and a name for messages."""
     from bt_hf.data.reading import open_dataset
 
-    rows, _, source = open_dataset(dataset, split, streaming=False)
+    rows, _, source = open_dataset(dataset, split, streaming=False, roles=lambda names: {column: "text"})
     if column not in rows.column_names:
         raise ValueError(f"{source}: no column {column!r}; name one of {', '.join(rows.column_names)} in --column")
     values = list(rows.select_columns([column])[column])
@@ -197,11 +197,14 @@ def load_pipeline(model: str, lora: str | None, dtype: torch.dtype, device: str)
     """
     from diffusers import DiffusionPipeline
 
+    from bt_hf.hub.loading import check_pipeline_lora, load_pretrained
+
     if lora is not None and not Path(lora).exists() and (Path(lora).is_absolute() or lora.startswith(".")):
         raise FileNotFoundError(f"no such LoRA: '{lora}'")
     with _without_loading_bars():
-        pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        pipeline = load_pretrained(DiffusionPipeline, model, dtype=dtype)
         if lora is not None:
+            check_pipeline_lora(lora, getattr(pipeline, "transformer", None) or pipeline.unet)
             pipeline.load_lora_weights(lora)
             # diffusers says only in a log that names do not fit.
             if not pipeline.get_list_adapters():

@@ -19,11 +19,11 @@ from bt_hf.cli.training import (
     save,
     speaker,
 )
-from bt_hf.reward import encoders
+from bt_hf.reward import encoders, verdict
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.cross_validation import CrossValidation, cross_validate
 from bt_hf.reward.trainer import BradleyTerryTrainer
-from bt_hf.training.saving import refuse_to_overwrite
+from bt_hf.training.saving import check_output_dir
 
 _DESCRIPTION = """Adapt CLIP and its kin to one person's taste, from pairs of images of which one is preferred.
 
@@ -85,7 +85,7 @@ def run(options: Options) -> None:
     """Cross-validate, train, save, and then evaluate and draw."""
     arguments, plots, config = options
     say = speaker(config)
-    refuse_to_overwrite(config)
+    check_output_dir(config)
     pairs, held_out = arguments.load_pairs()
     model = encoders.load_dual_encoder(arguments.model, is_trainable=True)
     processor = encoders.find_processor(arguments.model, model)
@@ -118,7 +118,7 @@ def _cross_validate(
     """Cross-validate and print the verdict, or why there is none."""
     if not folds:
         return None
-    reason = _reason_against_folds(model, pairs)
+    reason = _reason_against_folds(model, processor, pairs)
     if reason is not None:
         say(f"No cross-validation: {reason}.")
         return None
@@ -127,13 +127,15 @@ def _cross_validate(
     return validation
 
 
-def _reason_against_folds(model: nn.Module, pairs: Dataset | IterableDataset) -> str | None:
+def _reason_against_folds(model: nn.Module, processor: ProcessorMixin, pairs: Dataset | IterableDataset) -> str | None:
     """Return the reason that these pairs can't be cross-validated, or `None` if they can."""
     if isinstance(model, PeftModel):
         return "the model has an adapter already, which may have seen these pairs"
     if isinstance(pairs, IterableDataset):
         return "the pairs are a stream"
-    if len(set(pairs["prompt"])) < 2:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    prompts = verdict.number_prompts(tokenizer, list(pairs["prompt"]), encoders.context_length(processor))
+    if prompts.max(initial=0) < 1:
         return "all pairs have the same prompt, and it may not be trained on and tested on"
     return None
 

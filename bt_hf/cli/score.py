@@ -1,14 +1,17 @@
 """`bt-hf score`: score images with a reward, and rank them."""
 
 import json
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from bt_hf.cli.errors import one_line
 from bt_hf.cli.options import PositiveInt, parse_options
 
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _DESCRIPTION = "Score images with a reward for a prompt, best first."
 _EPILOG = """examples:
   bt-hf score my-taste --prompt "a red apple" photos/ --top_k 10
@@ -34,7 +37,7 @@ class ScoreOptions:
         metadata={
             "positional": True,
             "metavar": "IMAGE",
-            "help": "Image files, or folders that are searched with all below them.",
+            "help": "Image files, or folders that are searched with all below them but what is hidden.",
         }
     )
     prompt: str = field(metadata={"help": "Prompt that the images are judged for."})
@@ -66,7 +69,7 @@ def parse(argv: Sequence[str]) -> ScoreOptions:
 
 def run(options: ScoreOptions) -> None:
     """Score, and print the ranking or the probability."""
-    paths = find_images(options.images)
+    paths, left_out = find_images(options.images)
     if options.compare and len(paths) != 2:
         raise ValueError(f"--compare needs exactly two images, but got {len(paths)}")
 
@@ -79,46 +82,131 @@ def run(options: ScoreOptions) -> None:
     if options.compare:
         first, second = map(str, paths)
         _print_comparison(options, first, second, scorer.compare(options.prompt, first, second))
-    else:
-        _print_ranking(options, paths, scorer.rank(options.prompt, paths, top_k=options.top_k))
+        return
+    rewards, problems = _score(scorer, options.prompt, paths)
+    if not rewards:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"no image can be read: {problems[0]}{more}")
+    for problem in problems:
+        _note(f"left out: {problem}")
+    if left_out:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        _note(f"left out {left_out.total()} other files in folders: {counts}")
+    ranking = sorted(rewards, key=lambda one: -one[1])
+    _print_ranking(options, ranking[: options.top_k])
+
+
+def _score(scorer: Any, prompt: str, paths: Sequence[Path]) -> tuple[list[tuple[Path, float]], list[str]]:
+    """Score images a few at a time. Return paths with rewards, and the problems of those that can't be read."""
+    from bt_hf.data.images import to_rgb
+
+    rewards: list[tuple[Path, float]] = []
+    problems: list[str] = []
+    for start in range(0, len(paths), scorer.batch_size):
+        images = {}
+        for path in paths[start : start + scorer.batch_size]:
+            try:
+                images[path] = to_rgb(path)
+            except ValueError as error:
+                problems.append(one_line(str(error)))
+                continue
+            images[path].filename = str(path)  # type: ignore[attr-defined]  # as images of files have it: for errors
+        rewards += zip(images, scorer.score(prompt, list(images.values())).tolist(), strict=True)
+    return rewards, problems
 
 
 def _print_comparison(options: ScoreOptions, first: str, second: str, probability: float) -> None:
     if options.format == "table":
-        print(f"{probability:.3f}  probability that {first} is preferred to {second}")
+        _print(f"{probability:.3f}  probability that {_shown(first)} is preferred to {_shown(second)}")
     else:
         _print_json(prompt=options.prompt, image_a=first, image_b=second, probability=probability)
 
 
-def _print_ranking(options: ScoreOptions, paths: Sequence[Path], ranking: Iterable[tuple[int, float]]) -> None:
+def _print_ranking(options: ScoreOptions, ranking: Iterable[tuple[Path, float]]) -> None:
     if options.format == "table":
         print(f"{'rank':>4}  {'reward':>9}  image")
-    for place, (index, reward) in enumerate(ranking, start=1):
+    for place, (path, reward) in enumerate(ranking, start=1):
         if options.format == "table":
-            print(f"{place:4}  {reward:9.4f}  {paths[index]}")
+            _print(f"{place:4}  {reward:9.4f}  {_shown(path)}")
         else:
-            _print_json(image=str(paths[index]), prompt=options.prompt, reward=reward)
+            _print_json(image=str(path), prompt=options.prompt, reward=reward)
 
 
-def find_images(names: Iterable[str]) -> list[Path]:
+def find_images(names: Iterable[str]) -> tuple[list[Path], Counter[str]]:
     """Find the named files and all images in the named folders, each once, in a stable order.
+
+    Hidden files, files of hidden folders, and those without the ending of a format in `FORMATS` are left out.
+
+    Returns:
+        The images; and how many files of the folders are left out, by why.
 
     Raises:
         FileNotFoundError: There is no such file or folder, or no image in a folder.
     """
     paths: list[Path] = []
+    left_out: Counter[str] = Counter()
     for path in map(Path, names):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            found = _search(path, left_out)
             if not found:
-                raise FileNotFoundError(f"no images in the folder '{path}' ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise FileNotFoundError(
+                    f"no images in the folder '{path}', but {left_out.total()} other files (names of images end with "
+                    f"{', '.join(sorted(_suffixes()))})"
+                )
             paths += found
         elif path.is_file():
             paths.append(path)
         else:
             raise FileNotFoundError(f"no such image file or folder: '{path}'")
-    return list(dict.fromkeys(paths))
+    return list(dict.fromkeys(paths)), left_out
+
+
+def _search(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """List the images below a folder, and count the other files."""
+    found = []
+    suffixes = _suffixes()
+    for parent, _, names in os.walk(folder):
+        for file in (Path(parent, name) for name in names):
+            if any(part.startswith(".") for part in file.relative_to(folder).parts):
+                left_out["hidden"] += 1
+            elif file.suffix.lower() in suffixes and file.is_file():
+                found.append(file)
+            else:
+                left_out["not images"] += 1
+    return sorted(found)
+
+
+def _suffixes() -> frozenset[str]:
+    """Return the endings of the names of images that Pillow reads here."""
+    from PIL import Image
+
+    from bt_hf.data.images import FORMATS
+
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def _note(text: str) -> None:
+    print(f"bt-hf score: {_shown(text)}", file=sys.stderr)
+
+
+def _shown(path: str | Path) -> str:
+    """Return a file name on one line: what is not printable, as newlines and undecodable bytes, is escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(path)
+    )
+
+
+def _print(text: str) -> None:
+    """Print whatever the terminal's encoding is."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _print_json(**values: object) -> None:
-    print(json.dumps(values, ensure_ascii=False))
+    text = json.dumps(values, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+        plain = text.isprintable()  # some readers of lines also split them at U+2028 and its like
+    except UnicodeEncodeError:
+        plain = False
+    print(text if plain else json.dumps(values))

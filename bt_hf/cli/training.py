@@ -1,8 +1,10 @@
 """Shared parts of the commands that train: data, options from dataclasses and YAML, a short help, the last steps."""
 
 import argparse
+import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +14,16 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainingArguments
 
 from bt_hf import plots
+from bt_hf.cli.config_file import read_config
 from bt_hf.cli.options import OptionParser
+from bt_hf.data.atomic import replaced
 from bt_hf.data.pairs import load_preference_pairs
+from bt_hf.training.option_checks import check_types
 from bt_hf.training.trainer import PreferenceTrainer
 
 # The few TrainingArguments that `--help` shows; `--help_all` shows all.
 _SHOWN = {"bf16", "eval_strategy", "hub_model_id", "max_steps", "output_dir", "push_to_hub", "report_to", "seed"}
+_CONFIG = re.compile("--config=")
 
 
 @dataclass
@@ -43,20 +49,34 @@ class DataArguments:
         },
     )
 
+    allow_urls: bool = field(
+        default=False, metadata={"help": "Fetch images that rows name by http(s) addresses, from public servers."}
+    )
+    default_prompt: str | None = field(default=None, metadata={"help": "Prompt of rows that have none."})
+
     def load_pairs(self) -> tuple[Dataset | IterableDataset, Dataset | None]:
         """Load training pairs, and held-out ones or `None`."""
         return self.load_training_pairs(), self.load_held_out_pairs()
 
     def load_training_pairs(self) -> Dataset | IterableDataset:
         """Load the pairs to train on, as a stream if asked for."""
-        return load_preference_pairs(self.dataset, self.split, self.streaming, self.on_bad_rows)
+        return self._load(self.dataset, self.split, self.streaming)
 
     def load_held_out_pairs(self) -> Dataset | None:
         """Load the pairs to evaluate on, or return `None` if none are named."""
         if self.eval_dataset is None and self.eval_split is None:
             return None
-        held_out = self.eval_dataset or self.dataset
-        return load_preference_pairs(held_out, self.eval_split, on_bad_rows=self.on_bad_rows)
+        return self._load(self.eval_dataset or self.dataset, self.eval_split)
+
+    def _load(self, source: str, split: str | None, streaming: bool = False) -> Any:
+        return load_preference_pairs(
+            source,
+            split,
+            streaming,
+            self.on_bad_rows,
+            allow_urls=self.allow_urls,
+            default_prompt=self.default_prompt,
+        )
 
 
 @dataclass
@@ -106,13 +126,21 @@ def parse_training(
         for action in parser._actions:
             if action.dest not in shown:
                 action.help = argparse.SUPPRESS
-    # TRL looks for `--config` and its value as two arguments.
-    words = [word for argument in argv for word in _split_config(argument)]
-    if words[-1:] == ["--config"]:
-        parser.error("argument --config: expected one argument")
-    *found, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
+    parser.refuse_misspelt(argv)
+    try:
+        config = _config_of(argv)
+        if config is not None:
+            known = [field.name for part in parts for field in dataclasses.fields(part) if field.init]
+            parser.set_defaults_with_config(**read_config(config, known))
+        *found, _, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        for part in found:
+            check_types(part)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
     parser.refuse_unknown(unknown)
-    return tuple(found[: len(parts)])
+    return tuple(found)
 
 
 def own_options(parts: Sequence[type]) -> set[str]:
@@ -169,23 +197,30 @@ def draw_plots(
         judged: `margins`, `preference` and perhaps `base_margins` of the pairs in the diagram.
 
     Returns:
-        The pictures. None if Matplotlib is not installed.
+        The pictures. None if Matplotlib is not installed, and no diagram of few pairs.
     """
-    drawn = []
-    try:
-        if any("loss" in entry for entry in log_history):
-            plots.plot_training_curve(log_history, folder / "training_curve.png")
-            drawn.append(folder / "training_curve.png")
-        if judged is not None:
-            plots.plot_reliability(**judged, path=folder / "reliability.png")
-            drawn.append(folder / "reliability.png")
-    except ImportError:
-        print("No plots without Matplotlib: pip install matplotlib")
-    return drawn
+    with replaced(folder) as scratch:
+        try:
+            if any("loss" in entry for entry in log_history):
+                plots.plot_training_curve(log_history, scratch / "training_curve.png")
+            if judged is not None and len(judged["margins"]) < plots.FEWEST_PAIRS:
+                count = len(judged["margins"])
+                print(f"No reliability diagram: {count} pairs are too few ({plots.FEWEST_PAIRS} are not).")
+            elif judged is not None:
+                plots.plot_reliability(**judged, path=scratch / "reliability.png")
+        except ImportError:
+            print("No plots without Matplotlib: pip install matplotlib")
+        drawn = sorted((file.name for file in scratch.iterdir()), reverse=True)
+    return [folder / name for name in drawn]
 
 
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+def _config_of(argv: Sequence[str]) -> str | None:
+    """Return the value of `--config`; the parser says where it has none."""
+    words = [word for argument in argv for word in (argument.split("=", 1) if _CONFIG.match(argument) else [argument])]
+    places = [index for index, word in enumerate(words[:-1]) if word == "--config"]
+    if len(places) > 1:
+        raise ValueError("--config stands there twice: put the options into one file")
+    return words[places[0] + 1] if places else None
 
 
 def _say_nothing(*values: object) -> None:

@@ -2,25 +2,31 @@
 
 import copy
 import errno
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets
 from datasets import config as datasets_config
 from filelock import FileLock, Timeout
 
 from bt_hf.data.fingerprint import digest, number_of
+from bt_hf.data.verified import is_whole, move_into_place
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16"}
-FORMAT = 2  # raised with every change to what the files hold, so that no other version reads them
+FORMAT = 3  # raised with every change to what the files hold, so that no other version reads them
+_BATCH = 100  # rows whose images are read at a time, for their digests
 SHARD = 1024  # images or prompts in a file, all that a killed build loses
 Encoded = dict[str, torch.Tensor]
 _Encode = Callable[[dict[str, list[Any]]], Encoded]
+_Read = Callable[[list[str]], list[bytes]]
 
 
 class CachedPairs(torch.utils.data.Dataset, ABC):
@@ -60,6 +66,30 @@ class CachedPairs(torch.utils.data.Dataset, ABC):
         return chosen
 
 
+def without_format(pairs: Any) -> Any:
+    """Return a dataset as it is stored: `with_format` changes how values look. A `with_transform` stays."""
+    if isinstance(pairs, IterableDataset) or (isinstance(pairs, Dataset) and not _has_transform(pairs)):
+        return pairs.with_format(None)
+    return pairs
+
+
+def can_be_cached(pairs: Any) -> bool:
+    """True for a dataset whose rows stay the same; warns of a `with_transform`, which may draw others each time."""
+    if not isinstance(pairs, Dataset):
+        return False
+    if _has_transform(pairs):
+        logger.warning(
+            "The dataset has a transform (`with_transform`), which may change its rows at every epoch: they are "
+            "encoded at every step, without a cache. Use `map` instead for what stays the same."
+        )
+        return False
+    return True
+
+
+def _has_transform(pairs: Dataset) -> bool:
+    return pairs.format["type"] == "custom"
+
+
 def encode_once(
     pairs: Dataset,
     columns: Sequence[str],
@@ -68,13 +98,15 @@ def encode_once(
     model: str,
     cache_dir: str | None,
     description: str,
+    tokens_of: _Read | None = None,
 ) -> tuple[Dataset, Dataset, Dataset]:
     """Encode the distinct images and prompts of `pairs`, or find what an earlier run has encoded.
 
     The files are named by what they were computed from: the bytes of the images, the prompts, and `model`. Each holds
-    `SHARD` images or prompts. It is written elsewhere and moved into place, so that a build that was killed or failed
-    leaves whole files alone, from which the next one goes on. Processes that see the same disk share the work. Memory
-    does not grow with the data but for some 200 bytes a row.
+    `SHARD` images or prompts. It is written elsewhere, synced and moved into place, so that a build that was killed or
+    failed leaves whole files alone, from which the next one goes on. A file that is not what was written, by its
+    digest, is encoded anew. Processes that see the same disk share the work. Memory does not grow with the data but
+    for some 200 bytes a row.
 
     Args:
         pairs: Rows with `prompt` and images.
@@ -84,6 +116,8 @@ def encode_once(
         model: A digest of all that the results depend on besides images and prompts.
         cache_dir: Folder of the files; default: `bt_hf` in the cache of `datasets`.
         description: What the progress bars say.
+        tokens_of: Prompts -> what the model reads of each; prompts of the same tokens are encoded once. Default: the
+            prompts themselves.
 
     Returns:
         Rows with numbers instead of images, and `condition`, the number of the prompt; what the numbers of the images
@@ -91,14 +125,23 @@ def encode_once(
 
     Raises:
         OSError: The disk is full, or not writable.
+        ValueError: `pairs` has a transform.
     """
+    if _has_transform(pairs):
+        raise ValueError("Rows of a dataset with a transform can't be cached: see `can_be_cached`.")
+    pairs = without_format(pairs)
     root = Path(cache_dir) if cache_dir else Path(datasets_config.HF_DATASETS_CACHE) / "bt_hf"
     root.mkdir(parents=True, exist_ok=True)
     with _room_on_disk(root, len(pairs)):
         digests = _digests(pairs, columns, root, description)
     first_image, image_numbers = _distinct(np.stack([digests[name] for name in columns], axis=1).ravel())
-    first_prompt, prompt_numbers = _distinct(digests["prompt"])
+    first_text, text_numbers = _distinct(digests["prompt"])
+    texts = digests["prompt"][first_text]
+    tokens = texts if tokens_of is None else _read_tokens(pairs, first_text, tokens_of)
+    first_tokens, token_numbers = _distinct(tokens)
+    first_prompt, prompt_numbers = first_text[first_tokens], token_numbers[text_numbers]
     single = {name: pairs.select_columns([name]) for name in (*columns, "prompt")}  # one is read without the others
+    single |= {name: single[name].cast_column(name, Image(decode=False)) for name in columns}  # `to_rgb` opens them
 
     def images_of(batch: dict[str, list[Any]]) -> Encoded:
         places = [(columns[number % len(columns)], number // len(columns)) for number in batch["first"]]
@@ -111,7 +154,7 @@ def encode_once(
 
     contents = np.stack([digests[name] for name in columns], axis=1).ravel()[first_image]
     images = _encoded(root, "images", model, contents, first_image, images_of, description)
-    prompts = _encoded(root, "prompts", model, digests["prompt"][first_prompt], first_prompt, prompts_of, description)
+    prompts = _encoded(root, "prompts", model, tokens[first_tokens], first_prompt, prompts_of, description)
     rows = pairs.select_columns(
         ["prompt", *(name for name in ("preference", "weight", "label") if name in pairs.column_names)]
     )
@@ -144,25 +187,29 @@ def _digests(pairs: Dataset, columns: Sequence[str], root: Path, description: st
         chunk.field("bytes").null_count == 0 for name in columns for chunk in raw.data.column(name).iterchunks()
     )
     keeps = whole and bool(raw.cache_files)
-    with FileLock(root / f"{raw._fingerprint}.lock") if keeps else nullcontext():
-        found = raw.map(
-            _digest_batch,
-            batched=True,
-            batch_size=100,
-            remove_columns=raw.column_names,
-            load_from_cache_file=None if keeps else False,
-            keep_in_memory=not keeps,
-            desc=f"{description}: digests",
-        )
-    table = found.with_format("arrow")[:]
+    if not keeps:
+        batches = [_digest_batch(batch) for batch in raw.iter(_BATCH)]
+        return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in raw.column_names}
+    path = root / digest(str(FORMAT), raw._fingerprint, *raw.column_names) / "digests.arrow"
+    _build(path, raw, _digest_batch, f"{description}: digests", wait=True, batch_size=_BATCH)
+    table = Dataset.from_file(str(path)).with_format("arrow")[:]
     return {name: table[name].to_numpy() for name in raw.column_names}
 
 
-def _digest_batch(batch: dict[str, list[Any]]) -> dict[str, list[int]]:
+def _digest_batch(batch: dict[str, list[Any]]) -> Encoded:
     return {
-        name: [number_of(value.encode() if name == "prompt" else _content(value)) for value in values]
+        name: torch.tensor([number_of(value.encode() if name == "prompt" else _content(value)) for value in values])
         for name, values in batch.items()
     }
+
+
+def _read_tokens(pairs: Dataset, rows: np.ndarray, tokens_of: _Read) -> np.ndarray:
+    """Return a number (K,) int64 for the tokens of the prompt in each of some rows, 1,000 prompts at a time."""
+    prompts = pairs.select_columns(["prompt"])
+    numbers = []
+    for start in range(0, len(rows), 1000):
+        numbers += [number_of(tokens) for tokens in tokens_of(prompts[rows[start : start + 1000]]["prompt"])]
+    return np.array(numbers, dtype=np.int64)
 
 
 def _content(image: Mapping[str, Any] | None) -> bytes:
@@ -191,41 +238,45 @@ def _encoded(
         part = slice(start, start + SHARD)
         path = root / digest(str(FORMAT), model, contents[part].tobytes()) / f"{kind}.arrow"
         count = f" {start // SHARD + 1} of {-(-len(first) // SHARD)}" if len(first) > SHARD else ""
-        shards.append((path, Dataset.from_dict({"first": first[part]}), f"{description}: {kind}{count}"))
+        shards.append((path, Dataset.from_dict({"first": first[part]}), encode, f"{description}: {kind}{count}"))
+    missing = shards
     for wait in (False, True):  # at first only for what no other process is at
-        for path, items, text in shards:
-            with _room_on_disk(root, len(first)):
-                _build(path, items, encode, text, wait)
+        with _room_on_disk(root, len(first)):
+            missing = [shard for shard in missing if not _build(*shard, wait=wait)]
     return concatenate_datasets([Dataset.from_file(str(path)) for path, *_ in shards]).with_format("arrow")
 
 
-def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: bool) -> None:
-    """Encode `items` into the file `path`, unless it exists or another process is at it."""
+def _build(path: Path, items: Dataset, encode: _Encode, description: str, wait: bool, batch_size: int = 8) -> bool:
+    """Encode `items` into the file `path`, unless it is whole. False if another process is at it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
     try:
         with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
-            if path.exists():
-                return
+            if is_whole(path):
+                return True
             try:
                 first = _flat(encode(items[:1]))
                 items.map(
                     lambda batch: _flat(encode(batch)),
                     batched=True,
-                    batch_size=8,
+                    batch_size=batch_size,
                     remove_columns=items.column_names,
                     features=Features({name: _feature(value) for name, value in first.items()}),
-                    cache_file_name=str(path),
+                    cache_file_name=str(part),
+                    load_from_cache_file=False,
                     new_fingerprint=path.parent.name,
                     writer_batch_size=64,
                     desc=description,
                 )
+                move_into_place(part, path)
             finally:
                 # A failed or killed build leaves half a file. The lock stays, and so does its folder: another process
                 # may be waiting for it.
-                for left_over in path.parent.glob("tmp*"):
+                for left_over in (*path.parent.glob("tmp*"), *path.parent.glob("*.part")):
                     left_over.unlink()
+            return True
     except Timeout:
-        return
+        return False
 
 
 @contextmanager

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 
-from bt_hf.data.formats import IMAGE, NOTES, ROW_COLUMNS, Layout, PreferenceDataError, check_kinds, recognise
-from bt_hf.data.images import to_rgb
+from bt_hf.data.formats import NOTES, ROW, ROW_COLUMNS, SHARD, Layout, PreferenceDataError
+from bt_hf.data.images import short, to_rgb
+from bt_hf.data.places import PROBLEM
 from bt_hf.data.reading import features_of
+from bt_hf.data.recognition import check_kinds, recognise
+from bt_hf.data.rows import as_stored, image_name, undecoded
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
         hint = f"; pick a split: {', '.join(map(str, dataset))}" if isinstance(dataset, dict) else ""
         raise PreferenceDataError(f"expected a Dataset or IterableDataset, found {type(dataset).__name__}{hint}")
     features = features_of(dataset, "the dataset")
-    layout = recognise(features, "the dataset")
+    layout = recognise(dataset, features, "the dataset")
     if not {"prompt", "chosen", "rejected"} <= features.keys():
         raise PreferenceDataError(
             f"the dataset: expected the columns prompt, chosen and rejected, found those of {layout.name} "
@@ -56,6 +59,17 @@ def check_columns(dataset: Dataset | IterableDataset) -> Dataset | IterableDatas
         "leave such rows out with load_preference_pairs(dataset, on_bad_rows='drop')",
     )
     return dataset
+
+
+def check_images(dataset: Dataset) -> None:
+    """Open all images of pairs.
+
+    Raises:
+        ValueError: An image is missing or unreadable. Names the row and the column.
+    """
+    for row in as_stored(dataset):
+        for name in ("chosen", "rejected"):
+            to_rgb(row[name], image_name(row, name))
 
 
 def check_unpaired(dataset: Dataset | IterableDataset) -> None:
@@ -79,8 +93,8 @@ def check_unpaired(dataset: Dataset | IterableDataset) -> None:
 def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableDataset) -> int:
     """Count the rows of `eval` that are also in `train`: same prompt and same two images, in either order.
 
-    Images are compared by their pixels after `to_rgb`, so another file format or name does not hide a copy. Only
-    training rows whose prompt is also in `eval` are decoded.
+    Prompts that differ in case or spaces alone are the same. Images are compared by their pixels after `to_rgb`, so
+    another file format or name does not hide a copy. Only training rows whose prompt is also in `eval` are decoded.
 
     Args:
         train: Rows of the contract.
@@ -102,18 +116,19 @@ def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableD
     """
 
     def rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-        dataset = check_columns(dataset).with_format(None).select_columns(["prompt", "chosen", "rejected"])
-        for name, feature in (dataset.features or {}).items():
-            if isinstance(feature, Image):
-                dataset = dataset.cast_column(name, IMAGE)
-        return dataset
+        return undecoded(check_columns(dataset).with_format(None).select_columns(["prompt", "chosen", "rejected"]))
 
-    def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return row["prompt"], *sorted(_digest(row[name]) for name in ("chosen", "rejected"))
+    def key(row: dict[str, Any], index: int) -> tuple[str, ...]:
+        return plain(row["prompt"]), *sorted(
+            _digest(row[name], image_name(row, name, index)) for name in ("chosen", "rejected")
+        )
 
-    keys = [key(row) for row in rows(eval)]
+    def plain(prompt: str) -> str:
+        return " ".join(prompt.split()).casefold()
+
+    keys = [key(row, index) for index, row in enumerate(rows(eval))]
     prompts = {prompt for prompt, *_ in keys}
-    known = {key(row) for row in rows(train) if row["prompt"] in prompts}
+    known = {key(row, index) for index, row in enumerate(rows(train)) if plain(row["prompt"]) in prompts}
     return sum(key in known for key in keys)
 
 
@@ -161,28 +176,28 @@ def _check_values(dataset: Dataset | IterableDataset, labels: tuple[str, ...], w
         start += len(table)
 
 
-def _digest(image: Any) -> str:
-    image = to_rgb(image)
+def _digest(image: Any, name: str) -> str:
+    image = to_rgb(image, name)
     return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _value_problem(row: dict[str, Any], labels: tuple[str, ...]) -> str | None:
     """Describe a problem of a row's prompt, or of those `labels` that it has; None if there is none."""
     if not isinstance(row["prompt"], str):
-        return f"prompt is not text: found {row['prompt']!r}"
+        return f"prompt is not text: found {short(row['prompt'])}"
     if not row["prompt"].strip():
-        return f"empty prompt: found {row['prompt']!r}, expected what the images were made for"
+        return f"empty prompt: found {short(row['prompt'])}, expected what the images were made for"
     for name in labels:
         if name in row and (row[name] is None or not 0 <= row[name] <= _LARGEST[name]):  # NaN fails too
             expected = "from 0 to 1" if _LARGEST[name] == 1 else ">= 0"
-            return f"{name} out of range: expected a number {expected}, found {row[name]}"
+            return f"{name} out of range: expected a number {expected}, found {short(row[name])}"
     return None
 
 
 def _problem(row: dict[str, Any]) -> str | None:
     """Describe a problem of a pair, as `reason: detail`; None if there is none."""
-    if row.get("_problem"):
-        return row["_problem"]
+    if row.get(PROBLEM):
+        return row[PROBLEM]
     if problem := _value_problem(row, ("preference", "weight")):
         return problem
     pixels = []
@@ -198,10 +213,10 @@ def _problem(row: dict[str, Any]) -> str | None:
 
 
 def _note(row: dict[str, Any], index: int, label: str, on_bad_rows: str) -> dict[str, Any]:
-    note = {"_row": row.get("_row", index), "_problem": _problem(row)}
-    if note["_problem"] and on_bad_rows == "raise":
+    note = {ROW: row.get(ROW, index), PROBLEM: _problem(row)}
+    if note[PROBLEM] and on_bad_rows == "raise":
         raise PreferenceDataError(
-            f"row {note['_row']} of {row.get('_shard') or label}: {note['_problem']}; "
+            f"row {note[ROW]} of {row.get(SHARD) or label}: {note[PROBLEM]}; "
             "fix the row, or pass on_bad_rows='drop' to go without it"
         )
     return note
@@ -222,7 +237,7 @@ def check_pairs(pairs: Dataset, layout: Layout, label: str, on_bad_rows: str, nu
         num_proc=num_proc,
         desc="Checking pairs",
     )
-    problems = list(notes["_problem"])
+    problems = list(notes[PROBLEM])
     pairs = pairs.remove_columns([name for name in NOTES if name in pairs.column_names])
     good = [index for index, problem in enumerate(problems) if problem is None]
     if len(good) == len(problems):
@@ -231,7 +246,7 @@ def check_pairs(pairs: Dataset, layout: Layout, label: str, on_bad_rows: str, nu
     summary = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     if not good:
         first = next(note for note in notes)
-        raise PreferenceDataError(f"{label}: no pair is usable ({summary}); row {first['_row']}: {first['_problem']}")
+        raise PreferenceDataError(f"{label}: no pair is usable ({summary}); row {first[ROW]}: {first[PROBLEM]}")
     logger.warning("%s: dropped %d of %d pairs (%s)", label, len(problems) - len(good), len(problems), summary)
     return pairs.select(good)
 
@@ -250,11 +265,11 @@ def check_stream(
 
 def _keep(row: dict[str, Any], index: int, label: str, on_bad_rows: str, warned: set[str]) -> bool:
     note = _note(row, index, label, on_bad_rows)
-    if note["_problem"] is None:
+    if note[PROBLEM] is None:
         return True
-    reason = note["_problem"].partition(":")[0]
+    reason = note[PROBLEM].partition(":")[0]
     if reason not in warned:  # a stream may never end, so there is no total
         warned.add(reason)
-        place = row.get("_shard") or label
-        logger.warning("%s: dropping row %d (%s), and from here on such rows", place, note["_row"], note["_problem"])
+        place = row.get(SHARD) or label
+        logger.warning("%s: dropping row %d (%s), and from here on such rows", place, note[ROW], note[PROBLEM])
     return False

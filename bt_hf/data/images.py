@@ -1,18 +1,48 @@
-"""One way to turn whatever a row holds into an upright RGB image.
+"""One way to turn whatever a row holds into an upright RGB image, without network and of known formats alone.
 
 The checks of `bt_hf.data.pairs` and the collators call the same `to_rgb`, so what was checked is what is trained on.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import os
+import re
+import stat
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Decoders that run inside Pillow or its libraries. Others start programs (EPS: Ghostscript) or are hardly tested.
+FORMATS = (  # HEIF: where pillow-heif has registered it
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "HEIF",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "MPO",
+    "PNG",
+    "PPM",
+    "QOI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
+# Processors enlarge the shorter edge to hundreds of pixels, and the longer edge with it.
+MAX_ASPECT_RATIO = 32
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\1\0", b"\0\0\0\x0cjP")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{40}")
+_LONG_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{256}")  # longer than names of files, and without a dot
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(:|//)|[\\/]{2}")  # `http://`, `simplecache::`, and shares of Windows
 
 
 def to_rgb(image: Any, name: str = "") -> Image.Image:
@@ -23,16 +53,18 @@ def to_rgb(image: Any, name: str = "") -> Image.Image:
     Float images must hold either [0, 1] or [0, 255].
 
     Args:
-        image: A `PIL.Image.Image`, encoded `bytes`, a path (`str` or `os.PathLike`, or an `fsspec` address such as
-            `hf://...`), a mapping with `bytes` or `path` (an undecoded `datasets.Image`), or a `uint8` array of
-            shape (H, W), (H, W, 1), (H, W, 2), (H, W, 3) or (H, W, 4).
+        image: A `PIL.Image.Image`, encoded `bytes`, a path (`str` or `os.PathLike`) of a regular file, a data URI or
+            Base64 text, a mapping with `bytes` or `path` (an undecoded `datasets.Image`), or a `uint8` array of shape
+            (H, W), (H, W, 1), (H, W, 2), (H, W, 3) or (H, W, 4). Never an address: `load_preference_pairs` fetches
+            those, with `allow_urls=True`.
         name: What to call the image in errors, such as "`chosen` of row 7".
 
     Returns:
         A loaded `PIL.Image.Image` of mode RGB and the same size (width and height swap where EXIF says so).
 
     Raises:
-        ValueError: There is no image, its file does not exist, it cannot be read, or it has more pixels than
+        ValueError: There is no image, its file does not exist or is not a regular one, its format is not in `FORMATS`,
+            it cannot be read, one side is more than `MAX_ASPECT_RATIO` times the other, or it has more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS`. The message is one line, `reason: detail`, after the name if there is one.
 
     Example:
@@ -47,11 +79,76 @@ def to_rgb(image: Any, name: str = "") -> Image.Image:
         raise ValueError(f"{name}: {error}") from error
 
 
+def is_address(text: str) -> bool:
+    """True if a text is an address, such as a URL or one of `fsspec` (`zip://a.png::b.zip`), not a local path."""
+    return _ADDRESS.match(text) is not None
+
+
+def is_embedded(text: str) -> bool:
+    """True if a text is a data URI, or Base64 of an image, not a path."""
+    if text[:5].lower() == "data:" or _LONG_BASE64.match(text):
+        return True
+    return _BASE64.match(text) is not None and _is_image(_from_base64(text[:40]))
+
+
+def embedded_bytes(text: str) -> bytes | None:
+    """Return the image that a data URI or Base64 text holds, or `None` if it is neither.
+
+    Raises:
+        ValueError: A data URI that is damaged.
+    """
+    if not is_embedded(text):
+        return None
+    payload = text
+    if text[:5].lower() == "data:":
+        header, comma, payload = text.partition(",")
+        if not comma:
+            raise ValueError(f"unreadable image: a data URI without a comma, {short(text)}")
+        if not header.lower().endswith(";base64"):
+            return unquote_to_bytes(payload)
+    try:
+        return _from_base64(payload)
+    except binascii.Error as error:
+        raise ValueError(f"unreadable image: {short(text)} is not whole Base64 text ({error})") from error
+
+
+def short(value: Any, length: int = 80) -> str:
+    """Return the `repr` of a value for a message: on one line, and its middle left out where it is longer.
+
+    Example:
+        >>> short("a" * 1000, 20)
+        "'aaaaaaa...aaaaaaaa'"
+    """
+    if isinstance(value, str) and len(value) > 2 * length:
+        value = value[:length] + value[-length:]
+    try:
+        text = " ".join(repr(value).splitlines())
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"a huge {type(value).__name__}"
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[half + 3 - length :]}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line, cut after 300 characters."""
+    text = " ".join(str(error)[:2000].split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _from_base64(text: str) -> bytes:
+    compact = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+
+
+def _is_image(start: bytes) -> bool:
+    return start.startswith(_SIGNATURES) or start[4:8] == b"ftyp"  # the latter is AVIF and HEIF
+
+
 def _to_rgb(image: Any) -> Image.Image:
     if image is None:
         raise ValueError("image missing: the value is empty")
     if isinstance(image, Image.Image):
-        return _convert(image, "the image")
+        return _decode(image, "the image")
     if isinstance(image, np.ndarray):
         return _convert(_from_array(image), "the array")
     path = None
@@ -60,51 +157,103 @@ def _to_rgb(image: Any) -> Image.Image:
         if image is None and not path:
             raise ValueError("image missing: the value has neither bytes nor a path")
     elif isinstance(image, str | os.PathLike):
-        path, image = os.fspath(image), None
+        path, image = image, None
     if image is None:
-        return _decode(_open(str(path)), f"'{path}'")
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"unreadable image: expected a path, found {type(path).__name__}")
+        path = os.fspath(path)
+        if not isinstance(path, str):
+            path = os.fsdecode(path)
+        image = embedded_bytes(path)
+        if image is None:
+            return _decode(open_regular(path), short(path))
     if not isinstance(image, bytes | bytearray | memoryview):
         raise ValueError(
             "unreadable image: expected a PIL image, bytes, a path, {'bytes', 'path'} or a uint8 array, "
             f"found {type(image).__name__}"
         )
-    return _decode(io.BytesIO(image), f"'{path}'" if path else f"{len(image)} bytes")
+    return _decode(io.BytesIO(image), short(path) if path else f"{len(image)} bytes")
 
 
-def _open(path: str) -> Any:
+def open_regular(path: str) -> BinaryIO:
+    """Open a regular file, of an image or a table, for reading; never a FIFO, a device, a socket or an address.
+
+    Raises:
+        ValueError: There is no such file, it is of another kind, or it may not be read.
+    """
+    if is_address(path):
+        raise ValueError(
+            f"image at an address: {short(path)} would be fetched from elsewhere; load the data with "
+            "load_preference_pairs(..., allow_urls=True) if it may"
+        )
     try:
-        if "://" in path:  # `datasets` hands out such addresses when it streams image files
-            import fsspec
+        if not path:
+            raise ValueError("image missing: the path is empty")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before opening, which alone can block or act on a device
+            raise ValueError(f"unreadable image: {short(path)} is not a regular file")
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        file = os.fdopen(descriptor, "rb")
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # it may have been replaced in between
+            return file
+        file.close()
+        raise ValueError(f"unreadable image: {short(path)} is not a regular file")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"image file missing: {short(path)}") from error
+    except OSError as error:
+        raise ValueError(f"unreadable image: {short(path)} ({error.strerror or type(error).__name__})") from error
+    except ValueError as error:
+        if "null byte" in str(error) or isinstance(error, UnicodeError):
+            raise ValueError(f"unreadable image: {short(path)} is not a path") from error
+        raise
 
-            with fsspec.open(path, "rb") as remote:
-                return io.BytesIO(remote.read())
-        return open(path, "rb")
-    except FileNotFoundError as error:
-        raise ValueError(f"image file missing: '{path}'") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"unreadable image: '{path}' ({_one_line(error)})") from error
 
-
-def _decode(file: Any, name: str) -> Image.Image:
+def _decode(file: BinaryIO | Image.Image, name: str) -> Image.Image:
+    """Decode an encoded image, or one that the caller has opened, once its format and size are known to be good."""
     try:
         # PIL only warns between one and two times its limit on pixels; here both are refused, and only here.
-        with file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                image.load()
-                return _convert(image, name)
+            if isinstance(file, Image.Image):
+                return _load(file, name)
+            Image.init()
+            with file, Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN]) as image:
+                return _load(image, name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"image too large: {name} has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels; "
             "make it smaller, or raise that limit if you trust the file"
         ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"unreadable image: {name} is damaged, or of a format other than {', '.join(FORMATS)}"
+        ) from error
     except Exception as error:  # PIL's decoders raise almost anything on broken files: SyntaxError, KeyError, ...
-        if isinstance(error, ValueError) and str(error).startswith("unreadable image: "):
+        if isinstance(error, ValueError) and str(error).startswith(("unreadable image: ", "image too ")):
             raise
-        raise ValueError(f"unreadable image: {name} ({_one_line(error)})") from error
+        raise ValueError(f"unreadable image: {name} ({one_line(error)})") from error
+
+
+def _load(image: Image.Image, name: str) -> Image.Image:
+    if image.format and image.format not in FORMATS:
+        raise ValueError(f"unreadable image: {name} is in the format {image.format}, expected {', '.join(FORMATS)}")
+    _check_size(image, name)
+    image.load()
+    return _convert(image, name)
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if not width or not height:
+        raise ValueError(f"unreadable image: {name} has no pixels ({width}x{height})")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"image too narrow: {name} has {width}x{height} pixels, and one side may be at most {MAX_ASPECT_RATIO} "
+            "times the other; crop it"
+        )
 
 
 def _convert(image: Image.Image, name: str) -> Image.Image:
+    _check_size(image, name)
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -114,7 +263,7 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except (OSError, ValueError) as error:
-        raise ValueError(f"unreadable image: {name} of mode {image.mode} ({_one_line(error)})") from error
+        raise ValueError(f"unreadable image: {name} of mode {image.mode} ({one_line(error)})") from error
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -138,7 +287,3 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"found {array.dtype} of shape {array.shape}"
         )
     return Image.fromarray(array)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,11 +13,16 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from datasets import Dataset, Image, IterableDataset, List
+from datasets import Dataset, Image, IterableDataset
 
 from bt_hf.data.checks import check_pairs, check_stream
-from bt_hf.data.formats import IMAGE, PreferenceDataError, recognise, to_pairs
+from bt_hf.data.conversion import to_pairs, with_prompt
+from bt_hf.data.formats import PreferenceDataError
+from bt_hf.data.images import short
 from bt_hf.data.reading import features_of, open_dataset
+from bt_hf.data.recognition import recognise
+from bt_hf.data.rows import undecoded
+from bt_hf.data.urls import AllowUrls
 
 
 def load_preference_pairs(
@@ -26,6 +31,8 @@ def load_preference_pairs(
     streaming: bool = False,
     on_bad_rows: Literal["raise", "drop"] = "raise",
     num_proc: int | None = None,
+    allow_urls: AllowUrls = False,
+    default_prompt: str | None = None,
 ) -> Dataset | IterableDataset:
     """Load preference data of any known kind as checked rows of the contract above.
 
@@ -63,6 +70,9 @@ def load_preference_pairs(
         on_bad_rows: "raise" stops at the first bad row. "drop" leaves bad rows out and warns with the count of each
             reason (a stream: at the first of each reason). Of a stream, a file that can't be read is the same.
         num_proc: Processes for the work on a loaded dataset. Default: this one.
+        allow_urls: Fetch images that rows name by `http://` and `https://` addresses: `True` from public servers,
+            "private" also from your own network. Default: such rows are bad ones. Other addresses always are.
+        default_prompt: The prompt of rows that have none. Default: such rows are bad ones.
 
     Returns:
         A `datasets.Dataset` (or `IterableDataset`) with the columns `prompt` (string), `chosen`, `rejected`
@@ -73,6 +83,7 @@ def load_preference_pairs(
             rows or no labelled ones, or a bad row: a prompt that is empty or not text, an image that is missing,
             unreadable or too large, two identical images, a preference outside [0, 1], a negative weight. Of a
             stream, a file that can't be read. Names the file and the row.
+        UnreachableError: A `ConnectionError`: with `allow_urls`, a server does not answer. No row is dropped for that.
 
     Example:
         >>> from PIL import Image as PILImage
@@ -83,15 +94,18 @@ def load_preference_pairs(
     """
     if on_bad_rows not in ("raise", "drop"):
         raise PreferenceDataError(f"on_bad_rows must be 'raise' or 'drop', found {on_bad_rows!r}")
-    dataset, folder, label = open_dataset(source, split, streaming, on_bad_rows)
+    if allow_urls not in (True, False, "private"):
+        raise PreferenceDataError(f"allow_urls must be False, True or 'private', found {short(allow_urls)}")
+    if default_prompt is not None and not (isinstance(default_prompt, str) and default_prompt.strip()):
+        raise PreferenceDataError(f"default_prompt must be a text, found {short(default_prompt)}")
+    dataset, place, label = open_dataset(source, split, streaming, on_bad_rows, allow_urls)
+    dataset = undecoded(dataset)
     features = features_of(dataset, label)
-    layout = recognise(features, label)
-    for name in layout.kinds if dataset.features else ():  # a stream of unknown features holds plain Python values
-        if isinstance(features[name], Image):
-            dataset = dataset.cast_column(name, IMAGE)
-        elif isinstance(features[name], List) and isinstance(features[name].feature, Image):
-            dataset = dataset.cast_column(name, List(IMAGE))
-    pairs = to_pairs(dataset, features, layout, folder, num_proc)
+    if default_prompt is not None:
+        dataset = with_prompt(dataset, features, default_prompt)
+        features = features_of(dataset, label)
+    layout = recognise(dataset, features, label, place.table)
+    pairs = to_pairs(dataset, features, layout, place, num_proc)
     check = check_stream if isinstance(pairs, IterableDataset) else check_pairs
     pairs = check(pairs, layout, label, on_bad_rows, num_proc)
     for name in ("chosen", "rejected"):

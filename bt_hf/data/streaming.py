@@ -11,9 +11,12 @@ from typing import Any
 
 import datasets
 import pyarrow
-from datasets import Dataset, Features, IterableDataset, IterableDatasetDict
+from datasets import Features, IterableDataset, IterableDatasetDict
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-from bt_hf.data.formats import PLACE, PreferenceDataError
+from bt_hf.data.archives import archive_stream
+from bt_hf.data.formats import PLACE, ROW, SHARD, PreferenceDataError
+from bt_hf.data.images import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ def open_shards(
             that stand before the damage are read either way.
 
     Returns:
-        A stream whose rows also have the columns of `layouts.PLACE`, or one for each split.
+        A stream whose rows also have the columns of `formats.PLACE`, or one for each split.
 
     Raises:
         PreferenceDataError: No file can be read, or the first one can't with "raise": it tells the columns.
@@ -43,7 +46,7 @@ def open_shards(
     dropped = 0
     while True:
         try:
-            opened = builder.as_streaming_dataset(split)
+            opened = _stream(builder, split)
             break
         except _UNREADABLE as error:
             first = next(iter(files), None)  # `datasets` reads the columns off its first file
@@ -61,13 +64,20 @@ def open_shards(
     return _by_shard(opened, files.get(split, ()), label, on_bad_rows)
 
 
-def plain_names(dataset: Dataset) -> Dataset:
-    """Rename the columns of WebDataset in a loaded dataset as in a stream; leave other datasets alone."""
-    if "__key__" not in dataset.column_names:
-        return dataset
-    dataset = dataset.remove_columns([name for name in dataset.column_names if name.startswith("__")]).flatten()
-    names = {name: name.removeprefix("json.").partition(".")[0] for name in dataset.column_names}
-    return dataset.rename_columns({name: "prompt" if plain == "txt" else plain for name, plain in names.items()})
+def is_webdataset(builder: Any) -> bool:
+    """True if a builder reads WebDataset archives, for which this library has its own reader."""
+    return isinstance(builder, WebDataset)
+
+
+def _stream(builder: Any, split: str | None) -> IterableDataset | IterableDatasetDict:
+    if not is_webdataset(builder):
+        return builder.as_streaming_dataset(split)
+    files = builder.config.data_files
+    if split is not None and split not in files:
+        raise ValueError(f"Bad split: {split}. Available splits: {list(files)}")
+    if split is not None:
+        return archive_stream(list(files[split]), split)
+    return IterableDatasetDict({name: archive_stream(list(paths), name) for name, paths in files.items()})
 
 
 def _by_shard(stream: IterableDataset, files: Any, label: str, on_bad_rows: str) -> IterableDataset:
@@ -75,7 +85,7 @@ def _by_shard(stream: IterableDataset, files: Any, label: str, on_bad_rows: str)
     stream = stream.decode(False)
     count = stream.num_shards
     names = [os.path.basename(file) for file in files] if len(files) == count else []
-    columns = stream.features and Features(dict(_columns(stream.features)))
+    columns = stream.features
     return IterableDataset.from_generator(
         _rows,
         features=columns and Features(columns | PLACE),
@@ -117,21 +127,7 @@ def _rows(
             if row is None:
                 break
             values = {column: values[0] for column, values in row.items()}
-            yield dict(_columns(values)) | {"_shard": name, "_row": number}
-
-
-def _columns(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Columns of a row or of the features; those of WebDataset (`chosen.jpg`, `prompt.txt`, `json`) by plain names."""
-    if "__key__" not in row:
-        yield from row.items()
-        return
-    for name, value in row.items():
-        if name == "json" and isinstance(value, dict):
-            yield from value.items()
-        elif name == "txt":
-            yield "prompt", value
-        elif not name.startswith("__"):
-            yield name.partition(".")[0], value
+            yield values | {SHARD: name, ROW: number}
 
 
 def _unreadable(label: str, name: str, row: int, error: Exception, on_bad_rows: str) -> str:
@@ -141,4 +137,4 @@ def _unreadable(label: str, name: str, row: int, error: Exception, on_bad_rows: 
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error)}"

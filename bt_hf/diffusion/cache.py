@@ -5,10 +5,10 @@ from typing import Any, TypeAlias
 import torch
 from datasets import Dataset, IterableDataset
 
-from bt_hf.data.cache import CachedPairs, encode_once, read_tensors
+from bt_hf.data.cache import CachedPairs, can_be_cached, encode_once, read_tensors
 from bt_hf.diffusion.collator import Batch, Row, batch_labels, hash_rows, image_columns
 from bt_hf.diffusion.encoder import PairEncoder
-from bt_hf.training.trainer import map_eval_datasets
+from bt_hf.training.arguments import map_eval_datasets
 
 
 class LatentPairs(CachedPairs):
@@ -68,19 +68,20 @@ def cache_pairs(pairs: Dataset, encoder: PairEncoder, cache_dir: str | None, des
         ValueError: An image is unreadable or smaller than what one latent pixel covers.
     """
     columns = image_columns(pairs.column_names)
-    model = encoder.fingerprint()
-    return LatentPairs(
-        *encode_once(pairs, columns, encoder.encode_images, encoder.encode_prompts, model, cache_dir, description)
-    )
+    encode = (encoder.encode_images, encoder.encode_prompts, encoder.fingerprint())
+    return LatentPairs(*encode_once(pairs, columns, *encode, cache_dir, description, encoder.tokens_of))
 
 
 def cache_datasets(
     train: Pairs | None, evaluation: Evaluated | None, encoder: PairEncoder, cache_dir: str | None
 ) -> tuple[Pairs | None, Evaluated | None]:
-    """Encode map-style datasets as `cache_pairs` does; others are left as they are, to be encoded at every step."""
+    """Encode map-style datasets as `cache_pairs` does.
+
+    Streams, and datasets with a transform, are left as they are, to be encoded at every step.
+    """
 
     def encode(pairs: Any, name: str) -> Any:
-        return cache_pairs(pairs, encoder, cache_dir, f"Encoding {name}") if isinstance(pairs, Dataset) else pairs
+        return cache_pairs(pairs, encoder, cache_dir, f"Encoding {name}") if can_be_cached(pairs) else pairs
 
     held_out = map_eval_datasets(lambda pairs: encode(pairs, "held-out pairs"), evaluation)
     return encode(train, "training pairs"), held_out

@@ -5,12 +5,15 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bt_hf.training.finite import check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,9 @@ class Guard(TrainerCallback):
         self.said.append(sentence)
         logger.warning(sentence)
 
+    def save(self, checkpoint: Path) -> None:
+        """Write the state into a checkpoint that is being written; nothing by default."""
+
     def load(self, checkpoint: str | Path) -> None:
         """Load the state that was saved with a checkpoint, if there is one."""
 
@@ -56,22 +62,24 @@ class WinnerErrorGuard(Guard):
     Looks at the held-out pairs, and where training evaluates none at those it trains on.
 
     Args:
+        prefix: Prefix of the metrics of the held-out pairs; `None` to look at the training pairs instead.
         tolerance: Rise, as a share of the base's error, up to which nothing is said. Default 0.02.
     """
 
-    def __init__(self, tolerance: float = 0.02) -> None:
+    def __init__(self, prefix: str | None = "eval", tolerance: float = 0.02) -> None:
         super().__init__()
+        self.prefix = prefix
         self.tolerance = tolerance
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        metrics = kwargs.get("metrics")
-        change, base = (_first(metrics, f"winner_error_{name}") for name in ("change", "base"))
-        self._look(state, change, base, "held-out")
+        metrics = kwargs.get("metrics") or {}
+        change, base = (metrics.get(f"{self.prefix}_winner_error_{name}") for name in ("change", "base"))
+        self._look(state, change, base, f"held-out{_set_name(self.prefix)}")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.eval_strategy == "no":
+        if self.prefix is None:
             logs = kwargs.get("logs") or {}
             self._look(state, logs.get("winner_error_change"), logs.get("winner_error_base"), "training")
 
@@ -94,13 +102,16 @@ class OverfittingGuard(Guard):
     for as long as training accuracy still has something to learn.
 
     Args:
+        prefix: Prefix of the metrics of the held-out pairs; the others of several are guarded by others.
         near: Training accuracy that counts as near 1. Default 0.98.
         fall: Fall of held-out accuracy below its best that counts. Default 0.02.
         patience: So many evaluations in a row. Default 2.
     """
 
-    def __init__(self, near: float = 0.98, fall: float = 0.02, patience: int = 2) -> None:
+    def __init__(self, prefix: str = "eval", near: float = 0.98, fall: float = 0.02, patience: int = 2) -> None:
         super().__init__()
+        self.prefix = prefix
+        self._file = _BEST if prefix == "eval" else _BEST.replace(".", f"-{quote(prefix, safe='')}.")
         self.near, self.fall, self.patience = near, fall, patience
         self._training_accuracy = 0.0
         self._best, self._best_step = -1.0, 0
@@ -114,7 +125,7 @@ class OverfittingGuard(Guard):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        accuracy = _first(kwargs.get("metrics"), "accuracy")
+        accuracy = (kwargs.get("metrics") or {}).get(f"{self.prefix}_accuracy")
         if accuracy is None or self.stopped:
             return
         if accuracy >= self._best:
@@ -131,22 +142,22 @@ class OverfittingGuard(Guard):
             self.stopped = True
             control.should_training_stop = True
             self.say(
-                f"Step {state.global_step}: training accuracy is {self._training_accuracy:.2f}, but held-out accuracy "
-                f"fell from {self._best:.3f} to {accuracy:.3f}: stopped, and back to the adapter of step "
-                f"{self._best_step}."
+                f"Step {state.global_step}: training accuracy is {self._training_accuracy:.2f}, but held-out accuracy"
+                f"{_set_name(self.prefix)} fell from {self._best:.3f} to {accuracy:.3f}: stopped, and back to "
+                f"the adapter of step {self._best_step}."
             )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def save(self, checkpoint: Path) -> None:
         best = self._best_state or {}
         # No process has the whole of sharded weights.
-        if not args.should_save or not best or any(type(value) is not torch.Tensor for value in best.values()):
+        if not best or any(type(value) is not torch.Tensor for value in best.values()):
             return
+        check_weights(best, checkpoint.parent)
         known = [self._training_accuracy, self._best, self._best_step, self._falls, self.said]
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        save_file(best, checkpoint / _BEST, {"known": json.dumps(known)})
+        save_file(best, checkpoint / self._file, {"known": json.dumps(known)})
 
     def load(self, checkpoint: str | Path) -> None:
-        path = Path(checkpoint) / _BEST
+        path = Path(checkpoint) / self._file
         if path.is_file():
             self._best_state = load_file(path)
             with safe_open(path, "pt") as file:
@@ -183,21 +194,30 @@ class CollapseGuard(Guard):
         self.share = 0.5 * now / before
 
 
-def make_guards(args: TrainingArguments, held_out: bool) -> list[Guard]:
-    """Return the guards of a training; warn if it never evaluates the held-out pairs that it has."""
-    if held_out and args.eval_strategy == "no":
+def make_guards(args: TrainingArguments, evaluation: Any) -> list[Guard]:
+    """Return the guards of a training; warn if it never evaluates the held-out pairs that it has.
+
+    Args:
+        args: Options of the training.
+        evaluation: Held-out pairs, a dict of several, of which each has guards of its own, or `None`.
+    """
+    if evaluation is not None and args.eval_strategy == "no":
         logger.warning(
             "The held-out pairs are not looked at while training, so nothing stops at overfitting: pass "
             "`eval_strategy='steps'` for that."
         )
-    return [WinnerErrorGuard(), OverfittingGuard(), CollapseGuard()]
+    if evaluation is None or args.eval_strategy == "no":
+        prefixes: list[str] = []
+    else:
+        prefixes = [f"eval_{name}" for name in evaluation] if isinstance(evaluation, dict) else ["eval"]
+    winners = [WinnerErrorGuard(prefix) for prefix in prefixes] or [WinnerErrorGuard(None)]
+    return [*winners, *(OverfittingGuard(prefix) for prefix in prefixes), CollapseGuard()]
 
 
-def _first(metrics: dict[str, float] | None, name: str) -> float | None:
-    """Return the metric of the first data set: `eval_accuracy` or `eval_<name>_accuracy`."""
-    ending = f"_{name}"
-    found = (value for key, value in (metrics or {}).items() if key.endswith(ending) and "_base_" not in key)
-    return next(found, None)
+def _set_name(prefix: str | None) -> str:
+    """Return the name of one of several sets of held-out pairs, in quotes; empty if there is one set."""
+    name = (prefix or "").removeprefix("eval").removeprefix("_")
+    return f" {name!r}" if name else ""
 
 
 def _peft(model: Any) -> PeftModel:

@@ -1,6 +1,5 @@
 """Model card of a preference LoRA, from the facts of its training."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from transformers import Trainer
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, Size
+from bt_hf.hub.card_sections import plain_line
 from bt_hf.hub.cards import card_metadata, eval_result, write_card
 from bt_hf.hub.facts import Evaluation, Option, RunFacts, schedule_options
 
@@ -24,8 +24,6 @@ _METHODS = {
     "sft": "sft",
     "kto": "diffusion-kto",
 }
-# Markup of Markdown, and a quotation mark.
-_MARKUP, _ESCAPED = re.compile(r'([\\`*_~<>\[\]&$|"])'), r"\\\1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ def _beta(args: PreferenceLoRAConfig, beta: float | None) -> str | None:
 
 def _quoted(prompt: str) -> str:
     """Quote a prompt for a line of Markdown."""
-    return f'"{_MARKUP.sub(_ESCAPED, " ".join(prompt.split()))}"'
+    return f'"{plain_line(prompt)}"'
 
 
 def write_lora_card(folder: Path, facts: LoRAFacts) -> None:

@@ -1,6 +1,6 @@
 """Collate rows of preference pairs into batches of pixels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from bt_hf.data.fingerprint import number_of
 from bt_hf.data.images import to_rgb
+from bt_hf.data.rows import image_name
 
 Row: TypeAlias = Mapping[str, Any]
 Batch: TypeAlias = dict[str, Any]  # tensors, and the prompts
@@ -16,9 +17,14 @@ PAIRED = ("chosen", "rejected")
 UNPAIRED = ("completion",)
 
 
-def image_columns(columns: Sequence[str]) -> tuple[str, ...]:
+def is_unpaired(columns: Collection[str]) -> bool:
+    """True for rows of one image each; pairs may have further columns, whatever these are called."""
+    return "completion" in columns and not set(PAIRED) <= set(columns)
+
+
+def image_columns(columns: Collection[str]) -> tuple[str, ...]:
     """Return the columns that hold images: `chosen` and `rejected`, or `completion` of unpaired rows."""
-    return UNPAIRED if set(UNPAIRED) <= set(columns) else PAIRED
+    return UNPAIRED if is_unpaired(columns) else PAIRED
 
 
 class DiffusionCollator:
@@ -45,13 +51,15 @@ class DiffusionCollator:
         ```
     """
 
+    opens_images = True  # rows come to it as they are stored
+
     def __init__(self, size: tuple[int, int], smallest: int = 1) -> None:
         self.size = size
         self.smallest = smallest
 
     def __call__(self, rows: list[Row]) -> Batch:
         columns = image_columns(list(rows[0]))
-        names = [f"`{name}` of the row with the prompt {row['prompt']!r}" for name in columns for row in rows]
+        names = [image_name(row, name) for name in columns for row in rows]
         pixels = self.preprocess([row[name] for name in columns for row in rows], names)
         prompts = [row["prompt"] for row in rows]
         hashes = hash_pixels(pixels).view(len(columns), -1)
@@ -83,7 +91,7 @@ def batch_labels(rows: list[Row]) -> dict[str, torch.Tensor]:
     """
     weight = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
     preference = torch.tensor([float(row.get("preference", 1.0)) for row in rows])
-    if "label" not in rows[0]:
+    if not is_unpaired(rows[0].keys()):
         return {"preference": preference, "weight": weight}
     label = torch.tensor([float(row["label"]) for row in rows])
     return {"label": label * preference + (1 - label) * (1 - preference), "weight": weight}

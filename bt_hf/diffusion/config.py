@@ -5,6 +5,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bt_hf.training.config import PreferenceConfig
+from bt_hf.training.option_checks import check_bounds
+
+_POSITIVE = [
+    "num_noise_samples",
+    "num_eval_noise_samples",
+    "validation_images",
+    "validation_inference_steps",
+    "resolution",
+    "snr_gamma",
+    "desirable_weight",
+    "undesirable_weight",
+]
 
 
 @dataclass
@@ -129,33 +141,42 @@ class PreferenceLoRAConfig(PreferenceConfig):
     )
 
     def __post_init__(self) -> None:
+        self.warn_of_two_lengths()
         if self.max_steps is None:
             self.max_steps = 200 if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as in `TrainingArguments`
+        if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
+            self.validation_prompts = [self.validation_prompts]
         super().__post_init__()
+        if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
+            self.validation_prompts = [self.validation_prompts]
         if self.beta not in ("auto", "published"):
             self.beta = _positive("beta", self.beta, ", 'auto' or 'published'")
-        counts = ("num_noise_samples", "num_eval_noise_samples", "validation_images", "resolution")
-        for name in (*counts, "snr_gamma", "desirable_weight", "undesirable_weight"):
+        for name in _POSITIVE:
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if not 0.0 <= self.safeguard_mu <= 1.0:
-            raise ValueError(f"`safeguard_mu` should be in [0, 1], but got {self.safeguard_mu}.")
+        amount = (0, 1e300, "a finite number of at least 0")
+        check_bounds(self, {"safeguard_mu": (0, 1, "in [0, 1]"), "validation_guidance_scale": amount})
         self._check_effects()
 
     def _check_effects(self) -> None:
         """Raise a `ValueError` for an option that would have no effect beside the others."""
-        needs = {
-            "desirable_weight": (self.loss_type == "kto", "`loss_type='kto'`"),
-            "undesirable_weight": (self.loss_type == "kto", "`loss_type='kto'`"),
-            "label_smoothing": (self.loss_type != "kto", "a loss of pairs, and not `loss_type='kto'`"),
-            "safeguard_mu": (self.safeguard, "`safeguard=True`"),
-        }
-        for name, (has_effect, needed) in needs.items():
-            value = getattr(self, name)
-            if value != type(self).__dataclass_fields__[name].default and not has_effect:
-                raise ValueError(f"`{name}={value!r}` has no effect without {needed}: leave it out, or ask for that.")
+        kto = (self.loss_type == "kto", "`loss_type='kto'`")
+        drawn = (bool(self.validation_prompts), "`validation_prompts`")
+        self.refuse_without_effect(
+            {
+                "beta": (self.loss_type != "sft", "another loss: `loss_type='sft'` has no beta"),
+                "cache_dir": (self.cache_latents, "`cache_latents=True`"),
+                "desirable_weight": kto,
+                "undesirable_weight": kto,
+                "label_smoothing": (self.loss_type != "kto", "a loss of pairs, and not `loss_type='kto'`"),
+                "safeguard_mu": (self.safeguard, "`safeguard=True`"),
+                "validation_guidance_scale": drawn,
+                "validation_images": drawn,
+                "validation_inference_steps": drawn,
+            }
+        )
         if self.safeguard and self.loss_type in ("sft", "kto"):
             raise ValueError(
                 f"`safeguard` scales the gradient of a pair's rejected image, but `{self.loss_type}` has no such "

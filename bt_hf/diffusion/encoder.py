@@ -7,7 +7,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
-from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights
+from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights, tokenize_plainly
 from bt_hf.diffusion.collator import Batch, DiffusionCollator, hash_pixels
 from bt_hf.diffusion.families.base import Family
 
@@ -55,8 +55,20 @@ class PairEncoder:
         }
         modules = self.modules()
         configs = {name: describe(module) for name, module in modules.items()}
-        options = (self.family.name, self.collator.size, self.sample_latents, tokenizers, configs)
+        switches = {name: value for name, value in self.pipeline.config.items() if isinstance(value, bool | int)}
+        options = (self.family.name, self.collator.size, self.sample_latents, tokenizers, configs, switches)
         return digest(digest_weights(modules.values()), repr(options))
+
+    def tokens_of(self, prompts: list[str]) -> list[bytes]:
+        """Return what the tokenizers make of each prompt, in bytes: the encoders can't tell equal ones apart."""
+        # A textual inversion of several vectors stands in for its word.
+        written = getattr(self.pipeline, "maybe_convert_prompt", lambda prompts, tokenizer: prompts)
+        read = [
+            tokenize_plainly(component, written(prompts, component))
+            for name, component in self.pipeline.components.items()
+            if name.startswith("tokenizer") and component is not None
+        ]
+        return [repr(ids).encode() for ids in zip(*read, strict=True)] if read else [one.encode() for one in prompts]
 
     def release(self, keep_vae: bool) -> None:
         """Take the text encoders out of the pipeline, and the VAE unless it is kept to draw with.

@@ -1,23 +1,27 @@
-"""Load a pipeline, put a LoRA on its denoiser, and check that both fit the options and the rows."""
+"""Wrap a pipeline in its family, put a LoRA on its denoiser, and check that both fit the options and the rows."""
 
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
+from bt_hf.data.cache import without_format
 from bt_hf.data.checks import check_unpaired, warn_of_truncation
 from bt_hf.diffusion.cache import Evaluated, LatentPairs, Pairs
-from bt_hf.diffusion.collator import UNPAIRED
+from bt_hf.diffusion.collator import is_unpaired
 from bt_hf.diffusion.config import PreferenceLoRAConfig
-from bt_hf.diffusion.families.base import Family, check_adapter, find_family
-from bt_hf.hub.contract import find_adapter_config
+from bt_hf.diffusion.families.base import Family, check_adapter, check_tensors, find_family
+from bt_hf.diffusion.origin import LOAD_ERRORS, from_pretrained, known_name
+from bt_hf.hub.loading import find_adapter_config, load_adapter
+from bt_hf.training.adapters import put_on, saved_names, take_over, train_in_float32, unwrapped
+from bt_hf.training.arguments import check_datasets, check_kind
 from bt_hf.training.lora_options import check_adapter_options
-from bt_hf.training.trainer import check_datasets
 
 
 def load_family(model: str | Path | DiffusionPipeline) -> tuple[Family, str | None]:
@@ -33,9 +37,9 @@ def load_family(model: str | Path | DiffusionPipeline) -> tuple[Family, str | No
         is a copy with the same components.
 
     Raises:
-        OSError: The pipeline can't be found.
+        OSError: The pipeline, or the adapter's base, can't be found.
         TypeError: It is not a text-to-image pipeline that is supported.
-        ValueError: The adapter doesn't say what its base is.
+        ValueError: The adapter doesn't say what its base is, or doesn't fit it.
     """
     if isinstance(model, str | Path):
         return _load_by_name(str(model))
@@ -45,7 +49,11 @@ def load_family(model: str | Path | DiffusionPipeline) -> tuple[Family, str | No
             "pass the whole pipeline, which also encodes images and prompts."
         )
     # A copy of the shell: what we take out of it, the caller's keeps.
-    return find_family(_without_safety_checker(copy.copy(model))), model.config.get("_name_or_path") or None
+    pipeline = _without_safety_checker(copy.copy(model))
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and (inner := unwrapped(component)) is not component:
+            setattr(pipeline, name, inner)
+    return find_family(pipeline), known_name(pipeline)
 
 
 def _load_by_name(name: str) -> tuple[Family, str]:
@@ -59,10 +67,29 @@ def _load_by_name(name: str) -> tuple[Family, str]:
             f"The adapter {name!r} does not say what its base is: load the base's pipeline, put the adapter on its "
             "denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and pass the pipeline."
         )
-    family = find_family(_without_safety_checker(from_pretrained(base)))
-    adapted = PeftModel.from_pretrained(family.module, name, is_trainable=True)
-    setattr(family.pipeline, family.denoiser, adapted)
+    try:
+        pipeline = from_pretrained(base)
+    except OSError as error:
+        raise OSError(
+            f"The base {base!r} of the adapter {name!r} can't be loaded; if it has moved, load its pipeline from "
+            "where it is, put the adapter on its denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, "
+            f"and pass the pipeline. ({error})"
+        ) from error
+    family = find_family(_without_safety_checker(pipeline))
+    setattr(family.pipeline, family.denoiser, _load_adapter(family, name, base))
     return family, base
+
+
+def _load_adapter(family: Family, name: str, base: str) -> PeftModel:
+    """Load a trainable LoRA onto the pipeline's denoiser; raise a `ValueError` if it does not fit."""
+    try:
+        return load_adapter(family.module, name, is_trainable=True)
+    except (*LOAD_ERRORS, RuntimeError) as error:
+        raise ValueError(
+            f"The LoRA {name!r} does not fit the {family.denoiser} of {base!r} ({type(family.pipeline).__name__}): "
+            "it belongs to another kind or size of model, or is incomplete. Pass the base that it was trained on. "
+            f"({' '.join(str(error).split())[:300]})"
+        ) from error
 
 
 def _without_safety_checker(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -73,15 +100,6 @@ def _without_safety_checker(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
-def from_pretrained(name_or_path: str) -> DiffusionPipeline:
-    """Load a pipeline in float32.
-
-    Without a dtype, diffusers takes float32 for its own models, but leaves a text encoder in the dtype that it was
-    saved in (transformers 5), and the two then don't go together.
-    """
-    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32)
-
-
 def add_adapter(
     family: Family, peft_config: LoraConfig | None, args: PreferenceLoRAConfig, base: str | None
 ) -> PeftModel:
@@ -90,8 +108,9 @@ def add_adapter(
     The layers are put into the pipeline's own denoiser, so that the pipeline draws with them.
 
     Raises:
-        ValueError: `peft_config` is not a LoRA that diffusers can load, the denoiser has a LoRA loaded already, or an
-            option would have no effect (see `check_adapter_options`).
+        ValueError: `peft_config` is not a LoRA that diffusers can load, the denoiser has a LoRA loaded already, an
+            option would have no effect (see `check_adapter_options`), or switching the LoRA off would not give the
+            base back (see `training.adapters`).
     """
     pipeline = family.pipeline
     for component in pipeline.components.values():
@@ -100,6 +119,8 @@ def add_adapter(
     denoiser = getattr(pipeline, family.denoiser)
     check_adapter_options(denoiser, args, peft_config)
     if isinstance(denoiser, PeftModel):
+        take_over(denoiser)
+        check_adapter(denoiser.active_peft_config)
         setattr(pipeline, family.denoiser, denoiser.get_base_model())
         model = denoiser
     else:
@@ -110,16 +131,37 @@ def add_adapter(
             )
         config = peft_config or args.lora_config(args.lora_target_modules or family.target_modules)
         check_adapter(config)
-        model = get_peft_model(denoiser, config)
+        model = put_on(denoiser, config)
+    check_tensors(saved_names(model))
+    train_in_float32(model)
     model.peft_config[model.active_adapter].base_model_name_or_path = base
-    if args.channels_last and family.denoiser == "unet":
-        denoiser.to(memory_format=torch.channels_last)
+    model.get_base_model()._hf_peft_config_loaded = True  # else diffusers would not switch, fuse or unload it
     if args.gradient_checkpointing:
-        # The Trainer asks in the words of transformers, diffusers answers to its own.
-        model.gradient_checkpointing_enable = lambda *args, **kwargs: (
+        # The Trainer asks in the words of transformers (the latter from 5.23), diffusers answers to its own.
+        def enable(*args: Any, **kwargs: Any) -> None:
             model.get_base_model().enable_gradient_checkpointing()
-        )
+
+        model.gradient_checkpointing_enable = model.activation_checkpointing_enable = enable
     return model
+
+
+def set_memory_format(family: Family, model: PeftModel, channels_last: bool) -> None:
+    """Set the memory format of a UNet's convolutions; a transformer has none."""
+    if family.denoiser != "unet":
+        return
+    model.get_base_model().to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if model.active_peft_config.use_dora:  # PEFT views its weights as matrices
+        for name, value in model.named_parameters():
+            if ".lora_" in name:
+                value.data = value.data.contiguous()
+
+
+def leave_as_loaded(family: Family, model: PeftModel) -> None:
+    """Leave the denoiser as diffusers loads one: in evaluation mode, contiguous, without gradient checkpointing."""
+    set_memory_format(family, model, channels_last=False)
+    model.eval()
+    if model.get_base_model().is_gradient_checkpointing:
+        model.get_base_model().disable_gradient_checkpointing()
 
 
 def training_size(family: Family, resolution: int | None) -> tuple[int, int]:
@@ -147,7 +189,8 @@ def warn_of_long_prompts(family: Family, datasets: Iterable[Pairs], further: Ite
         datasets: Streams and encoded rows among them are not looked at.
         further: Prompts beside theirs.
     """
-    prompts = [prompt for pairs in datasets if isinstance(pairs, Dataset) for prompt in pairs["prompt"]]
+    stored = [without_format(pairs) for pairs in datasets if isinstance(pairs, Dataset)]
+    prompts = [prompt for pairs in stored for prompt in pairs["prompt"]]
     prompts += further or []
     if prompts:
         tokenizer, limit = family.longest_prompt()
@@ -161,7 +204,9 @@ def check_rows(loss_type: str, train: Pairs | None, evaluation: Evaluated | None
         PreferenceDataError: A dataset is not in the row contract, or has no rows.
         ValueError: The loss takes pairs and the rows are unpaired, or the other way round.
     """
-    unpaired = isinstance(train, Dataset | IterableDataset) and set(UNPAIRED) <= set(train.column_names or ())
+    if train is not None:
+        check_kind(train, "`train_dataset`")
+    unpaired = isinstance(train, Dataset | IterableDataset) and is_unpaired(train.column_names or ())
     if unpaired != (loss_type == "kto") and train is not None and not isinstance(train, LatentPairs):
         raise ValueError(
             "`loss_type='kto'` takes unpaired rows (prompt, completion, label): make them with "

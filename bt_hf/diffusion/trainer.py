@@ -15,6 +15,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from bt_hf.diffusion import loading
+from bt_hf.diffusion.against_base import against_base
 from bt_hf.diffusion.beta import fixed_beta
 from bt_hf.diffusion.cache import Evaluated, LatentPairs, Pairs, cache_datasets, each_dataset
 from bt_hf.diffusion.callbacks import BeginCallback, make_guards
@@ -23,11 +25,12 @@ from bt_hf.diffusion.collator import Batch, DiffusionCollator
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
-from bt_hf.diffusion.loading import add_adapter, check_rows, load_family, training_size, warn_of_long_prompts
 from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
 from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.validation_images import Validation
+from bt_hf.hub.facts import digest_rows
 from bt_hf.metrics import preference_metrics
+from bt_hf.training.arguments import check_arguments
 from bt_hf.training.finite import check_losses
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.trainer import Metrics, PreferenceTrainer
@@ -90,17 +93,19 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
-        args = args or PreferenceLoRAConfig("preference-lora")
+        args = PreferenceLoRAConfig("preference-lora") if args is None else args
+        check_arguments(args, PreferenceLoRAConfig)
+        loading.check_rows(args.loss_type, train_dataset, eval_dataset)
         prepare_run(args)
-        check_rows(args.loss_type, train_dataset, eval_dataset)
-        self.family, self.base_name = load_family(model)
+        self.data_digest = digest_rows(train_dataset)
+        self.family, self.base_name = loading.load_family(model)
         self.pipeline = self.family.pipeline
-        self.size = training_size(self.family, args.resolution)
+        self.size = loading.training_size(self.family, args.resolution)
         self.denoising = Denoising(self.family, self.size, args)
         collator = DiffusionCollator(self.size, smallest=self.pipeline.vae_scale_factor)
         self.encoder = PairEncoder(self.family, collator, args.sample_latents, args.device)
-        denoiser = add_adapter(self.family, peft_config, args, self.base_name)
-        warn_of_long_prompts(self.family, each_dataset(train_dataset, eval_dataset), args.validation_prompts)
+        denoiser = loading.add_adapter(self.family, peft_config, args, self.base_name)
+        loading.warn_of_long_prompts(self.family, each_dataset(train_dataset, eval_dataset), args.validation_prompts)
         if args.cache_latents:
             train_dataset, eval_dataset = cache_datasets(train_dataset, eval_dataset, self.encoder, args.cache_dir)
         self.validation = Validation(self.encoder, args)
@@ -118,11 +123,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.sharded and args.validation_prompts:
-            raise ValueError(
-                "`validation_prompts` can't be drawn while FSDP or DeepSpeed divides the weights: leave them out, and "
-                "draw with the saved folder."
-            )
+        self.validation.check_sharding(self.sharded)
         self.reference = Reference(
             self.denoising,
             self.base_model,
@@ -132,7 +133,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             sharded=self.sharded,
         )
         self.add_callback(BeginCallback(self._begin))
-        self.guards = make_guards(args, held_out=eval_dataset is not None) if args.guards else []
+        self.add_callback(against_base(self))
+        self.guards = make_guards(args, eval_dataset) if args.guards else []
         for guard in self.guards:
             self.add_callback(guard)
 
@@ -140,8 +142,12 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train as `Trainer.train` does, between two drawings of the validation prompts."""
-        self._prepare_training()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        loading.set_memory_format(self.family, self.model, self.args.channels_last and not self.sharded)
+        try:
+            self._prepare_training()
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            loading.leave_as_loaded(self.family, self.accelerator.unwrap_model(self.model))
         restored = self.args.load_best_model_at_end or any(guard.stopped for guard in self.guards)
         try:
             self._draw_validation(again=restored)
@@ -330,6 +336,10 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     def save_beside_adapter(self, folder: Path) -> None:
         self.family.save_lora(self.accelerator.unwrap_model(self.model), folder)
+
+    def save_beside_checkpoint(self, folder: Path) -> None:
+        for guard in self.guards:
+            guard.save(folder)
 
     def draw_pictures(self, folder: Path) -> None:
         self.validation.save(folder)

@@ -47,6 +47,14 @@ class Validation:
             negative = {f"negative_{name}": value for name, value in encoder.family.encode_negative([""]).items()}
             self._negative = {name: value for name, value in negative.items() if name in parameters}
 
+    def check_sharding(self, sharded: bool) -> None:
+        """Raise a `ValueError` if images are asked for, but the weights are `sharded` among processes."""
+        if self.prompts and sharded:
+            raise ValueError(
+                "`validation_prompts` can't be drawn while FSDP or DeepSpeed divides the weights: leave them out, and "
+                "draw with the saved folder."
+            )
+
     def draw_before(self) -> dict[str, float]:
         """Draw with the LoRA switched off by the caller; return the metrics to log, none if it was drawn already."""
         if not self.wanted or self.before:

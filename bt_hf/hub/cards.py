@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from bt_hf.hub.card_sections import keep_owner_text
+from bt_hf.hub.card_sections import in_code, keep_owner_text, plain_line, read_card
 from bt_hf.hub.contract import CARD, PICTURES
 from bt_hf.hub.facts import RunFacts
 
@@ -33,9 +33,10 @@ def render_card(template: str, run: RunFacts, data: ModelCardData) -> ModelCard:
         autoescape=False,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters |= {"code": in_code, "line": plain_line}
     # An optional section starts with an empty line, so that it is the same with and without the ones before it.
     rendered = environment.get_template(template).render(run=run, metadata=data.to_yaml(), tags=data.tags or [])
-    return ModelCard(rendered.strip() + "\n")
+    return read_card(rendered.strip() + "\n")
 
 
 def write_card(folder: Path, template: str, run: RunFacts, data: ModelCardData) -> None:

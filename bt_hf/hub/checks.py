@@ -1,29 +1,32 @@
 """Checks of a published adapter: finite weights, their ranks, their fit with the base, hashes, and the card."""
 
 import io
+import json
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import ModelCard
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
+from bt_hf.hub.card_sections import read_card
 from bt_hf.hub.contract import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
     LORA_WEIGHTS,
     Content,
-    read_config,
     read_content,
+    weights_metadata,
 )
+from bt_hf.hub.peft_configs import check_config, read_config, shown
+from bt_hf.hub.tensors import Shapes, check_names
 
-Shapes = Mapping[str, tuple[int, ...]]
-
+DENOISERS = ("unet", "transformer")
+# Keys that diffusers' copy of a config has for itself.
+_OWN_KEYS = frozenset({"base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping", "task_type"})
 _PLACEHOLDER = re.compile(r"\[?More Information Needed\]?", re.IGNORECASE)
 # Parts of the tensor names of an adapter of a dual encoder.
 _DUAL_ENCODER = ("text_model", "vision_model", "text_projection", "visual_projection")
@@ -51,6 +54,7 @@ def check_weights(files: Mapping[str, Content], kind: str, source: str) -> dict[
     shapes = {key: tuple(tensor.shape) for key, tensor in adapter.items()}
     if kind == "lora":
         _check_same_training(adapter, loaded[LORA_WEIGHTS], source)
+        check_lora_metadata(read_config(files[ADAPTER_CONFIG], source), files[LORA_WEIGHTS], source)
     if kind == "reward" and not any(part in key for key in shapes for part in _DUAL_ENCODER):
         raise ValueError(
             f"{source} is an adapter for another kind of model: its tensors ({next(iter(shapes))}, ...) are not those "
@@ -58,7 +62,7 @@ def check_weights(files: Mapping[str, Content], kind: str, source: str) -> dict[
             f"{LORA_WEIGHTS} as a preference LoRA has."
         )
     if kind != "model":
-        _check_rank(read_config(files[ADAPTER_CONFIG], source), shapes, source)
+        check_names(read_config(files[ADAPTER_CONFIG], source), shapes, source)
     return shapes
 
 
@@ -77,28 +81,65 @@ def _load_finite(name: str, content: Content, source: str) -> dict[str, torch.Te
     return tensors
 
 
+def check_same_lora(adapter: Content, lora: Content, source: str) -> None:
+    """Raise a `ValueError` unless PEFT's and diffusers' copies of a LoRA hold the same.
+
+    Args:
+        adapter: The file that PEFT reads.
+        lora: The file that diffusers reads.
+        source: Name of the LoRA in an error.
+    """
+    _check_same_training(
+        _load_finite(ADAPTER_WEIGHTS, adapter, source), _load_finite(LORA_WEIGHTS, lora, source), source
+    )
+
+
 def _check_same_training(adapter: Mapping[str, torch.Tensor], lora: Mapping[str, torch.Tensor], source: str) -> None:
     """Raise a `ValueError` if PEFT's and diffusers' copies of a LoRA differ."""
     # diffusers prefixes each name with that of the denoiser, PEFT with that of its own wrapper.
     theirs = {key.partition(".")[2]: tensor for key, tensor in lora.items()}
     ours = {key.removeprefix("base_model.model."): tensor for key, tensor in adapter.items()}
-    if ours.keys() == theirs.keys() and not all(torch.equal(ours[key], theirs[key]) for key in ours):
+    prefixes = {key.partition(".")[0] for key in lora}
+    other = ours.keys() ^ theirs.keys()
+    if other or not prefixes <= set(DENOISERS) or len(prefixes) != 1 or len(theirs) != len(lora):
+        name = shown(min(other or prefixes))
+        raise ValueError(
+            f"{ADAPTER_WEIGHTS} and {LORA_WEIGHTS} of {source} have different tensors ({name} is in one alone): save "
+            "the LoRA again."
+        )
+    if not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise ValueError(
             f"{ADAPTER_WEIGHTS} and {LORA_WEIGHTS} of {source} are not of the same training: save the LoRA again."
         )
 
 
-def _check_rank(config: Mapping[str, Any], shapes: Shapes, source: str) -> None:
-    """Raise a `ValueError` if the rank of a LoRA's tensors is not the one in its config: PEFT could not load it."""
-    rank = config.get("r")
-    if config.get("rank_pattern") or not isinstance(rank, int):
-        return
-    other = [shape[0] for name, shape in shapes.items() if name.endswith(".lora_A.weight") and shape[0] != rank]
-    if other:
+def check_lora_metadata(config: Mapping[str, Any], lora: Content, source: str) -> None:
+    """Raise a `ValueError` if the config that diffusers reads from a LoRA's file is not PEFT's.
+
+    Args:
+        config: PEFT's config.
+        lora: The file that diffusers reads.
+        source: Name of the LoRA in an error.
+    """
+    try:
+        told = json.loads(weights_metadata(lora).get("lora_adapter_metadata", "{}"))
+        inner = {key.partition(".")[2]: value for key, value in told.items()}
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{LORA_WEIGHTS} of {source} has metadata that can't be read ({shown(error)}).") from error
+    check_config({**config, **inner, "peft_type": config["peft_type"]}, f"{LORA_WEIGHTS} of {source}")
+    other = [
+        key for key, value in inner.items() if key not in _OWN_KEYS and _sorted(value) != _sorted(config.get(key))
+    ]
+    if other and any(inner[key] not in (None, False, {}, []) or config.get(key) for key in other):
         raise ValueError(
-            f"{source} has tensors of rank {other[0]}, but its {ADAPTER_CONFIG} says r = {rank}: they are not of the "
-            "same training; save the adapter again."
+            f"{LORA_WEIGHTS} of {source} has `{other[0]}` = {shown(inner[other[0]])}, but {ADAPTER_CONFIG} says "
+            f"{shown(config.get(other[0]))}: save the LoRA again."
         )
+
+
+def _sorted(value: Any) -> Any:
+    """Order a list, whose order PEFT does not keep."""
+    return sorted(map(str, value)) if isinstance(value, list) else value
 
 
 def check_fit(adapter: Shapes, base: Shapes, source: str, base_name: str) -> None:
@@ -143,24 +184,11 @@ def check_card(text: str) -> None:
     """Raise a `ValueError` if a card has placeholders, or metadata that huggingface_hub can't read."""
     if found := _PLACEHOLDER.search(text):
         raise ValueError(f'{CARD} says "{found[0]}": write what there is to say, or take the line out.')
-    try:
-        data = ModelCard(text).data
-    except Exception as error:  # raised by YAML or huggingface_hub
-        raise ValueError(f"{CARD} has metadata that can't be read: {_first_line(error)}") from error
+    data = read_card(text).data
     for name in ("tags", "datasets", "language"):
         value = getattr(data, name, None)
         if value is not None and not isinstance(value, list | str):
             raise ValueError(f"{CARD} has {name}: {value!r} in its metadata, but it should be a list of names.")
-
-
-def file_shapes(paths: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of all tensors in safetensors files, by name, without reading the tensors."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    return shapes
 
 
 def expected_hash(sibling: RepoSibling) -> str | None:

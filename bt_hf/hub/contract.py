@@ -2,13 +2,14 @@
 
 import json
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftConfig, PeftType
+
+from bt_hf.data.atomic import recover
 
 Content = Path | bytes
 
@@ -30,18 +31,9 @@ CONTRACT_FILES = VOCABULARIES.union(
 PAIRS = "pairs.parquet"  # published only on request, and never fetched
 KINDS = {"reward": "a reward adapter", "lora": "a preference LoRA", "model": "a whole model"}
 
+# Names of branches and tags that Git takes, without those that end a path or hide in it.
+_REVISION = re.compile(r"[A-Za-z0-9_][\w./+@-]{0,254}(?<![./])", re.ASCII)
 _PICKLES = re.compile(r"(adapter_model|pytorch_model|pytorch_lora_weights)[^/]*\.(bin|ckpt|pkl|pt|pth)")
-
-
-def find_adapter_config(name_or_path: str, revision: str | None = None, token: str | None = None) -> PeftConfig | None:
-    """Load the adapter's config if `name_or_path` holds a PEFT adapter; `None` for a whole model."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return PeftConfig.from_pretrained(name_or_path) if (folder / ADAPTER_CONFIG).is_file() else None
-    try:
-        return PeftConfig.from_pretrained(name_or_path, revision=revision, token=token)
-    except (ValueError, OSError, HfHubHTTPError, HFValidationError):
-        return None
 
 
 def hub_id(name_or_path: str) -> str | None:
@@ -61,21 +53,40 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"`repo_id` should be 'name' or 'owner/name', but got {repo_id!r}.") from error
 
 
+def check_revision(revision: str) -> None:
+    """Raise a `ValueError` unless `revision` is the name of a branch, a tag or a commit, and never a path."""
+    if not isinstance(revision, str) or not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision:
+        raise ValueError(f"`revision` should be a branch, a tag or a commit, but got {ascii(revision)[:80]}.")
+
+
 def in_contract(name: str) -> bool:
     """True if a file of this name is published and fetched."""
     return name in CONTRACT_FILES or MODEL_WEIGHTS.fullmatch(name) is not None
 
 
-def contract_files(folder: str | Path) -> dict[str, Path]:
+def contract_files(folder: str | Path, links: bool = False) -> dict[str, Path]:
     """List the files of the folder contract that are in `folder`, by name.
+
+    Args:
+        folder: The folder.
+        links: Follow links, of which the cache of `huggingface_hub` is made.
 
     Raises:
         FileNotFoundError: There is no such folder.
+        ValueError: One of them is a link, or something else than a regular file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder '{folder}': pass the one that `trainer.save_model` wrote.")
-    return {file.name: file for file in sorted(folder.iterdir()) if file.is_file() and in_contract(file.name)}
+    recover(folder)
+    files = {file.name: file for file in sorted(folder.iterdir()) if in_contract(file.name)}
+    for name, file in files.items():
+        if not (links and file.is_file()) and not stat.S_ISREG(file.lstat().st_mode):
+            raise ValueError(
+                f"{name} of '{folder}' is not a regular file (a link, a folder or a device), which could lead "
+                "anywhere: put the file itself in its place, or take it out."
+            )
+    return files
 
 
 def read_content(content: Content) -> bytes:
@@ -115,36 +126,11 @@ def find_kind(names: Iterable[str], source: str) -> str:
     )
 
 
-def read_config(content: Content, source: str) -> dict[str, Any]:
-    """Parse an `adapter_config.json`.
-
-    Args:
-        content: The file.
-        source: Name of the adapter in an error.
-
-    Raises:
-        ValueError: It is not valid, or belongs to another kind of model than this library's.
-    """
+def weights_metadata(content: Content) -> dict[str, str]:
+    """Read the `__metadata__` of a safetensors file, see https://huggingface.co/docs/safetensors; empty if damaged."""
+    data = read_content(content)
     try:
-        config = json.loads(read_content(content))
-    except ValueError as error:
-        raise ValueError(
-            f"{ADAPTER_CONFIG} of {source} is not valid JSON ({error}): save the adapter again."
-        ) from error
-    if not isinstance(config, dict) or config.get("peft_type") not in PeftType.__members__:
-        raise ValueError(
-            f"{ADAPTER_CONFIG} of {source} has no `peft_type` that PEFT knows: save the adapter with PEFT."
-        )
-    task, mapping = config.get("task_type"), config.get("auto_mapping") or {}
-    if task not in (None, "FEATURE_EXTRACTION"):
-        raise ValueError(
-            f"{source} is an adapter for another kind of model (task type {task}): expected one for a dual encoder or "
-            "for the denoiser of a diffusers pipeline."
-        )
-    library = mapping.get("parent_library") or "transformers"
-    if library.split(".")[0] not in ("diffusers", "transformers"):
-        raise ValueError(
-            f"{source} asks for code of {library!r}, which is neither of transformers nor of diffusers: it is not "
-            "loaded."
-        )
-    return config
+        found = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (AttributeError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,8 +1,10 @@
 """Facts of a training run that its model card shows, read from a trainer."""
 
 import dataclasses
+import hashlib
 import math
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -11,14 +13,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from datasets import Dataset
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from bt_hf.hub.contract import hub_id
+from bt_hf.hub.card_sections import plain_line, read_card
+from bt_hf.hub.contract import CARD, hub_id
 
 Option = str | float | None
+_INDEXES = ("model_index.json", "config.json")
+_COLUMNS = ("prompt", "chosen", "rejected", "completion", "label", "preference", "weight")
 F = TypeVar("F", bound="RunFacts")
 
 
@@ -90,6 +98,9 @@ class RunFacts:
         name: Name of the run, that of its folder.
         address: Hub id, or the name of the folder.
         base: Hub id or path of the base.
+        base_revision: Commit of the base on the Hub, if it came from there.
+        base_licence: Licence of the base, as its card states it.
+        data_digest: Digest of the training examples; see `digest_rows`.
         rows: Name of the training examples.
         num_rows: Number of training examples; `None` for a stream.
         steps: Number of optimizer steps.
@@ -105,6 +116,9 @@ class RunFacts:
     name: str
     address: str
     base: str | None = None
+    base_revision: str | None = None
+    base_licence: str | None = None
+    data_digest: str | None = None
     rows: str = "pairs"
     num_rows: int | None = None
     steps: int | None = None
@@ -147,16 +161,21 @@ class RunFacts:
         held_out = count_rows(trainer.eval_dataset)
         if held_out and len(evaluations) == 1:
             evaluations = [dataclasses.replace(evaluations[0], title=f"{held_out} held-out pairs")]
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        revision = find_revision(model, base)
         return cls(
             name=name,
             address=args.hub_model_id or name,
             base=base,
+            base_revision=revision,
+            base_licence=find_licence(base, revision),
+            data_digest=getattr(trainer, "data_digest", None),
             rows=rows,
             num_rows=count_rows(trainer.train_dataset),
             steps=state.global_step,
             effort=_effort(state.log_history, args.device),
             options=options,
-            adapter=AdapterFacts.of(trainer.accelerator.unwrap_model(trainer.model)),
+            adapter=AdapterFacts.of(model),
             evaluations=evaluations,
             warnings=warnings,
             versions=versions(libraries),
@@ -181,9 +200,82 @@ class RunFacts:
     @property
     def training(self) -> dict[str, str]:
         """Lines of the card's section on training, in their order."""
-        facts: dict[str, Option] = {self.rows: self.num_rows, "steps": self.steps, **self.effort, **self.options}
+        facts: dict[str, Option] = {
+            self.rows: self.num_rows,
+            f"digest of the {self.rows}": self.data_digest,
+            "revision of the base": self.base_revision,
+            "licence of the base": self.base_licence and plain_line(self.base_licence),
+            "steps": self.steps,
+            **self.effort,
+            **self.options,
+        }
         facts |= self.adapter.options() if self.adapter else {}
         return {fact: _in_words(value) for fact, value in facts.items() if value is not None}
+
+
+def find_revision(model: nn.Module, base: str | None) -> str | None:
+    """Find the commit on the Hub that a base was loaded from; `None` if it was not, or nobody knows."""
+    loaded = model.get_base_model() if isinstance(model, PeftModel) else model
+    config: Any = getattr(loaded, "config", None)
+    # diffusers keeps the folder in the cache, and transformers the commit, which not every class hands on.
+    places = [getattr(config, "_name_or_path", None), *(_cached(base, name, None) for name in _INDEXES)]
+    found = (re.search(r"snapshots[\\/]([0-9a-f]{40})", str(place or "")) for place in places)
+    return getattr(config, "_commit_hash", None) or next((match[1] for match in found if match), None)
+
+
+def _cached(base: str | None, file: str, revision: str | None) -> str | None:
+    """Find a file of a base in its folder or in the cache; the Hub is not asked."""
+    if not base:
+        return None
+    if Path(base).is_dir():
+        return str(Path(base) / file)
+    try:
+        found = try_to_load_from_cache(base, file, revision=revision)
+    except HFValidationError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def find_licence(base: str | None, revision: str | None) -> str | None:
+    """Find the licence in the card of a base, in its folder or in the cache; the Hub is not asked."""
+    card = _cached(base, CARD, revision)
+    if card is None:
+        return None
+    try:
+        text = Path(card).read_text(encoding="utf-8")
+        licence = read_card(text, ignore_metadata_errors=True).data.to_dict().get("license")
+    except (OSError, ValueError):  # there is no card, or none that can be read
+        return None
+    return str(licence) if licence else None
+
+
+def digest_rows(rows: object) -> str | None:
+    """Digest the training examples, so that two cards can be compared: 16 hexadecimal digits.
+
+    Args:
+        rows: A `Dataset`; of anything else, such as a stream, the digest is `None`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> digest_rows(Dataset.from_dict({"prompt": ["a"]})) == digest_rows(Dataset.from_dict({"prompt": ["a"]}))
+        True
+    """
+    if not isinstance(rows, Dataset):
+        return None
+    columns = [name for name in _COLUMNS if name in rows.column_names]
+    state = hashlib.blake2b(digest_size=8)
+    for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=100):
+        for row in batch.to_pylist():
+            state.update(repr([_content(row[name]) for name in columns]).encode())
+    return state.hexdigest()
+
+
+def _content(value: Any) -> Any:
+    """Return what counts of a cell: of an image its bytes, or the name of its file."""
+    if not isinstance(value, dict):
+        return value
+    content = value.get("bytes")
+    return hashlib.blake2b(content).hexdigest() if content else Path(value.get("path") or "").name
 
 
 def schedule_options(trainer: Trainer, rows: str = "pairs") -> dict[str, Option]:

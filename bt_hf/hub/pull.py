@@ -1,7 +1,7 @@
 """Fetch a published adapter completely or not at all, and check it before use."""
 
 import logging
-import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,18 +9,22 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
-from bt_hf.hub.checks import Shapes, check_fit, check_weights, content_hash, expected_hash, file_shapes
+from bt_hf.data.atomic import write_file
+from bt_hf.hub.checks import check_fit, check_weights, content_hash, expected_hash
 from bt_hf.hub.contract import (
     ADAPTER_CONFIG,
     CONTRACT_FILES,
     KINDS,
     check_repo_id,
+    check_revision,
     contract_files,
     find_kind,
+    hub_id,
     in_contract,
-    read_config,
 )
+from bt_hf.hub.peft_configs import read_config, shown
 from bt_hf.hub.retries import call_hub
+from bt_hf.hub.tensors import Shapes, check_tensors, file_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +74,8 @@ def pull_adapter(
     if kind not in (None, "reward", "lora"):
         raise ValueError(f"`kind` should be 'reward', 'lora' or None, but got {kind!r}.")
     check_repo_id(repo_id)
-    if revision is not None and ".." in revision:  # it becomes a path in the cache
-        raise ValueError(f"`revision` should be a branch, a tag or a commit, but got {revision!r}.")
+    if revision is not None:  # it becomes a path in the cache
+        check_revision(revision)
     doing, revision = f"fetch {repo_id!r}", revision or constants.DEFAULT_REVISION
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     if local_files_only or constants.HF_HUB_OFFLINE:
@@ -97,29 +101,35 @@ def pull_adapter(
     folder = _download(repo_id, commit, wanted, token, cache, doing)
     check_incoming(folder, repr(repo_id), base_model, kind)
     if revision != commit:
-        _remember(folder.parents[1] / "refs" / revision, commit)
+        _remember(folder.parents[1], revision, commit)
     return folder
 
 
 def check_incoming(folder: Path, source: str, base_model: str | Path | nn.Module | None, kind: str | None) -> None:
     """Raise a `ValueError` unless `folder` holds an adapter of this kind that fits the base; see `pull_adapter`."""
-    files = contract_files(folder)
+    files = contract_files(folder, links=True)
     found = find_kind((file.name for file in folder.iterdir()), source)
     _check_kind(found, kind, source)
     shapes = check_weights(files, found, source)
     if found == "model":
         return
-    named = read_config(files[ADAPTER_CONFIG], source).get("base_model_name_or_path")
+    config = read_config(files[ADAPTER_CONFIG], source)
+    named = config.get("base_model_name_or_path") or ""
     if base_model is None:
+        if hub_id(named) is None:
+            raise ValueError(
+                f"{source} names {shown(named)} as its base, which is not a Hub id: pass `base_model` with the base, "
+                "and ask its author to publish it again."
+            )
         return
     if isinstance(base_model, nn.Module):
-        base: Shapes = {key: tuple(value.shape) for key, value in base_model.named_parameters()}
-        check_fit(shapes, base, source, type(base_model).__name__)
+        check_tensors(config, shapes, base_model, source)
     elif Path(base_model).is_dir():
         weights = [
             file for part in (".", "unet", "transformer") for file in Path(base_model, part).glob("*.safetensors")
         ]
-        check_fit(shapes, file_shapes(weights), source, f"'{base_model}'")
+        base: Shapes = file_shapes(weights)
+        check_fit(shapes, base, source, f"'{base_model}'")
     elif str(base_model) != named:
         raise ValueError(
             f"{source} was trained on {named!r}, not on '{base_model}': leave `base_model` out, or pass a folder or a "
@@ -185,12 +195,18 @@ def _download(
     )
 
 
-def _remember(path: Path, commit: str) -> None:
+def _remember(repo: Path, revision: str, commit: str) -> None:
     """Point a branch or tag of the cache to a commit, in one step.
 
     The layout is that of https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+
+    Args:
+        repo: Folder of a repo in the cache.
+        revision: The branch or tag.
+        commit: The commit.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}.{os.getpid()}")
-    written.write_text(commit)
-    os.replace(written, path)
+    for left in repo.glob(".*.tmp"):
+        if time.time() - left.stat().st_mtime > 60:  # left by a pull that was killed; a younger one may be under way
+            left.unlink(missing_ok=True)
+    # Written beside `refs`: the client would take a file that a kill leaves there for another ref.
+    write_file(repo / "refs" / revision, commit.encode(), scratch=repo)

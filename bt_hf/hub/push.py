@@ -5,14 +5,16 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     ModelCard,
+    ModelInfo,
     constants,
     get_token,
     hf_hub_download,
@@ -24,24 +26,29 @@ from huggingface_hub.errors import (
 )
 
 from bt_hf.data.checks import check_columns
-from bt_hf.hub.card_sections import address_card, has_parts, keep_owner_text, owner_text
+from bt_hf.data.images import to_rgb
+from bt_hf.hub.card_sections import address_card, has_parts, keep_owner_text, owner_text, plain_line, show_pictures
 from bt_hf.hub.checks import Shapes, check_card, check_fit, check_weights, content_hash, expected_hash
 from bt_hf.hub.contract import (
     CARD,
     KINDS,
     PAIRS,
+    PICTURES,
     Content,
     check_repo_id,
+    check_revision,
     contract_files,
     find_kind,
     hub_id,
     in_contract,
     read_content,
 )
-from bt_hf.hub.privacy import check_privacy, with_base
+from bt_hf.hub.privacy import check_privacy, check_text, encode_picture, plain_pictures, with_base
 from bt_hf.hub.retries import call_hub, one_line, raise_readable
 
 logger = logging.getLogger(__name__)
+
+_IMAGES = ("chosen", "rejected")
 
 
 def push_adapter(
@@ -98,7 +105,7 @@ def push_adapter(
     find_kind((file.name for file in Path(folder).iterdir()), f"'{folder}'")
     if pairs is not None:
         check_columns(pairs)
-        files[PAIRS] = _parquet(pairs)
+        files[PAIRS] = _parquet(pairs, token)
     return publish(files, str(folder), repo_id, private, revision, token, base_model, create_pr, commit_message, tag)
 
 
@@ -125,16 +132,23 @@ def publish(
     if create_pr and (revision or tag):
         raise ValueError("A pull request goes to `main` and is not a commit yet: leave out `revision` and `tag`.")
     check_repo_id(repo_id)
+    if revision is not None:
+        check_revision(revision)
+    named = {"commit_message": commit_message, "revision": revision, "tag": tag, "repo_id": repo_id}
+    for argument, text in named.items():
+        check_text(text or "", f"`{argument}`", _tokens(token))
     api = HfApi(token=token)
     kind = find_kind(files, f"'{source}'")
     files, base, shapes = _checked(files, kind, f"'{source}'", base_model, token)
     doing = f"publish {KINDS[kind]} as {repo_id!r}"
     repo_id = call_hub(lambda: _full_name(api, repo_id), doing)
-    card = address_card(read_content(files[CARD]).decode(), repo_id, base)
+    found = _find_base(api, base, doing) if base is not None else None
+    if found is not None:
+        check_fit(shapes, _shapes_on_hub(api, found, doing), f"'{source}'", repr(base))
+    card = address_card(read_content(files[CARD]).decode(), repo_id, base, _in_words(found))
+    card = show_pictures(card, [name for name in PICTURES if name in files])
     _validate_card(card, doing)
     files[CARD] = card.encode()
-    if base is not None:
-        check_fit(shapes, _shapes_on_hub(api, base, doing), f"'{source}'", repr(base))
     _make_repo(api, repo_id, private, create_pr, doing)
     if revision is not None:
         _make_branch(api, repo_id, revision, doing)
@@ -160,6 +174,7 @@ def _checked(
 ) -> tuple[dict[str, Content], str | None, Shapes]:
     """Check files without the Hub; return them as published, the Hub id of the base, and the adapter's shapes."""
     files, base = dict(files), None
+    check_text(base_model or "", "`base_model`", _tokens(token), tokens_alone=True)
     if base_model is not None and hub_id(base_model) is None:
         raise ValueError(
             f"`base_model` should be the Hub id of the base, such as 'owner/name', but got {base_model!r}."
@@ -168,11 +183,17 @@ def _checked(
         files, base = with_base(files, base_model, source)
     if CARD not in files:
         raise ValueError(f"{source} has no {CARD}, so nobody would know what it is: write one, or save it again.")
+    files = plain_pictures(files)
     shapes = check_weights(files, kind, source)
     check_card(read_content(files[CARD]).decode(errors="replace"))
     addressed = address_card(read_content(files[CARD]).decode(), "owner/name", base)
-    check_privacy({**files, CARD: addressed.encode()}, [token or "", get_token() or ""])
+    check_privacy({**files, CARD: addressed.encode()}, _tokens(token))
     return files, base, shapes
+
+
+def _tokens(token: str | None) -> list[str]:
+    """Return the tokens that are known here."""
+    return [known for known in (token, get_token()) if known]
 
 
 def _commit(
@@ -289,31 +310,60 @@ def _validate_card(text: str, doing: str) -> None:
         raise ValueError(f"The Hub does not take the metadata of {CARD}: {one_line(error)}") from error
 
 
-def _shapes_on_hub(api: HfApi, base: str, doing: str) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of the base's weights from the headers of its files; empty if it has no safetensors."""
+def _find_base(api: HfApi, base: str, doing: str) -> ModelInfo:
+    """Look up the base on the Hub."""
     try:
-        info = call_hub(lambda: api.model_info(base), doing, through=(RepositoryNotFoundError,))
+        return call_hub(lambda: api.model_info(base), doing, through=(RepositoryNotFoundError,))
     except RepositoryNotFoundError:
         raise ValueError(
             f"The Hub has no model {base!r}, or your token may not see it, so nobody could use the adapter: publish "
             "the base first, or pass `base_model` with the right Hub id."
         ) from None
-    names = [sibling.rfilename for sibling in info.siblings or ()]
+
+
+def _in_words(base: ModelInfo | None) -> str | None:
+    """Name the revision and the licence of a base for the card; `None` for a model without one."""
+    if base is None:
+        return None
+    said = getattr(base.card_data, "license", None) or "not stated in its card"
+    return f"`{base.id}` at revision `{base.sha}`, licence {plain_line(str(said))}"
+
+
+def _shapes_on_hub(api: HfApi, base: ModelInfo, doing: str) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of the base's weights from the headers of its files; empty if it has no safetensors."""
+    names = [sibling.rfilename for sibling in base.siblings or ()]
     folders = {"", "unet/", "transformer/"}
     wanted = [name for name in names if name.endswith(".safetensors") and name[: name.rfind("/") + 1] in folders]
     shapes: dict[str, tuple[int, ...]] = {}
     for name in wanted:
-        header = call_hub(lambda name=name: api.parse_safetensors_file_metadata(base, name), doing)  # type: ignore[misc]
+        header = call_hub(lambda name=name: api.parse_safetensors_file_metadata(base.id, name), doing)  # type: ignore[misc]
         shapes |= {tensor: tuple(found.shape) for tensor, found in header.tensors.items()}
     return shapes
 
 
-def _parquet(pairs: Dataset) -> bytes:
-    """Write pairs as a Parquet file with their images in it."""
-    from datasets.table import embed_table_storage
+def _parquet(pairs: Dataset, token: str | None) -> bytes:
+    """Write the columns of the row contract as a Parquet file, with the pixels of the images in it.
 
-    # Images that are paths become bytes, and their paths names.
-    embedded = pairs.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
+    Raises:
+        ValueError: A prompt contains a token, a password or a path.
+    """
+    secrets = _tokens(token)
+    numbers = [name for name in ("preference", "weight") if name in pairs.column_names]
+    columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", *numbers)}
+    plain = pairs.with_format(None).select_columns(list(columns))
+    for name in _IMAGES:
+        plain = plain.cast_column(name, Image(decode=False))
+    for row, pair in enumerate(plain):
+        check_text(pair["prompt"], f"the prompt of row {row} of `pairs`", secrets)
+        for name, values in columns.items():
+            value = pair[name]
+            values.append(
+                {"bytes": encode_picture(to_rgb(value, f"`{name}` of row {row}")), "path": None}
+                if name in _IMAGES
+                else value
+            )
+    features = {"prompt": Value("string"), **dict.fromkeys(_IMAGES, Image())}
+    written = Dataset.from_dict(columns, features=Features({**features, **dict.fromkeys(numbers, Value("float32"))}))
     with tempfile.TemporaryDirectory() as folder:
-        embedded.with_format(None).to_parquet(Path(folder) / PAIRS)
+        written.to_parquet(Path(folder) / PAIRS)
         return (Path(folder) / PAIRS).read_bytes()

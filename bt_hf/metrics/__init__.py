@@ -11,9 +11,10 @@ from bt_hf.metrics.comparison import (
     mcnemar_test,
     paired_difference_interval,
     pairs_needed,
+    sign_flip_test,
     verdict_sentence,
 )
-from bt_hf.metrics.intervals import effective_sample_size, wilson_interval
+from bt_hf.metrics.intervals import clustered_sample_size, effective_sample_size, wilson_interval
 from bt_hf.metrics.scores import (
     ReliabilityBin,
     agreement,
@@ -31,6 +32,7 @@ __all__ = [
     "agreement",
     "brier_score",
     "calibration_error",
+    "clustered_sample_size",
     "effective_sample_size",
     "log_loss",
     "mcnemar_test",
@@ -39,6 +41,7 @@ __all__ = [
     "preference_accuracy",
     "preference_metrics",
     "reliability_bins",
+    "sign_flip_test",
     "verdict_sentence",
     "wilson_interval",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from bt_hf.metrics.columns import finite_column
@@ -21,6 +22,35 @@ def effective_sample_size(weight: ArrayLike) -> float:
     largest = weight.max(initial=0.0)
     scaled = weight / largest if largest else weight  # so that tiny weights don't vanish when squared
     return float(scaled.sum() ** 2 / (scaled**2).sum()) if largest else 0.0
+
+
+def clustered_sample_size(values: ArrayLike, weight: ArrayLike, cluster: ArrayLike) -> float:
+    """Number of independent rows that would tell as much about a mean as these, of which some belong together.
+
+    p (1 - p) over the variance of the mean p that sums of clusters give, as in Korn and Graubard 1998, "Confidence
+    intervals for proportions with small expected number of positive counts estimated from survey data"; at least the
+    number of clusters (copies of a row tell nothing new), at most the number of rows, both after Kish.
+
+    Args:
+        values: (N,) in [0, 1].
+        weight: (N,) how much each row counts, >= 0.
+        cluster: (N,) label of the cluster of each row.
+
+    Example:
+        >>> clustered_sample_size([1.0, 1.0, 0.0, 0.0], [1.0] * 4, ["a", "a", "b", "b"])
+        2.0
+    """
+    values, weight = finite_column("values", values), finite_column("weight", weight)
+    rows = effective_sample_size(weight)
+    if not weight.sum():
+        return rows
+    _, labels = np.unique(np.asarray(cluster), return_inverse=True)
+    mean = float(np.average(values, weights=weight))
+    sums = np.bincount(labels, weights=weight * (values - mean))
+    variance = float((sums**2).sum()) / float(weight.sum()) ** 2
+    groups = effective_sample_size(np.bincount(labels, weights=weight))
+    found = mean * (1 - mean) / variance if variance > 0 else groups
+    return min(rows, max(groups, found)) if len(np.unique(labels)) < len(labels) else rows
 
 
 def wilson_interval(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bt_hf.metrics.columns import Floats, read_columns, weighted_mean
-from bt_hf.metrics.intervals import effective_sample_size, wilson_interval
+from bt_hf.metrics.intervals import clustered_sample_size, effective_sample_size, wilson_interval
 
 
 class ReliabilityBin(NamedTuple):
@@ -148,13 +148,18 @@ def calibration_error(
 
 
 def reliability_bins(
-    margins: ArrayLike, preference: ArrayLike | None = None, weight: ArrayLike | None = None, bins: int = 10
+    margins: ArrayLike,
+    preference: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bins: int = 10,
+    equal_count: bool = False,
 ) -> list[ReliabilityBin]:
-    """Confidence against agreement in equal bins on [0.5, 1]; see `calibration_error`.
+    """Confidence against agreement in bins on [0.5, 1]; see `calibration_error`.
 
     Args:
         margins, preference, weight: (N,) columns, as for `preference_accuracy`.
-        bins: Number of equal bins on [0.5, 1]. Default 10.
+        bins: Number of bins on [0.5, 1]. Default 10.
+        equal_count: Bins of about as many pairs each, rather than of equal width; for few pairs. Default False.
 
     Returns:
         The bins with a positive weight, in order of confidence.
@@ -162,23 +167,29 @@ def reliability_bins(
     Example:
         >>> [(bin.low, bin.pairs, bin.agreement) for bin in reliability_bins([0.0, 9.0, 9.0, -9.0, 9.0], bins=2)]
         [(0.5, 1, 0.5), (0.75, 4, 0.75)]
+        >>> [bin.pairs for bin in reliability_bins([0.1, 0.2, 2.0, 3.0], bins=2, equal_count=True)]
+        [2, 2]
     """
     if bins < 1:
         raise ValueError(f"`bins` should be at least 1, but it is {bins}.")
     margins, preference, weight = read_columns(margins, preference, weight)
     confidence = _sigmoid(np.abs(margins))
     agrees = np.select([margins > 0, margins < 0], [preference, 1 - preference], 0.5)
-    index = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)  # the last bin holds 1.0 too
+    edges = np.array([0.5 + i / (2 * bins) for i in range(bins + 1)])
+    if equal_count and (weight > 0).any():
+        inner = np.quantile(confidence[weight > 0], np.arange(1, bins) / bins)
+        edges = np.unique([0.5, *inner[inner < 1], 1.0])  # many of one confidence share a bin
+    index = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, len(edges) - 2)  # the last bin holds 1.0
     found = []
-    for i in range(bins):
+    for i in range(len(edges) - 1):
         inside = (index == i) & (weight > 0)
         if not inside.any():
             continue
         rate, effective = weighted_mean(agrees[inside], weight[inside]), effective_sample_size(weight[inside])
         found.append(
             ReliabilityBin(
-                0.5 + i / (2 * bins),
-                0.5 + (i + 1) / (2 * bins),
+                float(edges[i]),
+                float(edges[i + 1]),
                 int(inside.sum()),
                 float(weight[inside].sum()),
                 weighted_mean(confidence[inside], weight[inside]),
@@ -190,12 +201,16 @@ def reliability_bins(
 
 
 def preference_metrics(
-    margins: ArrayLike, preference: ArrayLike | None = None, weight: ArrayLike | None = None
+    margins: ArrayLike,
+    preference: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    cluster: ArrayLike | None = None,
 ) -> dict[str, float]:
     """Every metric of this module at once, under the names that the trainers log.
 
     Args:
         margins, preference, weight: (N,) columns, as for `preference_accuracy`.
+        cluster: (N,) label of what belongs together, such as the prompt; makes the interval wider. Default: nothing.
 
     Returns:
         `accuracy` with its 95 % Wilson interval `accuracy_low` and `accuracy_high` (ties left out; with weights, at
@@ -207,7 +222,11 @@ def preference_metrics(
     """
     margins, preference, weight = read_columns(margins, preference, weight)
     accuracy = preference_accuracy(margins, preference, weight)
-    effective = effective_sample_size(weight[preference != 0.5])
+    judged = preference != 0.5
+    effective = effective_sample_size(weight[judged])
+    if cluster is not None:
+        correct = agreement(margins, preference)[judged]
+        effective = clustered_sample_size(correct, weight[judged], np.asarray(cluster)[judged])
     low, high = wilson_interval(accuracy * effective if effective else 0.0, effective)
     return {
         "accuracy": accuracy,

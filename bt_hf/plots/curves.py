@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Below so many pairs, bins hold so many each: a share of 20 has an interval of about +-20 points.
+_MANY, _PAIRS_IN_A_BIN = 300, 20
+FEWEST_PAIRS = 2 * _PAIRS_IN_A_BIN  # for a diagram of two points
 LINES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (GREY, "v")]
 
 
@@ -34,7 +37,8 @@ def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: PathLike
 
     Args:
         log_history: `trainer.state.log_history`. Drawn, where present: `loss` and `eval_loss`; `accuracy`,
-            `eval_accuracy` (with the band `eval_accuracy_low` to `eval_accuracy_high`) and `eval_base_accuracy`.
+            `eval_accuracy` (with the band `eval_accuracy_low` to `eval_accuracy_high`) and `eval_base_accuracy`. The
+            curves of the training begin at `base_loss` and `base_accuracy`, those of the base at step 0.
         path: Where to save the picture, if anywhere. Default None.
 
     Returns:
@@ -73,7 +77,7 @@ def plot_training_curve(log_history: Sequence[Mapping[str, Any]], path: PathLike
                 steps, [low[s] for s in steps], [high[s] for s in steps], color=ORANGE, alpha=0.15, linewidth=0
             )
         for key, (name, style) in keys.items():
-            if series := _series(log_history, key):
+            if series := _series(log_history, f"base_{key}") | _series(log_history, key):
                 # A single value is invisible as a line.
                 style = {"markersize": 4, **style} | ({"marker": "o"} if len(series) == 1 else {})
                 axes.plot(list(series), list(series.values()), label=name, **style)
@@ -90,7 +94,7 @@ def plot_reliability(
     preference: ArrayLike | None = None,
     path: PathLike | None = None,
     base_margins: ArrayLike | None = None,
-    bins: int = 10,
+    bins: int | None = None,
 ) -> Figure:
     """Reliability diagram: when the model is 80 % sure, is it right 80 % of the time?
 
@@ -102,7 +106,8 @@ def plot_reliability(
         preference: (N,) probability that the chosen image wins, in [0, 1]. Default 1.0.
         path: Where to save the picture, if anywhere. Default None.
         base_margins: (N,) margins of the base model on the same pairs, for comparison. Default None.
-        bins: Number of equal bins of the confidence, on [0.5, 1]. Default 10.
+        bins: Number of bins of equal width of the confidence, on [0.5, 1]. Default: 10 for 300 pairs and more, and
+            for fewer one for each 20 pairs, with about as many in each.
 
     Returns:
         The figure: the diagram and the counts.
@@ -121,9 +126,11 @@ def plot_reliability(
     figure = _new_figure(5.2, 5.8)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     top.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", label="perfect")
-    width = 0.5 / bins
+    count = len(np.atleast_1d(margins))
+    few = bins is None and count < _MANY
+    chosen_bins = max(1, count // _PAIRS_IN_A_BIN) if few else bins or 10
     for i, (name, values, colour, marker) in enumerate(models):
-        found = reliability_bins(values, preference, bins=bins)
+        found = reliability_bins(values, preference, bins=chosen_bins, equal_count=few)
         if not found:
             raise ValueError("`margins` should have at least one row, but it is empty.")
         x = np.array([bin.confidence for bin in found])
@@ -132,8 +139,9 @@ def plot_reliability(
         top.errorbar(
             x, y, yerr=bars.clip(0), color=colour, marker=marker, markersize=5, elinewidth=1, alpha=0.9, label=name
         )
-        share = 0.8 * width / len(models)
-        left = np.array([bin.low for bin in found]) + 0.1 * width + i * share
+        widths = np.array([bin.high - bin.low for bin in found])
+        share = 0.8 * widths / len(models)
+        left = np.array([bin.low for bin in found]) + 0.1 * widths + i * share
         bottom.bar(left, [bin.pairs for bin in found], width=share, align="edge", color=colour)
     _as_accuracy(top, chance=False)
     _as_percent(bottom.xaxis)

@@ -16,9 +16,10 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from bt_hf.data.cache import CachedPairs, encode_once, read_tensors
-from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights
+from bt_hf.data.cache import CachedPairs, can_be_cached, encode_once, read_tensors, without_format
+from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights, tokenize_plainly
 from bt_hf.data.images import to_rgb
+from bt_hf.data.rows import as_stored, image_name
 from bt_hf.reward.collator import PreferenceCollator, batch_labels
 from bt_hf.reward.encoders import context_length, fills_context, tokenize
 from bt_hf.reward.frozen_prefix import FrozenPrefix
@@ -53,7 +54,8 @@ class FeatureCache:
         self.text_prefix = FrozenPrefix.find(self.base, "text_model")
         self.image_prefix = FrozenPrefix.find(self.base, "vision_model")
         # By content: the same drawing in two pairs, or in two datasets, is computed once.
-        self._texts: dict[str, dict[str, torch.Tensor]] = {}
+        self._texts: dict[bytes, dict[str, torch.Tensor]] = {}  # by tokens: what the model reads
+        self._tokens: dict[str, bytes] = {}
         self._images: dict[bytes, dict[str, torch.Tensor]] = {}
 
     @property
@@ -75,28 +77,34 @@ class FeatureCache:
         """Compute what is missing for `dataset`.
 
         Returns:
-            The dataset with cached features, or `None` if it would take more than `max_bytes`.
+            The dataset with cached features; `None` if it would take more than `max_bytes`, or has a transform.
         """
+        if not can_be_cached(dataset):
+            return None
+        dataset = without_format(dataset)
         before = self.bytes
         rows: list[dict[str, Any]] = []
         images: dict[bytes, Any] = {}
-        texts: dict[str, None] = {}
-        for row in tqdm(dataset, desc=description, unit="pair", leave=False):
+        texts: dict[bytes, str] = {}
+        for row in tqdm(as_stored(dataset), desc=description, unit="pair", leave=False):
             keys = []
             for column in ("chosen", "rejected"):
-                image = to_rgb(row[column])
+                image = to_rgb(row[column], image_name(row, column))
                 key = hashlib.blake2b(image.tobytes(), digest_size=16, salt=repr(image.size).encode()[:16]).digest()
                 keys.append(key)
                 if key not in self._images:
                     images[key] = image
-            if row["prompt"] not in self._texts:
-                texts[row["prompt"]] = None
+            if row["prompt"] not in self._tokens:
+                self._tokens[row["prompt"]] = self.tokens_of([row["prompt"]])[0]
+            tokens = self._tokens[row["prompt"]]
+            if tokens not in self._texts:
+                texts[tokens] = row["prompt"]
             labels = {name: row.get(name, 1.0) for name in ("preference", "weight")}
             rows.append({"prompt": row["prompt"], "images": tuple(keys), **labels})
             if max(len(images), len(texts)) < self.batch_size and len(rows) < len(dataset):
                 continue
             self._add_images(images)
-            self._add_texts(list(texts))
+            self._add_texts(texts)
             images, texts = {}, {}
             # Said as soon as it can be foreseen, not after hours.
             expected = before + (self.bytes - before) / len(rows) * len(dataset)
@@ -152,19 +160,24 @@ class FeatureCache:
         trims = "attention_mask" in texts and not fills_context(self.collator.processor)
         return texts["attention_mask"].sum(1) if trims else None
 
-    def _add_texts(self, prompts: list[str]) -> None:
+    def tokens_of(self, prompts: list[str]) -> list[bytes]:
+        """Return the tokens that the text tower reads of each prompt, in bytes."""
+        processor = self.collator.processor
+        return [repr(ids).encode() for ids in tokenize_plainly(processor, prompts, context_length(processor))]
+
+    def _add_texts(self, prompts: dict[bytes, str]) -> None:
         if not prompts:
             return
-        features = self.encode_prompts(prompts)
+        features = self.encode_prompts(list(prompts.values()))
         lengths = self.lengths(features)
-        for index, prompt in enumerate(prompts):
+        for index, tokens in enumerate(prompts):
             # Without the padding of this batch; `collate` pads again, to the longest of its own.
             end = None if lengths is None else int(lengths[index])
-            self._texts[prompt] = {
+            self._texts[tokens] = {
                 name: value[index, :end].clone() if by_token(name, value) else value[index].clone()
                 for name, value in features.items()
             }
-        self._count(self._texts[prompt] for prompt in prompts)
+        self._count(self._texts[tokens] for tokens in prompts)
 
     def _compute(self, prefix: FrozenPrefix | None, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         side = "text" if "input_ids" in inputs else "image"
@@ -186,7 +199,7 @@ class FeatureCache:
 
     def collate(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Turn rows of `MemoryPairs` into a batch with hidden states in place of pixels."""
-        texts = [self._texts[row["prompt"]] for row in rows]
+        texts = [self._texts[self._tokens[row["prompt"]]] for row in rows]
         images = [self._images[row["images"][side]] for side in (0, 1) for row in rows]
         batch = {
             name: nn.utils.rnn.pad_sequence([text[name] for text in texts], True, self.padding(name))
@@ -292,8 +305,8 @@ def store_pairs(cache: FeatureCache, pairs: Dataset, cache_dir: str, description
             for name, value in features.items()
         }
 
-    model = cache.fingerprint()
-    return FilePairs(cache, *encode_once(pairs, _SIDES, encode_images, encode_prompts, model, cache_dir, description))
+    encode = (encode_images, encode_prompts, cache.fingerprint())
+    return FilePairs(cache, *encode_once(pairs, _SIDES, *encode, cache_dir, description, cache.tokens_of))
 
 
 def by_token(name: str, value: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from bt_hf.data.checks import warn_of_truncation
 from bt_hf.data.images import to_rgb
+from bt_hf.data.rows import image_name
 from bt_hf.reward.encoders import context_length, tokenize
 
 
@@ -31,11 +32,14 @@ class PreferenceCollator:
         ```
     """
 
+    opens_images = True  # rows come to it as they are stored
+
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        images = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
+        places = [(row, side) for side in ("chosen", "rejected") for row in rows]
+        images = [to_rgb(row[side], image_name(row, side)) for row, side in places]
         return {
             **tokenize(self.processor, [row["prompt"] for row in rows]),  # (B, L)
             **self.preprocess(images),  # (2B, 3, H, W)

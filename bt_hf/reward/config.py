@@ -1,9 +1,9 @@
 """Options of `BradleyTerryTrainer`."""
 
-import math
 from dataclasses import dataclass, field
 
 from bt_hf.training.config import PreferenceConfig
+from bt_hf.training.option_checks import check_bounds
 
 
 @dataclass
@@ -14,7 +14,7 @@ class BradleyTerryConfig(PreferenceConfig):
 
         bradley_terry_loss(margin, preference) + kl_weight * KL(base || adapted)
 
-    and training begins at the taste that `bt_hf.reward.fit.fit_taste` finds (see `warm_start`).
+    and training begins at the taste that `bt_hf.reward.posterior.fit_taste` finds (see `warm_start`).
 
     Example:
         >>> from bt_hf import BradleyTerryConfig
@@ -74,7 +74,25 @@ class BradleyTerryConfig(PreferenceConfig):
     )
 
     def __post_init__(self) -> None:
+        amount = (0, 1e300, "a finite number of at least 0")
         super().__post_init__()
-        for name in ("prior_weight", "kl_weight"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):  # so that NaN fails, too
-                raise ValueError(f"`{name}` should be at least 0, but got {getattr(self, name)}.")
+        self.warn_of_two_lengths()
+        check_bounds(
+            self,
+            {
+                "prior_weight": amount,
+                "kl_weight": amount,
+                "cache_max_gb": amount,
+                "kl_bank_size": (1, 10**9, "a whole number of at least 1"),
+            },
+        )
+        begins = self.warm_start and not self.full_finetuning
+        in_memory = self.cache_features and self.cache_dir is None
+        self.refuse_without_effect(
+            {
+                "prior_weight": (begins, "`warm_start=True`, a LoRA alone"),
+                "kl_bank_size": (self.kl_weight > 0, "`kl_weight` above 0"),
+                "cache_dir": (self.cache_features, "`cache_features=True`"),
+                "cache_max_gb": (in_memory, "a cache in memory: `cache_features=True` and no `cache_dir`"),
+            }
+        )

@@ -4,13 +4,14 @@ import copy
 import random
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -18,60 +19,17 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from bt_hf.data.checks import check_columns
-from bt_hf.metrics import (
-    McNemarResult,
-    agreement,
-    mcnemar_test,
-    paired_difference_interval,
-    preference_metrics,
-    verdict_sentence,
-)
+from bt_hf.data.cache import without_format
+from bt_hf.data.checks import check_columns, check_images
 from bt_hf.reward import encoders
 from bt_hf.reward.cache import FeatureCache
 from bt_hf.reward.collator import PreferenceCollator
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.trainer import BradleyTerryTrainer
-
-
-@dataclass
-class CrossValidation:
-    """Result of `cross_validate`. Every pair was predicted by a model that saw neither it nor its prompt.
-
-    Attributes:
-        margins: (N,) margins of the adapted models, out of fold.
-        base_margins: (N,) margins of the untouched base.
-        preference: (N,) the labels.
-        folds: (N,) fold of each pair.
-        metrics: As `metrics.preference_metrics`; those of the base have the prefix `base_`.
-        test: Exact McNemar test, adapted against base on the same pairs.
-        difference: (low, high) of the 95 % interval of the difference in accuracy.
-        verdict: One plain sentence.
-    """
-
-    margins: np.ndarray
-    base_margins: np.ndarray
-    preference: np.ndarray
-    folds: np.ndarray
-    metrics: dict[str, float]
-    test: McNemarResult
-    difference: tuple[float, float]
-    verdict: str
-
-    def __str__(self) -> str:
-        m = self.metrics
-        lines = [
-            f"{len(np.unique(self.folds))}-fold cross-validation of {len(self.margins)} pairs, folds split by prompt",
-            f"{'':12}{'accuracy':>9}  {'95 % interval':>14}  {'log-loss':>9}",
-        ]
-        for name, prefix in (("base", "base_"), ("adapted", "")):
-            low, high = m[f"{prefix}accuracy_low"], m[f"{prefix}accuracy_high"]
-            lines.append(
-                f"{name:12}{m[f'{prefix}accuracy']:9.3f}  {f'{low:.3f} to {high:.3f}':>14}  "
-                f"{m[f'{prefix}log_loss']:9.3f}"
-            )
-        return "\n".join([*lines, self.verdict])
+from bt_hf.reward.verdict import CrossValidation, count_contradictions, judge, number_prompts, probe_margins
+from bt_hf.training.adapters import Untouched, unwrapped
+from bt_hf.training.arguments import check_arguments, check_kind
 
 
 def cross_validate(
@@ -103,6 +61,7 @@ def cross_validate(
         A `CrossValidation`; `print` it for the table and the verdict.
 
     Raises:
+        TypeError: `dataset` is a stream, or `args` are not a `BradleyTerryConfig`.
         ValueError: Fewer than two folds or two distinct prompts, `model` has an adapter, which may have been trained
             on these pairs, or FSDP or DeepSpeed is on.
 
@@ -114,7 +73,10 @@ def cross_validate(
         print(result.verdict)
         ```
     """
-    check_columns(dataset)
+    args = BradleyTerryConfig("reward-adapter", report_to="none") if args is None else args
+    check_arguments(args, BradleyTerryConfig)
+    _check_map_style(dataset)
+    dataset = without_format(dataset)
     if parse_flag_from_env("ACCELERATE_USE_FSDP") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "`cross_validate` trains one model again for each fold, which can't be once FSDP or DeepSpeed has divided "
@@ -122,15 +84,18 @@ def cross_validate(
         )
     source = model
     # A copy, as the adapters of the folds come and go, and leave the weights frozen.
-    base: Any = copy.deepcopy(model) if isinstance(model, nn.Module) else encoders.load_dual_encoder(model)
+    base: Any = encoders.load_dual_encoder(model) if isinstance(model, str | Path) else copy.deepcopy(unwrapped(model))
     if isinstance(base, PeftModel):
         raise ValueError(
             "`cross_validate` needs a base model, but got one with an adapter, which may have seen these pairs: pass "
             "its base, or use held-out pairs and `evaluate`."
         )
-    processor = processing_class or encoders.find_processor(source, base)
-    assignment = assign_folds(list(dataset["prompt"]), folds, seed)
-    args = _quiet(args or BradleyTerryConfig("reward-adapter", report_to="none"))
+    processor = encoders.find_processor(source, base, processing_class)
+    limit = encoders.context_length(processor)
+    prompts = number_prompts(getattr(processor, "tokenizer", processor), list(dataset["prompt"]), limit)
+    assignment = assign_folds(prompts.tolist(), folds, seed)
+    args = _quiet(args)
+    untouched = Untouched(base)
     pairs: Any = dataset
     if args.cache_features:
         # The adapter decides which layers are frozen, so one is put on while the cache is built.
@@ -138,9 +103,12 @@ def cross_validate(
         adapted.to(args.device)
         cache = FeatureCache(adapted, PreferenceCollator(processor), max_bytes=args.cache_max_gb * 1e9)
         pairs = (cache.add(dataset) if cache.useful else None) or dataset
-        base = base if args.full_finetuning else adapted.unload()
+        untouched.restore()
+    if pairs is dataset:
+        check_images(dataset)  # by the numbers of its rows, which the folds do not know
     margins, base_margins = np.zeros(len(dataset)), np.zeros(len(dataset))
-    preference = np.array([float(value) for value in _column(dataset, "preference")])
+    preference, weight = (np.array(_column(dataset, name), dtype=float) for name in ("preference", "weight"))
+    difference: np.ndarray | None = None
     with tempfile.TemporaryDirectory() as scratch:
         args.output_dir = scratch
         for fold in tqdm(np.unique(assignment), desc="Cross-validation", unit="fold", disable=not progress):
@@ -153,30 +121,48 @@ def cross_validate(
                 peft_config=peft_config,
             )
             trainer.remove_callback(PrinterCallback)
+            if difference is None:
+                difference = _image_differences(trainer, pairs)
             trainer.train()
             predictions = trainer.predict(pairs.select(held_out.tolist())).predictions
             margins[held_out], base_margins[held_out] = predictions
-            if not args.full_finetuning:
-                base = trainer.model.unload()
-    weight = np.array([float(value) for value in _column(dataset, "weight")])
-    metrics = preference_metrics(margins, preference, weight)
-    metrics |= {f"base_{name}": value for name, value in preference_metrics(base_margins, preference, weight).items()}
-    correct, base_correct = agreement(margins, preference), agreement(base_margins, preference)
-    decided = ~np.isnan(correct)
-    correct, base_correct = correct[decided], base_correct[decided]
-    return CrossValidation(
-        margins=margins,
-        base_margins=base_margins,
-        preference=preference,
-        folds=assignment,
-        metrics=metrics,
-        test=mcnemar_test(correct, base_correct),
-        difference=paired_difference_interval(correct, base_correct),
-        verdict=verdict_sentence(correct, base_correct),
+            untouched.restore()
+    assert difference is not None  # there are at least two folds
+    return judge(
+        margins,
+        base_margins,
+        probe_margins(difference, preference, weight, assignment),
+        preference,
+        weight,
+        assignment,
+        prompts,
+        count_contradictions(dataset, prompts),
     )
 
 
-def assign_folds(prompts: list[str], folds: int, seed: int = 0) -> np.ndarray:
+@torch.no_grad()
+def _image_differences(trainer: BradleyTerryTrainer, pairs: Any) -> np.ndarray:
+    """Embed the images with the base, (N, D): each chosen one minus its rejected one."""
+    found = []
+    for batch in trainer.read_batches(pairs):
+        with trainer.base_model() as model:
+            chosen, rejected = trainer._embed(model, batch)[1].chunk(2)
+        found.append((chosen - rejected).double().cpu().numpy())
+    return np.concatenate(found)
+
+
+def _check_map_style(dataset: Any) -> None:
+    """Check the columns of a `Dataset`; raise a `TypeError` for a stream or anything else that has no known length."""
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            "`cross_validate` splits the pairs into folds, but got a stream, which has no length: load it whole, by "
+            "`Dataset.from_list(list(stream), features=stream.features)`."
+        )
+    check_kind(dataset, "`dataset`")
+    check_columns(dataset)
+
+
+def assign_folds(prompts: Sequence[Hashable], folds: int, seed: int = 0) -> np.ndarray:
     """Assign each row to a fold, (N,) int: all rows of a prompt share one, and folds are about equally large.
 
     Raises:
@@ -186,13 +172,14 @@ def assign_folds(prompts: list[str], folds: int, seed: int = 0) -> np.ndarray:
     folds = min(folds, len(counts))
     if folds < 2:
         raise ValueError(
-            f"Cross-validation needs at least 2 folds and 2 different prompts, but got {len(counts)} prompts: collect "
-            "pairs for other prompts too, since the same prompt may not be trained on and tested on."
+            f"Cross-validation needs at least 2 folds and 2 different prompts, but got {len(counts)} prompts that the "
+            "model can tell apart: collect pairs for other prompts too, since the same prompt may not be trained on "
+            "and tested on."
         )
-    order = sorted(counts)
+    order = sorted(counts, key=str)
     random.Random(seed).shuffle(order)
     sizes = [0] * folds
-    fold_of = {}
+    fold_of: dict[Hashable, int] = {}
     # The largest first, each into the emptiest fold.
     for prompt in sorted(order, key=lambda prompt: -counts[prompt]):
         fold_of[prompt] = sizes.index(min(sizes))
@@ -213,5 +200,6 @@ def _quiet(args: BradleyTerryConfig) -> BradleyTerryConfig:
         IntervalStrategy.NO,
     )
     args.report_to, args.disable_tqdm, args.push_to_hub, args.load_best_model_at_end = [], True, False, False
+    args.eval_on_start = False
     args.overwrite_output_dir, args.resume_from_checkpoint = True, None
     return args

@@ -14,9 +14,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file
 
-from bt_hf.hub.contract import find_adapter_config
+from bt_hf.hub.contract import VOCABULARIES
+from bt_hf.hub.loading import find_adapter_config, load_adapter, load_pretrained
+from bt_hf.reward.fitting import UNBOUNDED, fit_processor
 
+# Files that tell that a folder means to have a processor.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", *sorted(VOCABULARIES))
+_QUIETLY: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
 SUPPORTED = "CLIP, SigLIP, SigLIP 2, MetaCLIP 2, AltCLIP, Chinese-CLIP"
 
 
@@ -70,7 +76,7 @@ def load_dual_encoder(
         if base_model is not None:
             raise ValueError(f"`base_model` is for adapters, but {name!r} has no adapter_config.json: leave it out.")
         try:
-            model = AutoModel.from_pretrained(name, revision=revision, token=token, dtype=dtype)
+            model = load_pretrained(AutoModel, name, revision, token=token, dtype=dtype)
         except OSError as error:
             raise OSError(
                 f"No model or adapter can be loaded from {name!r}: it is neither a local folder that holds one nor a "
@@ -83,7 +89,7 @@ def load_dual_encoder(
         raise ValueError(f"The adapter {name!r} does not name its base model: pass `base_model`.")
     if not isinstance(base, nn.Module):
         try:
-            base = AutoModel.from_pretrained(base, token=token, dtype=dtype)
+            base = load_pretrained(AutoModel, base, token=token, dtype=dtype)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"The base model {base!r} of the adapter {name!r} can't be loaded: pass `base_model` with a Hub id or "
@@ -91,7 +97,7 @@ def load_dual_encoder(
             ) from error
     check_dual_encoder(base)
     try:
-        return PeftModel.from_pretrained(base, name, revision=revision, token=token, is_trainable=is_trainable)
+        return load_adapter(base, name, revision, token, is_trainable)
     except (RuntimeError, ValueError) as error:
         if "size mismatch" not in str(error) and "not found in the base model" not in str(error):
             raise
@@ -104,32 +110,59 @@ def load_dual_encoder(
 
 def load_processor(name_or_path: str | Path, token: str | None = None, revision: str | None = None) -> ProcessorMixin:
     """Load the processor (tokenizer and image processor) of a dual encoder or an adapter folder."""
-    return AutoProcessor.from_pretrained(str(name_or_path), token=token, revision=revision)
+    return load_pretrained(AutoProcessor, name_or_path, revision, token=token)
 
 
 def find_processor(
-    source: Any, model: nn.Module, *, revision: str | None = None, token: str | None = None
+    source: Any,
+    model: nn.Module,
+    processor: ProcessorMixin | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> ProcessorMixin:
-    """Load the processor saved beside an adapter or a model, else that of the base.
+    """Load the processor saved beside an adapter or a model, else that of the base; fitted to the model.
 
     Args:
         source: What the user passed: Hub id, folder or loaded model.
         model: The loaded model.
+        processor: One that the user passed; nothing is loaded then.
+        revision: Git revision of `source` on the Hub.
+        token: Access token for the Hub.
 
     Raises:
-        ValueError: None is found.
+        ValueError: None is found, or one that is damaged or another model's: see `fit_processor`.
     """
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    if processor is not None:
+        return fit_processor(base, processor)
     names = [] if isinstance(source, nn.Module) else [(str(source), revision)]
     names += [(name, None) for name in (base_name(model),) if name]
     for name, at in names:
-        try:
-            return load_processor(name, token=token, revision=at)
-        except (OSError, ValueError):
+        if not _has_processor(name, token, at):
             continue
+        try:
+            return fit_processor(base, load_processor(name, token=token, revision=at))
+        except Exception as error:  # tokenizers raise bare exceptions on files that they can't parse
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(
+                f"The processor in {name!r} can't be used: {reason} Mend its files, or pass a processor."
+            ) from error
     raise ValueError(
         f"No processor was found for {type(model).__name__} (looked in: "
         f"{', '.join(repr(name) for name, _ in names) or 'nowhere, as the model was built in code'}): pass one."
     )
+
+
+def _has_processor(name_or_path: str, token: str | None, revision: str | None) -> bool:
+    """True if a folder or repo holds a file of a processor; what can't be reached holds none."""
+    for file in PROCESSOR_FILES:
+        try:
+            if cached_file(name_or_path, file, token=token, revision=revision, **_QUIETLY) is not None:
+                return True
+        except (OSError, ValueError):
+            return False
+    return False
 
 
 def base_name(model: nn.Module) -> str:
@@ -162,9 +195,12 @@ def embed_images(model: PreTrainedModel | PeftModel, inputs: Mapping[str, torch.
 def tokenize(processor: ProcessorMixin, texts: list[str], **kwargs: Any) -> dict[str, torch.Tensor]:
     """Tokenize as the model was trained."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    padding = "max_length" if fills_context(processor) else True
-    length = context_length(processor)
-    return dict(tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt", **kwargs))
+    options = {"truncation": True, "max_length": context_length(processor), "return_tensors": "pt", **kwargs}
+    if fills_context(processor):
+        return dict(tokenizer(texts, padding="max_length", **options))
+    # On the right, whatever the tokenizer says: positions are counted from the first token, so that padding on the
+    # left would let the numbers of a prompt depend on the longest one beside it.
+    return dict(tokenizer(texts, padding=True, padding_side="right", **options))
 
 
 def fills_context(processor: ProcessorMixin) -> bool:
@@ -174,8 +210,7 @@ def fills_context(processor: ProcessorMixin) -> bool:
 
 
 def context_length(processor: ProcessorMixin) -> int:
-    """Return the number of tokens of a prompt that the text tower reads."""
+    """Return the number of tokens of a prompt that the text tower reads: `find_processor` has fitted it."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    length = getattr(tokenizer, "model_max_length", 77)
-    # Tokenizers without a limit say 10**30; 64 is SigLIP's context and 77 CLIP's.
-    return int(length) if length < 10**6 else 64
+    length = tokenizer.model_max_length
+    return int(length) if length < 10**6 else UNBOUNDED  # tokenizers without a limit say 10**30

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 
+from bt_hf.training.adapters import put_on
 from bt_hf.training.lora_options import LoraOptions
 
 
@@ -65,12 +66,13 @@ def add_adapter(
         options: Rank, alpha, dropout and layers of that LoRA; default `LoraOptions()`.
 
     Raises:
-        ValueError: There are no default layers for this family.
+        ValueError: There are no default layers for this family, or switching the adapter off would not give the base
+            back (see `training.adapters.put_on`).
     """
     if peft_config is None:
         options = options or LoraOptions()
         peft_config = options.lora_config(options.lora_target_modules or default_target_modules(model))
-    return get_peft_model(model, peft_config)
+    return put_on(model, peft_config)
 
 
 def constant_direction(features: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Use a reward: score, compare, rank and classify images."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from peft import PeftModel
 from torch import nn
 from transformers.processing_utils import ProcessorMixin
 
-from bt_hf.data.images import to_rgb
 from bt_hf.reward import encoders
 from bt_hf.reward.collator import count_truncated
+from bt_hf.reward.inputs import check_count, check_text, describe_image, list_images, list_texts, to_image
 
 
 class PreferenceScorer:
@@ -22,8 +23,12 @@ class PreferenceScorer:
         processor: Its processor.
         batch_size: Prompts or images in a batch, where a method is not told otherwise.
 
+    Images are PIL images, paths, bytes, `datasets` values, arrays (H, W, C) or tensors (C, H, W) of `uint8` or floats
+    in [0, 1], always in a list, or a batch (N, H, W, C) or (N, C, H, W). Results stand on the CPU.
+
     Raises:
         TypeError: `model` is not a dual encoder.
+        ValueError: The processor is not that of the model.
 
     Example:
         ```python
@@ -36,10 +41,11 @@ class PreferenceScorer:
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin, batch_size: int = 32) -> None:
         encoders.check_dual_encoder(model)
+        self.processor = encoders.find_processor(model, model, processor)
         self.model = model.eval()
-        self.processor = processor
         self.batch_size = batch_size
         self.scale = encoders.logit_scale(model)
+        self._measured: set[str] = set()  # prompts of the last call, whose length is known
 
     @classmethod
     def from_pretrained(
@@ -67,7 +73,7 @@ class PreferenceScorer:
         Raises:
             OSError: The adapter, the model or the base can't be found.
             TypeError: It is not a dual encoder.
-            ValueError: The adapter does not fit the base, or no processor is found.
+            ValueError: The adapter does not fit the base, or no processor is found, or one that is damaged.
         """
         model: Any = adapter_or_model
         if not isinstance(model, nn.Module):
@@ -83,48 +89,50 @@ class PreferenceScorer:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def score(
-        self, prompts: str | Sequence[str], images: Sequence[Any], batch_size: int | None = None
-    ) -> torch.Tensor:
+    def score(self, prompts: str | Sequence[str], images: Any, batch_size: int | None = None) -> torch.Tensor:
         """Reward of each image for its prompt.
 
         Args:
             prompts: One prompt for all images, or one for each.
-            images: PIL images, paths, bytes or arrays.
+            images: N images.
             batch_size: Images in a batch.
 
         Returns:
-            (N,) float32 rewards, on the CPU.
+            (N,) float32 rewards.
 
         Raises:
-            ValueError: The numbers of prompts and images differ.
+            TypeError: A prompt is not text.
+            ValueError: The numbers of prompts and images differ, an image can't be read or is a lone one, or a reward
+                is not finite.
         """
-        images = _listed(images)
-        prompts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        images = list_images(images)
+        single = isinstance(prompts, str)
+        prompts = list_texts([prompts], "prompts") * len(images) if single else list_texts(prompts, "prompts")
         if len(prompts) != len(images):
             raise ValueError(
                 f"`score` needs one prompt for each image, or a single prompt, but got {len(prompts)} prompts and "
                 f"{len(images)} images."
             )
-        if not images:
-            return torch.empty(0)
-        distinct = list(dict.fromkeys(prompts))
-        rows = torch.tensor([distinct.index(prompt) for prompt in prompts], dtype=torch.long)
-        text = self.embed_texts(distinct, batch_size)[rows]
-        return self._rewards((text * self.embed_images(images, batch_size)).sum(-1))
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        text = self.embed_texts(list(numbers), batch_size)[[numbers[prompt] for prompt in prompts]]
+        return self._rewards((text * self.embed_images(images, batch_size)).sum(-1), images)
 
     def compare(self, prompt: str, image_a: Any, image_b: Any) -> float:
         """P(`image_a` is preferred to `image_b` for `prompt`) = sigmoid(r(a) - r(b))."""
+        check_text(prompt, "prompt")
         reward_a, reward_b = self.score(prompt, [image_a, image_b])
         return torch.sigmoid(reward_a - reward_b).item()
 
-    def rank(self, prompt: str, images: Sequence[Any], top_k: int | None = None) -> list[tuple[int, float]]:
+    def rank(self, prompt: str, images: Any, top_k: int | None = None) -> list[tuple[int, float]]:
         """Images by reward, best first, as (index, reward); the first `top_k` of them, or all."""
+        check_text(prompt, "prompt")
+        if top_k is not None:
+            check_count(top_k, "top_k", 0)
         rewards = self.score(prompt, images)
         order = rewards.argsort(descending=True, stable=True).tolist()
         return [(index, rewards[index].item()) for index in order[:top_k]]
 
-    def classify(self, images: Sequence[Any], labels: Sequence[str], template: str = "{}") -> torch.Tensor:
+    def classify(self, images: Any, labels: Sequence[str], template: str = "{}") -> torch.Tensor:
         """Zero-shot classification with the adapted model.
 
         Args:
@@ -136,47 +144,66 @@ class PreferenceScorer:
             (N, L) float32 probabilities: the softmax of the rewards over the labels.
 
         Raises:
+            TypeError: `labels` is a lone one, or one is not text.
             ValueError: There are no labels, or `template` has no `{}`.
         """
+        images, labels = list_images(images), list_texts(labels, "labels")
         if not labels:
             raise ValueError("`classify` needs at least one label, but got none.")
-        if "{}" not in template:
+        if not isinstance(template, str) or "{}" not in template:
             raise ValueError(f"`template` should have one '{{}}' for the label, but got {template!r}.")
         text = self.embed_texts([template.replace("{}", label) for label in labels])
-        return self._rewards(self.embed_images(_listed(images)) @ text.T).softmax(dim=-1)
+        return self._rewards(self.embed_images(images) @ text.T, images).softmax(dim=-1)
 
     @torch.inference_mode()
-    def embed_texts(self, prompts: Sequence[str], batch_size: int | None = None) -> torch.Tensor:
-        """Normalised embeddings (N, D), float32, on the CPU. Too long prompts are truncated, with one warning."""
-        prompts = list(prompts)
-        count_truncated(self.processor, prompts)
-        chunks = [
-            encoders.embed_texts(self.model, self._move(encoders.tokenize(self.processor, chunk)))
-            for chunk in _chunks(prompts, batch_size or self.batch_size)
-        ]
-        return torch.cat(chunks).cpu() if chunks else torch.empty(0, 0)
+    def embed_texts(self, prompts: str | Sequence[str], batch_size: int | None = None) -> torch.Tensor:
+        """Normalised embeddings (N, D), float32, of N prompts or one. Too long ones are cut, with one warning."""
+        prompts = list_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
+        count_truncated(self.processor, [prompt for prompt in prompts if prompt not in self._measured])
+        self._measured = set(prompts)
+        chunks = [self._embed_texts(chunk) for chunk in self._chunks(prompts, batch_size)]
+        return self._joined(chunks, lambda index: f"prompt {prompts[index]!r}")
 
     @torch.inference_mode()
-    def embed_images(self, images: Sequence[Any], batch_size: int | None = None) -> torch.Tensor:
-        """Normalised embeddings (N, D), float32, on the CPU."""
+    def embed_images(self, images: Any, batch_size: int | None = None) -> torch.Tensor:
+        """Normalised embeddings (N, D), float32, of N images."""
+        images = list_images(images)
         chunks = []
-        for chunk in _chunks(_listed(images), batch_size or self.batch_size):
-            rgb = [to_rgb(image) for image in chunk]
+        for chunk in self._chunks(list(enumerate(images)), batch_size):
+            rgb = [to_image(image, f"image {index}") for index, image in chunk]
             inputs = self.processor.image_processor(rgb, return_tensors="pt")
             chunks.append(encoders.embed_images(self.model, self._move(inputs)))
-        return torch.cat(chunks).cpu() if chunks else torch.empty(0, 0)
+        return self._joined(chunks, lambda index: describe_image(images[index], index))
 
-    def _rewards(self, cosines: torch.Tensor) -> torch.Tensor:
-        """Scale cosines (N,) or (N, L) of N images; one that is not finite would come first in a ranking."""
+    def _chunks(self, items: list[Any], size: int | None) -> list[list[Any]]:
+        size = self.batch_size if size is None else size
+        check_count(size, "batch_size", 1)
+        return [items[start : start + size] for start in range(0, len(items), size)]
+
+    def _embed_texts(self, prompts: list[str]) -> torch.Tensor:
+        return encoders.embed_texts(self.model, self._move(encoders.tokenize(self.processor, prompts)))
+
+    def _joined(self, chunks: list[torch.Tensor], name: Callable[[int], str]) -> torch.Tensor:
+        """Join embeddings of chunks to (N, D) on the CPU, and name the first that is not finite."""
+        joined = torch.cat(chunks).cpu() if chunks else self._embed_texts(["a"])[:0].cpu()
+        self._check_finite(joined, "embedding", name)
+        return joined
+
+    def _rewards(self, cosines: torch.Tensor, images: list[Any]) -> torch.Tensor:
+        """Scale cosines (N,) or (N, L) of N images."""
         rewards = self.scale.cpu() * cosines
-        if not torch.isfinite(rewards).all():
-            image = int((~torch.isfinite(rewards)).nonzero()[0, 0])
-            dtype = next(self.model.parameters()).dtype
-            raise ValueError(
-                f"the reward of image {image} is not finite, computed in {dtype}: load the model with "
-                "`dtype=torch.float32`, or look at its weights."
-            )
+        self._check_finite(rewards, "reward", lambda index: describe_image(images[index], index))
         return rewards
+
+    def _check_finite(self, values: torch.Tensor, kind: str, name: Callable[[int], str]) -> None:
+        """Raise a `ValueError` for a row that is not finite: it would come first in a ranking."""
+        finite = torch.isfinite(values)
+        if not finite.all():
+            raise ValueError(
+                f"the {kind} of {name(int((~finite).nonzero()[0, 0]))} is not finite, computed in "
+                f"{next(self.model.parameters()).dtype}: load the model with `dtype=torch.float32`, or look at its "
+                "weights."
+            )
 
     def _move(self, inputs: Any) -> dict[str, torch.Tensor]:
         dtype = next(self.model.parameters()).dtype
@@ -189,7 +216,10 @@ class PreferenceScorer:
 
         Raises:
             TypeError: The model has no LoRA, or one with DoRA.
+            ValueError: `scale` is not finite.
         """
+        if not math.isfinite(scale):
+            raise ValueError(f"`scale` should be a finite number, but got {scale}.")
         layers: list[Any] = [module for module in self.model.modules() if hasattr(module, "set_scale")]
         if not isinstance(self.model, PeftModel) or not layers:
             raise TypeError("`set_scale` needs a model with a LoRA adapter.")
@@ -200,13 +230,3 @@ class PreferenceScorer:
             )
         for layer in layers:
             layer.set_scale(adapter, scale)
-
-
-def _listed(images: Any) -> list[Any]:
-    if isinstance(images, (str, bytes, Path)) or hasattr(images, "convert"):
-        raise ValueError("`images` should be a list of images, but got a single one: put it into a list.")
-    return list(images)
-
-
-def _chunks(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

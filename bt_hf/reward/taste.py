@@ -1,6 +1,6 @@
 """Write a linear taste into a LoRA of the two projections, where training begins.
 
-`fit.fit_taste` finds what a person likes as weights of normalised embeddings. A LoRA can hold them, but for a norm:
+`posterior.fit_taste` finds what a person likes as weights of normalised embeddings. A LoRA can hold them, but for a norm:
 
 - A constant added to every text embedding is a direction that they like. Behind a layer norm, one rank of a LoRA can
   add it without a bias (`lora.constant_direction`).
@@ -23,8 +23,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bt_hf.losses import bradley_terry_loss, retrieval_kl
-from bt_hf.reward.fit import Taste
+from bt_hf.reward.config import BradleyTerryConfig
+from bt_hf.reward.encoders import logit_scale
 from bt_hf.reward.lora import OUTPUT_LAYERS, OutputLayers, constant_direction
+from bt_hf.reward.posterior import Taste, fit_taste
 
 # Largest relative variation from text to text at which a shift still counts as constant.
 TOLERANCE = 0.2
@@ -100,6 +102,50 @@ class Update:
         images = self.images(torch.cat([pairs.chosen, pairs.rejected]), pairs.inputs, scale)
         chosen, rejected = images.chunk(2)
         return logit_scale * (self.texts(pairs.text, scale) * (chosen - rejected)).sum(1)
+
+
+@torch.no_grad()
+def begin_at_taste(
+    model: PeftModel,
+    text_layer: LoraLayer,
+    image_layer: LoraLayer | None,
+    pairs: EmbeddedPairs,
+    words: torch.Tensor,
+    features: torch.Tensor,
+    args: BradleyTerryConfig,
+) -> float:
+    """Fit a taste to embedded pairs, and write it into the LoRAs of both projections.
+
+    Args:
+        model: The adapted dual encoder.
+        text_layer, image_layer: LoRAs as `plain_lora` gives them.
+        pairs: The pairs.
+        words: (K, D) normalised embeddings of many texts.
+        features: (K, H) inputs of the text projection for these texts.
+        args: Options of the training.
+
+    Returns:
+        The error of `write_update`.
+    """
+    layers = output_layers(model)
+    assert layers is not None  # it has the text layer's name
+    scale, adapter, words = logit_scale(model).item(), model.active_adapter, words.double()
+    fitted = fit_taste(
+        pairs.text,
+        pairs.chosen,
+        pairs.rejected,
+        pairs.preference,
+        pairs.weight,
+        scale,
+        features=pairs.features,
+        prior_weight=args.prior_weight,
+        label_smoothing=args.label_smoothing,
+    )
+    image_rank = image_layer.r[adapter] if image_layer is not None else 0
+    shared = shared_direction(model, layers, pairs)
+    update = plan_update(fitted, pairs, words, scale, shared, text_layer.r[adapter], image_rank)
+    part = best_scale(update, pairs, words, scale, args.kl_weight, args.label_smoothing, args.kl_bank_size)
+    return write_update(model, text_layer, image_layer, update, features, part)
 
 
 def plan_update(
@@ -287,7 +333,8 @@ def write_update(
 
 def vocabulary_texts(tokenizer: PreTrainedTokenizerBase, count: int = 512) -> list[str]:
     """Pick `count` words from the tokenizer's vocabulary, evenly spread over it: many different texts for no data."""
-    ids = [index for index in range(len(tokenizer)) if index not in set(tokenizer.all_special_ids)]
+    special = set(tokenizer.all_special_ids)  # computed anew at each look
+    ids = [index for index in range(len(tokenizer)) if index not in special]
     step = max(1, len(ids) // (4 * count))
     words = dict.fromkeys(tokenizer.decode([index]).strip() for index in ids[::step])
     texts = [word for word in words if len(word) > 2 and word.isalpha()] or [word for word in words if word]

@@ -5,7 +5,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,28 +13,30 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import EvalPrediction, TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 
-from bt_hf.data.cache import CachedPairs
+from bt_hf.data.cache import CachedPairs, can_be_cached, without_format
+from bt_hf.hub.facts import digest_rows
 from bt_hf.losses import agreement, bradley_terry_loss, retrieval_kl
 from bt_hf.metrics import preference_metrics
 from bt_hf.reward import encoders, taste
+from bt_hf.reward.against_base import against_base
 from bt_hf.reward.cache import FeatureCache, FilePairs, MemoryPairs, store_pairs
 from bt_hf.reward.card import reward_facts, write_reward_card
 from bt_hf.reward.collator import PreferenceCollator, count_truncated
 from bt_hf.reward.config import BradleyTerryConfig
-from bt_hf.reward.fit import FITTED_PAIRS, fit_taste
-from bt_hf.reward.lora import OutputLayers, add_adapter
+from bt_hf.reward.lora import add_adapter
+from bt_hf.reward.posterior import FITTED_PAIRS
 from bt_hf.reward.taste import EmbeddedPairs
+from bt_hf.training.adapters import check_names, take_over, train_in_float32, unwrapped
+from bt_hf.training.arguments import check_arguments, check_datasets, map_eval_datasets
 from bt_hf.training.finite import check_losses
 from bt_hf.training.lora_options import check_adapter_options
 from bt_hf.training.saving import prepare_run
 from bt_hf.training.sharding import make_shardable
-from bt_hf.training.trainer import Metrics, PreferenceTrainer, check_datasets, map_eval_datasets
+from bt_hf.training.trainer import Metrics, PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 Pairs: TypeAlias = Dataset | IterableDataset | MemoryPairs | FilePairs
@@ -92,23 +93,27 @@ class BradleyTerryTrainer(PreferenceTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
-        args = args or BradleyTerryConfig("reward-adapter")
+        args = BradleyTerryConfig("reward-adapter") if args is None else args
+        check_arguments(args, BradleyTerryConfig)
+        check_datasets(train_dataset, eval_dataset)
         prepare_run(args)
         source = model
         model, self._fresh_adapter = _adapt(model, args, peft_config)
-        processing_class = processing_class or encoders.find_processor(source, model)
+        processing_class = encoders.find_processor(source, model, processing_class)
         # Weights of the whole model move in full fine-tuning: keep the base for comparison.
         self.reference = None if isinstance(model, PeftModel) else copy.deepcopy(model).eval().requires_grad_(False)
         own_collator = PreferenceCollator(processing_class)
-        check_datasets(train_dataset, eval_dataset)
+        self.data_digest = digest_rows(train_dataset)
         if isinstance(train_dataset, Dataset):
-            count_truncated(processing_class, list(train_dataset["prompt"]))
+            count_truncated(processing_class, list(without_format(train_dataset)["prompt"]))
         self.cache: FeatureCache | None = None
         if data_collator is None:
             train_dataset, eval_dataset = self._cache(model, own_collator, args, train_dataset, eval_dataset)
         # Verdict of a cross-validation of these pairs, for the card; set by whoever ran it.
         self.verdict: str | None = None
         self._banks: dict[str, torch.Tensor] = {}
+        # Training pairs as the base embeds them, where something needed that before the training.
+        self.embedded_base: EmbeddedPairs | None = None
         super().__init__(
             model=model,
             args=args,
@@ -120,6 +125,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.add_callback(against_base(self))
 
     def _cache(
         self, model: nn.Module, collator: PreferenceCollator, args: BradleyTerryConfig, train: Any, evaluation: Any
@@ -134,7 +140,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
             self.cache = cache if cache.useful else None
 
         def add(pairs: Any) -> Any:
-            if self.cache is None or not isinstance(pairs, Dataset):
+            if self.cache is None or not can_be_cached(pairs):
                 return pairs
             if args.cache_dir:
                 return store_pairs(self.cache, pairs, args.cache_dir, "Caching frozen features")
@@ -164,7 +170,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         layers = taste.output_layers(self.model)
         text_layer = taste.plain_lora(self.model, layers.text) if start and layers else None
         image_layer = taste.plain_lora(self.model, layers.image) if text_layer and layers else None
-        pairs = self._embed_training_pairs(FITTED_PAIRS, image_layer)
+        pairs = self.embedded_base = self._embed_training_pairs(FITTED_PAIRS, image_layer)
         words, features = self._embed_vocabulary(text_layer)
         if self.args.kl_weight:
             size = self.args.kl_bank_size
@@ -172,39 +178,10 @@ class BradleyTerryTrainer(PreferenceTrainer):
             banks = {name: bank[:size] for name, bank in banks.items()} | {"words": words}
             self._banks = {name: bank.float().to(self.args.device) for name, bank in banks.items()}
         if layers and text_layer is not None and features is not None:
-            self._write_taste(layers, text_layer, image_layer, pairs, words.double(), features)
-
-    def _write_taste(
-        self,
-        layers: OutputLayers,
-        text_layer: LoraLayer,
-        image_layer: LoraLayer | None,
-        pairs: EmbeddedPairs,
-        words: torch.Tensor,
-        features: torch.Tensor,
-    ) -> None:
-        """Fit a taste to the embedded pairs, and write it into the LoRAs of both projections."""
-        args, adapter = self.args, self.model.active_adapter
-        scale = encoders.logit_scale(self.model).item()
-        fitted = fit_taste(
-            pairs.text,
-            pairs.chosen,
-            pairs.rejected,
-            pairs.preference,
-            pairs.weight,
-            scale,
-            features=pairs.features,
-            prior_weight=args.prior_weight,
-            label_smoothing=args.label_smoothing,
-        )
-        shared = taste.shared_direction(self.model, layers, pairs)
-        image_rank = image_layer.r[adapter] if image_layer is not None else 0
-        update = taste.plan_update(fitted, pairs, words, scale, shared, text_layer.r[adapter], image_rank)
-        part = taste.best_scale(update, pairs, words, scale, args.kl_weight, args.label_smoothing, args.kl_bank_size)
-        error = taste.write_update(self.model, text_layer, image_layer, update, features, part)
-        if error > taste.TOLERANCE:
-            logger.info("No warm start: a shift would vary by %.0f %% from text to text.", 100 * error)
-        self._fresh_adapter = False
+            error = taste.begin_at_taste(self.model, text_layer, image_layer, pairs, words, features, self.args)
+            if error > taste.TOLERANCE:
+                logger.info("No warm start: a shift would vary by %.0f %% from text to text.", 100 * error)
+            self._fresh_adapter = False
 
     @torch.no_grad()
     def _embed_training_pairs(self, limit: int, image_layer: nn.Module | None = None) -> EmbeddedPairs:
@@ -251,12 +228,6 @@ class BradleyTerryTrainer(PreferenceTrainer):
                 words.append(encoders.embed_texts(model, self._prepare_inputs(inputs)).cpu())
         return torch.cat(words), torch.cat(seen) if seen else None
 
-    @cached_property
-    def _frozen_norms(self) -> list[nn.Module]:
-        """Batch norms of frozen convolutional towers."""
-        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
-        return [norm for norm in norms if not any(parameter.requires_grad for parameter in norm.parameters())]
-
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
         """Yield the untouched base, within a context that restores the adapter."""
@@ -286,9 +257,6 @@ class BradleyTerryTrainer(PreferenceTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Bradley-Terry loss of a batch, with the KL term while training. See `BradleyTerryConfig`."""
         preference, weight = inputs["preference"], inputs["weight"]
-        if model.training:
-            for norm in self._frozen_norms:  # their running statistics would drift, even without gradients
-                norm.training = False
         scale = encoders.logit_scale(self.accelerator.unwrap_model(model))
         text, images = self._embed(model, inputs)  # (B, D), (2B, D)
         rewards = scale * (text.repeat(2, 1) * images).sum(-1)  # (2B,)
@@ -357,14 +325,20 @@ def _adapt(
     model: str | Path | nn.Module, args: BradleyTerryConfig, peft_config: PeftConfig | None
 ) -> tuple[nn.Module, bool]:
     """Load `model` and put an adapter on it. Return the model, and True if the adapter is a fresh one."""
-    if not isinstance(model, nn.Module):
-        model = encoders.load_dual_encoder(model, is_trainable=True)
-    encoders.check_dual_encoder(model)
-    check_adapter_options(model, args, peft_config, args.full_finetuning)
-    if isinstance(model, PeftModel):
-        return model, False
-    if args.full_finetuning:
+    given = model if isinstance(model, nn.Module) else encoders.load_dual_encoder(model, is_trainable=True)
+    encoder = unwrapped(given)
+    encoders.check_dual_encoder(encoder)
+    check_adapter_options(encoder, args, peft_config, args.full_finetuning)
+    fresh = not isinstance(encoder, PeftModel) and not args.full_finetuning
+    if fresh:
+        encoder = add_adapter(encoder, peft_config, args)
+    elif isinstance(encoder, PeftModel):
+        take_over(encoder)
+    else:
+        check_names(encoder)
+        if not any(value.requires_grad for value in encoder.parameters()):
+            encoder.requires_grad_(True)
         # r = s cos(...) with a trained s would only change how sure the model is; the folder contract freezes it.
-        model.get_parameter("logit_scale").requires_grad_(False)
-        return model, False
-    return add_adapter(model, peft_config, args), True
+        encoder.get_parameter("logit_scale").requires_grad_(False)
+    train_in_float32(encoder)
+    return encoder, fresh

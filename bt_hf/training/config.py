@@ -1,14 +1,21 @@
 """Options that the trainers of rewards and of preference LoRAs share."""
 
-import math
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
 from bt_hf.training.lora_options import LoraOptions
+from bt_hf.training.optimizers import check_optimizer
+from bt_hf.training.option_checks import check_bounds, check_names, is_given
+from bt_hf.training.trainer_options import check_trainer_options
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,7 +41,14 @@ class PreferenceConfig(LoraOptions, TrainingArguments):
         default=False, metadata={"help": "Allow to write over an adapter that `output_dir` already holds."}
     )
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse unknown options with a near match, which the `__init__` of a dataclass would not name."""
+        check_names(cls, options)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        check_trainer_options(self)
+        check_bounds(self, {"label_smoothing": (0, 0.5, "in [0, 0.5]")})
         # Processes that were started together on a machine without a GPU join on CPUs. If nothing said so, each would
         # take itself for the only one, train by itself, and write into the same folder.
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
@@ -55,9 +69,23 @@ class PreferenceConfig(LoraOptions, TrainingArguments):
         # Pinned memory is for copies to a GPU; without one torch only warns about it.
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` should stay off: the collator reads prompts, images and labels.")
-        if not (self.learning_rate >= 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"`learning_rate` should be a finite number of at least 0, but got {self.learning_rate}.")
-        if not 0.0 <= self.label_smoothing <= 0.5:
-            raise ValueError(f"`label_smoothing` should be in [0, 0.5], but got {self.label_smoothing}.")
+        check_optimizer(self)
+
+    def warn_of_two_lengths(self) -> None:
+        """Warn if both numbers of epochs and of steps are given."""
+        given = is_given(self, "num_train_epochs") and is_given(self, "max_steps")
+        if given and self.num_train_epochs != TrainingArguments.num_train_epochs and self.max_steps > 0:
+            logger.warning(
+                "`num_train_epochs=%g` has no effect beside `max_steps=%d`.", self.num_train_epochs, self.max_steps
+            )
+
+    def refuse_without_effect(self, needs: Mapping[str, tuple[bool, str]]) -> None:
+        """Raise a `ValueError` for an option that is given, but has no effect beside the others.
+
+        Args:
+            needs: Name of an option -> whether it has an effect, and what it would need for that.
+        """
+        for name, (has_effect, needed) in needs.items():
+            if is_given(self, name) and not has_effect:
+                value = getattr(self, name)
+                raise ValueError(f"`{name}={value!r}` has no effect without {needed}: leave it out, or ask for that.")

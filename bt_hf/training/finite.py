@@ -43,8 +43,9 @@ def check_weights(weights: Mapping[str, torch.Tensor], output_dir: str | Path) -
 
 def _way_back(output_dir: str | Path) -> str:
     """Name the newest checkpoint with finite weights; the newest of all may hold those that gave a bad loss."""
-    files = Path(output_dir).glob("checkpoint-*/adapter_model.safetensors")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        if all(bool(torch.isfinite(value).all()) for value in load_file(file).values()):
-            return f"The last good checkpoint is {file.parent}."
+    folders = Path(output_dir).glob("checkpoint-*")
+    for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime_ns, reverse=True):
+        weights = [load_file(file) for file in folder.glob("*.safetensors")]
+        if weights and all(bool(torch.isfinite(value).all()) for file in weights for value in file.values()):
+            return f"The last good checkpoint is {folder}."
     return "There is not yet a good checkpoint."

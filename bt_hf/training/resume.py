@@ -2,6 +2,8 @@
 
 import json
 import logging
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
+
+from bt_hf.data.atomic import SCRATCH, recover
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +47,50 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: str | Path) ->
                 f"`resume_from_checkpoint` is {str(resume)!r}, which is not a whole checkpoint: {problem}."
             )
         return str(resume)
+    recover(output_dir)
+    newest = newest_checkpoint(output_dir, warn=True)
+    if newest is None:
+        raise FileNotFoundError(
+            f"`resume_from_checkpoint` is True, but {str(output_dir)!r} holds no whole checkpoint: leave it out to "
+            "begin anew, or name a checkpoint."
+        )
+    return newest
+
+
+def newest_checkpoint(output_dir: str | Path, warn: bool = False) -> str | None:
+    """Find the newest whole checkpoint of a run; None if there is none. Warn of newer ones that are not whole."""
     checkpoints = sort_checkpoints(str(output_dir)) if Path(output_dir).is_dir() else []
     for checkpoint in reversed(checkpoints):
-        if not (problem := _problem(Path(checkpoint))):
+        problem = _problem(Path(checkpoint))
+        if problem is None:
             return str(checkpoint)
-        logger.warning("%s is not a whole checkpoint (%s): going on from an older one.", checkpoint, problem)
-    raise FileNotFoundError(
-        f"`resume_from_checkpoint` is True, but {str(output_dir)!r} holds no whole checkpoint: leave it out to begin "
-        "anew, or name a checkpoint."
-    )
+        if warn:
+            logger.warning("%s is not a whole checkpoint (%s): going on from an older one.", checkpoint, problem)
+    return None
 
 
 def _problem(checkpoint: Path) -> str | None:
     """Describe a problem of a checkpoint; None if it is whole. The Trainer writes its state last."""
+    for scratch in checkpoint.glob(f"{SCRATCH}*"):  # left by older versions: the Trainer would take it for an adapter
+        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch.exists():
+            return f"it holds {scratch.name}, of a save that was cut, which can't be removed"
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        for weights in checkpoint.glob("*.safetensors"):
-            with safe_open(weights, "pt"):  # reads the header, and compares the length of the file with it
+        weights = list(checkpoint.glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, "pt"):  # reads the header, and compares the length of the file with it
+                pass
+        for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+            with zipfile.ZipFile(file):  # reads the list at its end
                 pass
     except FileNotFoundError:
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    except zipfile.BadZipFile:
+        return f"{file.name} was cut"
     except (OSError, ValueError, SafetensorError) as error:
         return " ".join(str(error).split())
-    return None
+    return None if weights else "it has no weights"
 
 
 class Position(TrainerCallback, ExportableState):

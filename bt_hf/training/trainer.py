@@ -10,21 +10,25 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import EvalPrediction
 from transformers.trainer_utils import TrainOutput
 
 from bt_hf.data.cache import CachedPairs
-from bt_hf.data.checks import check_columns, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
+from bt_hf.data.rows import as_stored
+from bt_hf.training.adapters import check_names
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
+from bt_hf.training.first_step import FirstStep
 from bt_hf.training.publishing import PublishingTrainer
 from bt_hf.training.resume import Position, find_checkpoint
 from bt_hf.training.sharding import wrap_by_layer
 from bt_hf.training.shutdown import destroy_group_at_exit
+from bt_hf.training.trainer_options import check_run
 
 logger = logging.getLogger(__name__)
 Metrics = Callable[[EvalPrediction], dict[str, float]]
@@ -51,9 +55,12 @@ class PreferenceTrainer(PublishingTrainer):
         self._running: dict[str, list[torch.Tensor]] = defaultdict(list)
         self._padding_batch: dict[str, Any] | None = None
         self._user_metrics = compute_metrics
+        check_run(kwargs["args"], kwargs.get("eval_dataset"), kwargs.get("optimizers", (None,))[0])
         super().__init__(compute_metrics=self._compute_metrics, **kwargs)
         self.label_names = ["preference", "weight"]  # gathered by the evaluation loop, beside the margins
         self.add_callback(Position())
+        if not self.sharded:
+            self.add_callback(FirstStep())
         if self.args.world_size > 1:
             destroy_group_at_exit(self)
 
@@ -145,12 +152,15 @@ class PreferenceTrainer(PublishingTrainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Return batches of the training rows; of a stream, those of this process."""
         if isinstance(self.train_dataset, IterableDataset) and self.args.world_size > 1:
-            return train_dataloader(self.train_dataset, self.args, self._train_batch_size, self.data_collator)
+            return train_dataloader(
+                self._stored(self.train_dataset), self.args, self._train_batch_size, self.data_collator
+            )
         return super().get_train_dataloader()
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, **kwargs: Any
     ) -> torch.utils.data.DataLoader:
+        dataset = self._stored(dataset)
         if isinstance(dataset, IterableDataset) and self.args.world_size > 1:
             return eval_dataloader(dataset, self.args, batch_size, self.data_collator)
         # The Trainer knows one collator, but cached and plain rows need different ones.
@@ -161,12 +171,16 @@ class PreferenceTrainer(PublishingTrainer):
         finally:
             self.data_collator = own
 
+    def _stored(self, dataset: Any) -> Any:
+        """Leave opening images to the library's collators, which name the row of a bad one."""
+        return as_stored(dataset) if getattr(self.data_collator, "opens_images", False) else dataset
+
     def _collator_of(self, dataset: Any) -> Any:
         return dataset.collate if isinstance(dataset, CachedPairs) else self.data_collator
 
     def read_batches(self, dataset: Any, limit: int | None = None) -> Iterator[dict[str, Any]]:
         """Yield batches of up to `limit` rows in their own order, on the device; the same on every process."""
-        collate, rows = self._collator_of(dataset), iter(dataset)
+        collate, rows = self._collator_of(dataset), iter(self._stored(dataset))
         size, left = self.args.per_device_eval_batch_size, limit
         while chunk := list(islice(rows, size if left is None else min(size, left))):
             left = None if left is None else left - len(chunk)
@@ -197,6 +211,12 @@ class PreferenceTrainer(PublishingTrainer):
             wrap_by_layer(self.model, self.accelerator.state.fsdp_plugin)
         return super()._prepare_for_training(*args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write the folder, once the names of the weights are found to be the base's."""
+        if self.args.should_save and not self.sharded:
+            check_names(self.accelerator.unwrap_model(self.model))
+        super()._save(output_dir, state_dict)
+
     # --- The base ---
 
     @contextmanager
@@ -225,6 +245,17 @@ class PreferenceTrainer(PublishingTrainer):
         modules = list(self.model.modules())
         adapters = [module for module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         return adapters, [module for module in modules if isinstance(module, self.mode_dependent_modules)]
+
+    def compute_loss_context_manager(self) -> Any:
+        """As the Trainer's, with batch norms of the frozen base in evaluation mode, so that its statistics stay."""
+        for module in self._frozen_norms:
+            module.training = False
+        return super().compute_loss_context_manager()
+
+    @cached_property
+    def _frozen_norms(self) -> list[nn.Module]:
+        norms = [module for module in self.model.modules() if isinstance(module, _NormBase)]
+        return [module for module in norms if not any(value.requires_grad for value in module.parameters())]
 
     # --- Loss, log and metrics ---
 
@@ -275,33 +306,3 @@ class PreferenceTrainer(PublishingTrainer):
     def evaluation_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of an evaluation, before those of the user are added."""
         raise NotImplementedError
-
-
-def check_datasets(train: Any, evaluation: Any) -> None:
-    """Check plain datasets (see `check_columns`), and warn of evaluation pairs that are trained on.
-
-    Args:
-        train: Pairs, a stream, or a dataset of another kind, which is not checked.
-        evaluation: The same, or a dict of several.
-
-    Raises:
-        PreferenceDataError: A dataset is not in the row contract, or has no rows.
-    """
-    held_out = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
-    for pairs in (train, *held_out):
-        if isinstance(pairs, Dataset | IterableDataset):
-            check_columns(pairs)
-    for pairs in held_out:
-        if isinstance(train, Dataset) and isinstance(pairs, Dataset) and (overlap := overlapping_rows(train, pairs)):
-            logger.warning(
-                "%d of %d evaluation pairs are also in the training set: their accuracy says nothing about new pairs.",
-                overlap,
-                len(pairs),
-            )
-
-
-def map_eval_datasets(transform: Callable[[Any], Any], evaluation: Any) -> Any:
-    """Apply `transform` to an evaluation dataset, or to each of a dict of several."""
-    if isinstance(evaluation, dict):
-        return {name: transform(pairs) for name, pairs in evaluation.items()}
-    return transform(evaluation)

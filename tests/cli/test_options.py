@@ -77,6 +77,9 @@ COMPANIONS = {
     "safeguard_mu": ["--safeguard", "True"],
     "desirable_weight": ["--loss_type", "kto"],
     "undesirable_weight": ["--loss_type", "kto"],
+    "validation_images": ["--validation_prompts", "a cat"],
+    "validation_inference_steps": ["--validation_prompts", "a cat"],
+    "validation_guidance_scale": ["--validation_prompts", "a cat"],
 }
 
 

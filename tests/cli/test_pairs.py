@@ -115,8 +115,10 @@ def test_read_prompts(workplace: Workplace, tmp_path: Path) -> None:
     assert read_prompts(None, str(table), "text", None) == PROMPTS
     with pytest.raises(ValueError, match="no column 'prompt'; name one of text, number in --column"):
         read_prompts(None, str(table), "prompt", None)
+    assert read_prompts(None, str(table), "number", None) == ["1", "2", "3", "4"]
+    (tmp_path / "table.jsonl").write_text('{"number": 1}\n')
     with pytest.raises(ValueError, match="'number' should hold texts, but has int"):
-        read_prompts(None, str(table), "number", None)
+        read_prompts(None, str(tmp_path / "table.jsonl"), "number", None)
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="expected at least one prompt, but found none"):
         read_prompts(str(tmp_path / "empty.txt"), None, "prompt", None)

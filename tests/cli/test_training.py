@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tiny_models
 import tiny_pipelines
 from bt_hf.cli import main
+from bt_hf.cli.training import draw_plots
 from bt_hf.training.trainer import PreferenceTrainer
 
 FAST = {
@@ -100,4 +102,11 @@ def test_hub_gets_the_card_with_its_figures(
     assert train("reward", models["reward"], tmp_path, *options) == 0
     assert len(cards) == 1
     assert "3 held-out pairs" in cards[0]
-    assert "reliability.png" in cards[0]
+    assert "training_curve.png" in cards[0]
+
+
+@pytest.mark.parametrize(("count", "drawn"), [(39, []), (42, ["reliability.png"])])
+def test_reliability_needs_pairs(count: int, drawn: list[str], tmp_path: Path, capsys) -> None:
+    judged = {"margins": np.linspace(-1, 3, count), "preference": np.ones(count)}
+    assert [path.name for path in draw_plots(tmp_path, [], judged)] == drawn
+    assert ("39 pairs are too few" in capsys.readouterr().out) == (not drawn)

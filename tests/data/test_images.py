@@ -1,7 +1,9 @@
 """`to_rgb` against pixel values worked out by hand."""
 
+import base64
 import io
 import warnings
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
@@ -22,7 +24,13 @@ def test_every_kind_of_value_gives_the_same_pixels(tmp_path):
     data = encoded(image)
     (tmp_path / "a.png").write_bytes(data)
     path = tmp_path / "a.png"
-    values = [image, array, data, bytearray(data), path, str(path), path.as_uri()]
+    values = [image, array, data, bytearray(data), path, str(path), base64.b64encode(data).decode()]
+    values += [
+        f"data:image/png;base64,{values[-1]}",
+        f"data:,{quote_from_bytes(data)}",
+        base64.encodebytes(data).decode(),
+    ]
+    values += [base64.urlsafe_b64encode(data).decode().rstrip("="), {"bytes": None, "path": values[-1]}]
     values += [{"bytes": data, "path": None}, {"bytes": data, "path": "gone.png"}, {"bytes": None, "path": str(path)}]
     for value in values:
         assert np.array_equal(np.asarray(to_rgb(value)), array)

@@ -364,11 +364,14 @@ def test_bombs_are_refused(monkeypatch):
     ("columns", "message"),
     [
         (
-            {"prompt": ["a"], "winner": ["x"], "loser": ["y"]},
+            {"prompt": ["a"], "winner": ["x.png"], "loser": ["y.png"]},
             "rename 'winner' to 'chosen', rename 'loser' to 'rejected'",
         ),
         ({"caption": ["a"], "chosen": ["x"], "rejected": ["y"]}, "found caption, .*rename 'caption' to 'prompt'"),
-        ({"prompt": ["a"], "chosen": ["x"], "rejcted": ["y"]}, "missing: rejected; rename 'rejcted' to 'rejected'"),
+        (
+            {"prompt": ["a"], "chosen": ["x.png"], "rejcted": ["y.png"]},
+            "missing: rejected; rename 'rejcted' to 'rejected'",
+        ),
         ({"foo": ["a"]}, "missing: prompt, chosen, rejected; rename your columns"),
         (rows(prompt=[1, 2]), "column 'prompt' should hold text .*found Value..int64"),
         (rows(chosen=[1, 2]), "column 'chosen' should hold images"),
@@ -414,6 +417,20 @@ def test_bad_sources(tmp_path):
         load_preference_pairs(tmp_path / "broken.jsonl")
     with pytest.raises(PreferenceDataError, match="found int"):
         load_preference_pairs(3)
+    for source in (
+        "",
+        " ",
+        "https://a.example/pairs.csv",
+        "https://a.example/pairs",
+        "hf://datasets/me/x",
+        "zip://a::b",
+    ):
+        with pytest.raises(PreferenceDataError, match="expected a Hub id, or a local file or folder"):
+            load_preference_pairs(source)
+    for source in ("a\0b", "x" * 5000):
+        with pytest.raises(PreferenceDataError) as caught:
+            load_preference_pairs(source)
+        assert len(str(caught.value)) < 400
     with pytest.raises(PreferenceDataError, match="'raise' or 'drop'"):
         load_preference_pairs(Dataset.from_dict(rows()), on_bad_rows="ignore")
 

@@ -289,10 +289,11 @@ def test_images_on_the_disk_stay_there(tmp_path: Path) -> None:
     counted = pa.proxy_memory_pool(system)
     pa.set_memory_pool(counted)
     try:
-        encoded._digests(pairs, ("chosen", "rejected"), tmp_path, "test")
+        found = encoded._digests(pairs, ("chosen", "rejected"), tmp_path, "test")
     finally:
         pa.set_memory_pool(system)
-    assert 0 < counted.max_memory() < 40e6  # a batch of 100 rows
+    assert len(found["chosen"]) == 600
+    assert counted.max_memory() < 40e6  # a batch of 100 rows
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_cache(tmp_path: Path) -> None:
@@ -307,3 +308,93 @@ def test_a_full_disk_is_told_and_leaves_no_half_cache(tmp_path: Path) -> None:
     assert "no space left to cache 80 rows" in message
     assert "or turn the cache off" in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_padding_on_either_side_gives_the_same_numbers(name: str, side: str, tmp_path: Path) -> None:
+    """Cached, and encoded alone or beside longer prompts."""
+    own = encoder(name=name)
+    for part, tokenizer in own.pipeline.components.items():
+        if part.startswith("tokenizer") and tokenizer is not None:
+            getattr(tokenizer, "tokenizer", tokenizer).padding_side = side
+    pairs = red_pairs(5)
+    cached = cache_pairs(pairs, own, str(tmp_path), "Encoding")
+    for rows in ([3, 0, 4], [2]):
+        found = cached.collate([cached[row] for row in rows])
+        expected = own.encode(own.collator([pairs[row] for row in rows]))
+        assert found.keys() == expected.keys()
+        for key in (key for key in expected if key.startswith("condition_")):
+            torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_format_changes_neither_noise_nor_files(cached: bool, tmp_path: Path) -> None:
+    pairs = red_pairs(4)
+
+    def losses(pairs: Dataset) -> list[float]:
+        trainer = make(tmp_path, pairs=pairs, evaluation=pairs, max_steps=1, cache_latents=cached)
+        trainer.train()
+        return [*logged(trainer, "loss"), trainer.evaluate()["eval_loss"]]
+
+    expected = losses(pairs)
+    files = set((tmp_path / "latents").rglob("*.arrow"))
+    assert bool(files) == cached
+    for name in ("numpy", "torch", "arrow", "pandas"):
+        assert losses(pairs.with_format(name)) == expected
+    assert set((tmp_path / "latents").rglob("*.arrow")) == files
+
+
+def test_a_transform_is_applied_at_every_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    drawn: list[int] = []
+
+    def augment(batch: dict[str, list]) -> dict[str, list]:
+        drawn.append(len(batch["prompt"]))
+        return batch
+
+    trainer = make(tmp_path, pairs=red_pairs(8).with_transform(augment), max_steps=3, per_device_train_batch_size=8)
+    assert "has a transform (`with_transform`)" in caplog.text
+    assert not list((tmp_path / "latents").rglob("*.arrow"))
+    drawn.clear()
+    trainer.train()
+    assert sum(drawn) >= 3 * 8
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_prompts_of_the_same_tokens_are_encoded_once(name: str, tmp_path: Path) -> None:
+    """The tokenizer decides: CLIP's reads small letters and single spaces, T5's single spaces."""
+    own = encoder(name=name)
+    texts = ["a red apple", "a  red  apple", "a RED apple", "a boat"]
+    pairs = red_pairs(4).remove_columns("prompt").add_column("prompt", texts)
+    distinct = len(set(own.tokens_of(texts)))
+    cached = cache_pairs(pairs, own, str(tmp_path), "Encoding")
+    assert len(cached.prompts) == distinct
+    assert distinct == (2 if name in ("sd", "sdxl") else distinct)
+    found = cached.collate(list(cached))
+    expected = own.encode(own.collator(list(pairs)))
+    for key in (key for key in expected if key.startswith("condition_")):
+        torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5, check_dtype=False)
+    assert torch.equal(found["row"], expected["row"])  # noise goes by the text, cached or not
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_a_textual_inversion_of_another_vector_is_encoded_anew(vectors: int) -> None:
+    """The same word, with a vector that somebody else has learnt."""
+
+    def print_of(value: float) -> str:
+        own = encoder()
+        width = own.pipeline.text_encoder.config.hidden_size
+        vector = torch.full((vectors, width), 0.1)
+        vector[-1, 5] = value
+        own.pipeline.load_textual_inversion({"<taste>": vector}, token="<taste>")
+        return own.fingerprint()
+
+    assert print_of(0.1) == print_of(0.1)
+    assert len({print_of(0.1), print_of(0.2), encoder().fingerprint()}) == 3
+
+
+def test_switches_of_the_pipeline_count() -> None:
+    own = encoder(name="sdxl")
+    before = own.fingerprint()
+    own.pipeline.register_to_config(force_zeros_for_empty_prompt=not own.pipeline.config.force_zeros_for_empty_prompt)
+    assert own.fingerprint() != before

@@ -157,7 +157,7 @@ def test_whole_models_are_published_too(hub: Hub, online: Path, made: Path, tmp_
     trainer.push_to_hub()
     assert {"config.json", "model.safetensors", "README.md"} < set(hub.files("me/whole"))
     assert str(made).encode() not in hub.everything()
-    assert 'AutoModel.from_pretrained("me/whole")' in hub.files("me/whole")["README.md"].decode()
+    assert 'AutoModel.from_pretrained("me/whole", dtype=torch.float32)' in hub.files("me/whole")["README.md"].decode()
     assert PreferenceScorer.from_pretrained("me/whole").score("a red apple", [picture((9, 9, 9))]).isfinite().all()
 
 

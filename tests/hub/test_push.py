@@ -37,7 +37,7 @@ def test_push_publishes_the_contract_in_one_commit(hub: Hub, online: Path, bases
     assert card.data.eval_results == local
     for line in (
         f'PreferenceScorer.from_pretrained("{TASTE}"',
-        f'base = AutoModel.from_pretrained("{BASE}")',
+        f'base = AutoModel.from_pretrained("{BASE}", dtype=torch.float32)',
         f'PeftModel.from_pretrained(base, "{TASTE}")',
     ):
         assert line in card.text
@@ -64,7 +64,7 @@ def test_push_of_a_lora_names_its_base_everywhere(hub: Hub, online: Path, bases:
         "pytorch_lora_weights.safetensors",
     }
     assert f'pipe.load_lora_weights("{LORA}"' in files["README.md"].decode()
-    assert f'DiffusionPipeline.from_pretrained("{PIPELINE}")' in files["README.md"].decode()
+    assert f'DiffusionPipeline.from_pretrained("{PIPELINE}", dtype=torch.float32)' in files["README.md"].decode()
     assert b'"unet.lora_alpha\\": 6' in files["pytorch_lora_weights.safetensors"]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bt_hf import metrics
+from bt_hf.evaluate_modules import path
 
 evaluate = pytest.importorskip("evaluate")
 
@@ -42,6 +43,15 @@ def test_batches_give_the_same_result(name, tmp_path):
     metric.add_batch(predictions=MARGINS[2:4], references=PREFERENCES[2:4])
     metric.add(prediction=MARGINS[4], reference=PREFERENCES[4])
     assert metric.compute() == pytest.approx(at_once)
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_documented_call_works_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    metric = evaluate.load(path(name), cache_dir=str(tmp_path))
+    assert set(metric.compute(predictions=MARGINS, references=PREFERENCES)) == KEYS[name]
+    with pytest.raises(ValueError, match="no metric 'accuracy': expected one of preference_accuracy, "):
+        path("accuracy")
 
 
 def test_accuracy_by_hand(tmp_path):

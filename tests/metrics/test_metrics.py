@@ -1,5 +1,6 @@
 """The metrics against numbers derived by hand, published examples, SciPy and scikit-learn."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from bt_hf.metrics import (
     agreement,
     brier_score,
     calibration_error,
+    clustered_sample_size,
     effective_sample_size,
     log_loss,
     mcnemar_test,
@@ -22,6 +24,7 @@ from bt_hf.metrics import (
     preference_accuracy,
     preference_metrics,
     reliability_bins,
+    sign_flip_test,
     verdict_sentence,
     wilson_interval,
 )
@@ -270,3 +273,99 @@ def test_verdict_names_the_other_model():
 def test_errors_name_the_argument_and_the_place(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Clusters and weights
+
+
+def brute_force(sums):
+    """Share of all signs that reach the observed sum."""
+    signs = np.array(list(itertools.product([-1, 1], repeat=len(sums))))
+    return float((np.abs(signs @ np.abs(sums)) >= abs(sum(sums)) - 1e-9).mean())
+
+
+@pytest.mark.parametrize(
+    "sums", [[1, 1, 1, -1], [2, 1, -0.5, 3], [0.3, 0.7, -0.2, 1.1, 0.4], [1, 2, 3, 4, 5, -6], [0, 0, 1.5]]
+)
+def test_sign_flips_agree_with_all_signs(sums):
+    assert sign_flip_test(sums) == pytest.approx(brute_force([value for value in sums if value]))
+
+
+def test_random_signs_come_near_the_exact_value():
+    """Sums of odd sizes, against multiples of one half."""
+    sums = np.array([1.0, 2.0, 3.0] * 7) * np.resize([1, 1, 1, -1], 21)
+    assert sign_flip_test(sums * 0.37) == pytest.approx(sign_flip_test(sums), abs=0.005)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(6, 0), (3, 7), (12, 4)])
+def test_copies_prove_nothing(better, worse):
+    a, b = discordant(better, worse, both=3, neither=2)
+    pairs = np.arange(len(a))
+    once = mcnemar_test(a, b)
+    for times in (2, 8):
+        copied = [np.tile(values, times) for values in (a, b, pairs)]
+        assert mcnemar_test(*copied[:2], cluster=copied[2]) == pytest.approx(once)
+        assert mcnemar_test(*copied[:2]).p_value < once.p_value
+        assert paired_difference_interval(*copied[:2], cluster=copied[2]) == pytest.approx(
+            paired_difference_interval(a, b)
+        )
+        margins = np.where(copied[0] > 0, 1.0, -1.0)
+        found, alone = preference_metrics(margins, cluster=copied[2]), preference_metrics(margins[: len(a)])
+        assert found["accuracy_low"] == pytest.approx(alone["accuracy_low"])
+    verdict = verdict_sentence(*copied[:2], cluster=copied[2])
+    assert f"{8 * len(a)} pairs of {len(a)} prompts" in verdict
+
+
+def test_clusters_keep_the_level():
+    """Pairs of one prompt agree: McNemar's test on pairs errs far more often than one in twenty, ours does not."""
+    rng = np.random.default_rng(0)
+    false = np.zeros(2)
+    for _ in range(400):
+        sides = np.repeat(rng.integers(0, 2, 15), 6)
+        noise = rng.random(90) < 0.2
+        a = np.where(noise, 1 - sides, sides).astype(float)
+        cluster = np.repeat(np.arange(15), 6)
+        false += [mcnemar_test(a, 1 - a).p_value < 0.05, mcnemar_test(a, 1 - a, cluster=cluster).p_value < 0.05]
+    assert false[0] / 400 > 0.2
+    assert false[1] / 400 < 0.08
+
+
+def test_weights_count_in_the_sentence_as_in_the_table():
+    a, b, weight = [1, 0, 1, 0], [0, 0, 1, 1], [5.0, 1.0, 1.0, 3.0]
+    assert verdict_sentence(a, b, weight=weight).startswith(f"{EARLY} 60 % against 40 %")
+    assert verdict_sentence(a, b, weight=[5.0, 1.0, 1.0, 0.0]).startswith(f"{EARLY} 86 % against 14 % on the same 3")
+    equal = verdict_sentence(a, b, weight=[2.0] * 4)
+    assert equal == verdict_sentence(a, b)
+
+
+def test_clustered_size_is_between_clusters_and_rows():
+    rng = np.random.default_rng(0)
+    cluster = np.repeat(np.arange(10), 5)
+    assert clustered_sample_size(rng.integers(0, 2, 50), np.ones(50), cluster) > 15  # little in common
+    assert clustered_sample_size(cluster % 2, np.ones(50), cluster) == 10  # all in common
+    assert clustered_sample_size(np.ones(50), np.ones(50), cluster) == 10
+    assert clustered_sample_size(rng.integers(0, 2, 50), np.ones(50), np.arange(50)) == 50
+
+
+@pytest.mark.parametrize("n", [20, 60, 400])
+def test_random_clicks_are_called_so(n):
+    rng = np.random.default_rng(1)
+    a, b = rng.permutation(n) % 2, rng.permutation(n) % 2
+    verdict = verdict_sentence(a, b)
+    assert verdict.startswith("The clicks look random: 50 % against 50 %")
+    assert "more pairs" not in verdict
+    assert "\n" not in verdict
+
+
+def test_few_clicks_are_not_called_random():
+    assert verdict_sentence([1, 0, 1, 0, 1], [1, 0, 0, 1, 0]).startswith(EARLY)
+
+
+def test_a_taste_that_the_base_has_is_not_called_random():
+    assert verdict_sentence([1] * 18 + [0] * 7, [1] * 17 + [0] * 8).startswith(EARLY)
+
+
+@pytest.mark.parametrize("column", ["weight", "cluster"])
+def test_other_lengths_are_refused(column):
+    with pytest.raises(ValueError, match=f"`{column}` should have the shape"):
+        mcnemar_test([1, 0], [0, 0], **{column: [1.0]})

@@ -104,9 +104,32 @@ def test_reliability(tmp_path):
     assert bottom.get_xlabel() == "how sure the model was"
 
 
+@pytest.mark.parametrize(("pairs", "points"), [(12, 1), (42, 2), (100, 5), (299, 14)])
+def test_reliability_of_few_pairs_has_few_bins_of_equal_count(pairs, points):
+    margins = np.random.default_rng(0).normal(1, 2, pairs)
+    top, bottom = plot_reliability(margins).axes
+    counts = [bar.get_height() for bar in bottom.patches]
+    assert len(counts) == points
+    assert max(counts) - min(counts) <= 1
+    assert sum(counts) == pairs
+    assert top.lines[1].get_xdata().size == points
+
+
+def test_curves_begin_at_the_base():
+    log = [
+        {"step": 0, "base_loss": 1.2, "base_accuracy": 0.5},
+        {"step": 5, "loss": 0.4, "accuracy": 0.9},
+        {"step": 10, "loss": 0.5, "accuracy": 0.95},
+    ]
+    losses, accuracies = plot_training_curve(log).axes
+    assert list(losses.lines[0].get_xdata()) == [0, 5, 10]
+    assert list(losses.lines[0].get_ydata()) == [1.2, 0.4, 0.5]
+    assert list(accuracies.lines[0].get_ydata()) == [0.5, 0.9, 0.95]
+
+
 def test_reliability_shows_every_interval():
     """Three of three in one bin, none of three in another: the bars reach close to 0."""
-    top = plot_reliability([0.1] * 3 + [5.0] * 3, [1, 1, 1, 0, 0, 0]).axes[0]
+    top = plot_reliability([0.1] * 3 + [5.0] * 3, [1, 1, 1, 0, 0, 0], bins=10).axes[0]
     assert top.get_ylim()[0] <= 0
     assert top.get_ylim()[1] > 1
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, concatenate_datasets
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from sklearn.linear_model import LogisticRegression
+from transformers import TrainingArguments
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, cross_validate
 from bt_hf.metrics import agreement, mcnemar_test, preference_metrics
@@ -104,8 +106,11 @@ def test_result(tmp_path: Path) -> None:
     # The tie is in no accuracy, and so in no test of accuracies.
     decided = np.array(preference) != 0.5
     right, base_right = (agreement(m, preference)[decided] for m in (result.margins, result.base_margins))
-    assert result.test == mcnemar_test(right, base_right)
-    assert result.difference[0] <= right.mean() - base_right.mean() <= result.difference[1]
+    weight = np.array(pairs["weight"])[decided]
+    assert result.test == mcnemar_test(right, base_right, weight)
+    assert result.difference[0] <= np.average(right - base_right, weights=weight) <= result.difference[1]
+    # The sentence tells the figures of the table, weights and all.
+    assert f"{result.metrics['accuracy']:.0%} against".replace("%", " %") in result.verdict
     assert result.verdict
     text = str(result)
     assert text.endswith(result.verdict)
@@ -174,3 +179,143 @@ def test_adapted_model_is_refused(tmp_path: Path) -> None:
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="needs a base model, but got one with an adapter"):
         cross_validate(adapted, red_pairs(6), config(tmp_path), processing_class=processor)
+
+
+def test_copies_are_no_evidence(tmp_path: Path) -> None:
+    """Four pairs, eight times over, prove what four pairs prove, and share a fold with their copies."""
+    pairs = concatenate_datasets([red_pairs(4)] * 8)
+    base, processor = build(seed=3)
+    result = cross_validate(base, pairs, config(tmp_path), processing_class=processor, progress=False)
+    assert result.test.n_better + result.test.n_worse <= 4
+    assert result.test.p_value >= 0.125
+    assert "32 pairs of 4 prompts" in result.verdict
+    assert result.metrics["accuracy_high"] - result.metrics["accuracy_low"] > 0.3
+    assert result.contradictions == (0, 4)
+    assert "contradict" not in result.verdict
+
+
+def test_spellings_of_a_prompt_share_a_fold(tmp_path: Path) -> None:
+    pairs = red_pairs(6)
+    prompts = [f"  {prompt.upper()} " if index % 2 else prompt for index, prompt in enumerate(pairs["prompt"])]
+    both = concatenate_datasets([pairs, pairs.remove_columns("prompt").add_column("prompt", prompts)])
+    base, processor = build()
+    result = cross_validate(base, both, config(tmp_path), folds=3, processing_class=processor, progress=False)
+    assert (result.folds[:6] == result.folds[6:]).all()
+    assert (result.prompts[:6] == result.prompts[6:]).all()
+
+
+def test_contradicting_clicks_are_told(tmp_path: Path) -> None:
+    pairs = red_pairs(6)
+    swapped = pairs.select([0, 1]).rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    rows = concatenate_datasets([pairs, swapped.select_columns(pairs.column_names), pairs.select([2])])
+    base, processor = build()
+    result = cross_validate(base, rows, config(tmp_path), processing_class=processor, progress=False)
+    assert result.contradictions == (2, 3)
+    assert result.verdict.endswith("Your clicks contradict each other on 2 of 3 repeated pairs.")
+
+
+def test_the_probe_stands_beside_base_and_adapter(tmp_path: Path) -> None:
+    """Its margins are those of scikit-learn's logistic regression on each fold's training pairs."""
+    pairs = red_pairs(20)
+    base, processor = build(seed=3)
+    result = cross_validate(base, pairs, config(tmp_path), processing_class=processor, progress=False)
+    model = build(seed=3)[0].eval()
+    inputs = [processor.image_processor(list(pairs[name]), return_tensors="pt") for name in ("chosen", "rejected")]
+    with torch.no_grad():
+        chosen, rejected = (
+            torch.nn.functional.normalize(model.get_image_features(**images).pooler_output, dim=-1)
+            for images in inputs
+        )
+    difference = (chosen - rejected).double().numpy()
+    for fold in range(5):
+        rest = difference[result.folds != fold]
+        probe = LogisticRegression(fit_intercept=False, C=0.5, tol=1e-8, max_iter=1000)  # each pair twice
+        probe.fit(np.concatenate([rest, -rest]), np.repeat([1, 0], len(rest)))
+        expected = difference[result.folds == fold] @ probe.coef_[0]
+        np.testing.assert_allclose(result.probe_margins[result.folds == fold], expected, atol=1e-4)
+    assert f"probe       {result.metrics['probe_accuracy']:9.3f}" in str(result)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eval_on_start": True},
+        {"eval_strategy": "steps", "eval_steps": 1},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+        {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "accuracy"},
+        {"push_to_hub": True},
+        {"resume_from_checkpoint": "true"},
+    ],
+    ids=str,
+)
+def test_options_of_a_training_with_held_out_pairs(options: dict[str, object], tmp_path: Path) -> None:
+    base, processor = build()
+    args = config(tmp_path, **options)
+    result = cross_validate(base, red_pairs(6), args, folds=2, processing_class=processor, progress=False)
+    assert len(result.margins) == 6
+
+
+# --- Folds that see each other ---
+
+LOSING = {
+    "whole modules": LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["visual_projection", "text_projection"]
+    ),
+    "tokens": LoraConfig(
+        r=4, target_modules=["visual_projection"], trainable_token_indices={"token_embedding": list(range(20))}
+    ),
+    "norms": LNTuningConfig(target_modules=["layer_norm1", "final_layer_norm"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT of its own kind
+@pytest.mark.parametrize("name", LOSING)
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+def test_every_fold_starts_from_the_same_bits(name: str, cache: bool, tmp_path: Path) -> None:
+    """Each fold predicts as a training by itself does, and the base is the true one in all of them."""
+    pairs, (model, processor) = red_pairs(12), build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    args = config(tmp_path, learning_rate=5e-2, cache_features=cache, warm_start=False)
+    result = cross_validate(model, pairs, args, 3, processor, peft_config=LOSING[name], progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for fold in range(3):
+        held_out = np.flatnonzero(result.folds == fold)
+        trainer = BradleyTerryTrainer(
+            build()[0],
+            config(tmp_path / str(fold), learning_rate=5e-2, cache_features=cache, warm_start=False),
+            train_dataset=pairs.select(np.flatnonzero(result.folds != fold)),
+            processing_class=processor,
+            peft_config=LOSING[name],
+        )
+        trainer.train()
+        margins, base = trainer.predict(pairs.select(held_out)).predictions
+        np.testing.assert_allclose(result.margins[held_out], margins, atol=1e-4)
+        np.testing.assert_allclose(result.base_margins[held_out], base, atol=1e-5)
+    untrained = BradleyTerryTrainer(build()[0], config(tmp_path / "base"), processing_class=processor)
+    np.testing.assert_allclose(result.base_margins, untrained.predict(pairs).predictions[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset": red_pairs(4).to_iterable_dataset()}, "got a stream, which has no length: load it whole"),
+        ({"dataset": red_pairs(4).to_dict()}, r"`dataset` .* got dict: make a dataset of these columns"),
+        ({"dataset": DatasetDict(train=red_pairs(4))}, "`dataset` .* got DatasetDict: pick a split: train"),
+        ({"dataset": "pairs/"}, "`dataset` .* got str: load it by"),
+        ({"args": TrainingArguments("out", report_to="none")}, "should be a `BradleyTerryConfig`, .*TrainingArg"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(arguments: dict, message: str) -> None:
+    model, processor = build()
+    with pytest.raises(TypeError, match=message) as error:
+        cross_validate(model, **{"dataset": red_pairs(4), "processing_class": processor, **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_a_compiled_model_is_cross_validated(tmp_path: Path) -> None:
+    pairs, (model, processor) = red_pairs(8), build()
+    plain = cross_validate(model, pairs, config(tmp_path), 2, processor, progress=False)
+    compiled = torch.compile(build()[0], backend="eager")
+    result = cross_validate(compiled, pairs, config(tmp_path), 2, processor, progress=False)
+    np.testing.assert_array_equal(result.margins, plain.margins)

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from transformers import BertConfig, BertModel, CLIPVisionConfig, CLIPVisionModel
 
 from bt_hf.data.checks import warn_of_truncation
-from bt_hf.hub.contract import find_adapter_config
+from bt_hf.hub.loading import find_adapter_config
 from bt_hf.reward import encoders
 from bt_hf.reward.collator import PreferenceCollator
 from bt_hf.reward.encoders import (

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from torch.nn.functional import log_softmax, normalize
 
 from bt_hf.reward import encoders, taste
-from bt_hf.reward.fit import Taste
 from bt_hf.reward.lora import add_adapter
+from bt_hf.reward.posterior import Taste
 from bt_hf.reward.taste import EmbeddedPairs, best_scale, plain_lora, plan_update, vocabulary_texts, write_update
 from bt_hf.training.lora_options import LoraOptions
 from tiny_models import ALL_FAMILIES, build, red_pairs

@@ -23,6 +23,7 @@ from transformers import (
     CLIPVisionModel,
     EarlyStoppingCallback,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceScorer
@@ -172,7 +173,7 @@ def test_double_weight_is_a_copy(warm_start: bool, tmp_path: Path) -> None:
             kl_weight=0.0,
             learning_rate=1e-2,
             num_train_epochs=3,
-            prior_weight=0.1,
+            **({"prior_weight": 0.1} if warm_start else {}),
         )
         trainer.train()
         ends.append(adapter(trainer))
@@ -476,7 +477,7 @@ def test_own_collator_turns_the_cache_off(tmp_path: Path) -> None:
     )
     assert trainer.cache is None
     trainer.train()
-    assert calls == [6, 6]
+    assert calls[:2] == [6, 6]
 
 
 # --- Evaluation ---
@@ -706,7 +707,7 @@ def test_contradictions(tmp_path: Path) -> None:
         make_trainer(tmp_path, full_finetuning=True, peft_config=LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"`label_smoothing` should be in \[0, 0.5\], but got 0.6"):
         make_trainer(tmp_path, label_smoothing=0.6)
-    with pytest.raises(ValueError, match="`kl_weight` should be at least 0, but got -1"):
+    with pytest.raises(ValueError, match="`kl_weight` should be a finite number of at least 0, but got -1"):
         make_trainer(tmp_path, kl_weight=-1)
 
 
@@ -753,3 +754,81 @@ def test_batch_norms_of_a_frozen_tower_stay_as_they_are(tmp_path: Path) -> None:
     assert any("running_mean" in name for name in before)
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_buffers())
+
+
+# --- Whatever is passed as model or as arguments ---
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+@pytest.mark.parametrize("full", [True, False], ids=["full", "lora"])
+def test_a_wrapped_model_trains_as_a_plain_one(wrap: Callable, full: bool, tmp_path: Path) -> None:
+    ends = []
+    for name, model in (("plain", build()[0]), ("wrapped", wrap(build()[0]))):
+        trainer = make_trainer(tmp_path / name, model=model, max_steps=2, learning_rate=1e-3, full_finetuning=full)
+        trainer.train()
+        trainer.save_model()
+        ends.append(
+            {key: value for file in (tmp_path / name).glob("*.safetensors") for key, value in load_file(file).items()}
+        )
+    assert_same(*ends, tolerance=0)
+
+
+def test_an_adapter_loaded_for_use_alone_is_trained(tmp_path: Path) -> None:
+    get_peft_model(build()[0], LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(build()[0], tmp_path / "first")
+    trainer = make_trainer(tmp_path / "second", model=model, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "second"))
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    with pytest.raises(ValueError, match="named 'mine'"):
+        make_trainer(tmp_path, model=PeftModel.from_pretrained(build()[0], tmp_path / "first", adapter_name="mine"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_full_finetuning_of_a_half_precision_model_moves(dtype: torch.dtype, tmp_path: Path) -> None:
+    """By what a training of the same weights in float32 moves; in half precision most steps are rounded away."""
+    options = {"full_finetuning": True, "max_steps": 3, "learning_rate": 1e-5}
+    ends = []
+    for index, model in enumerate((build()[0].to(dtype), build()[0].to(dtype).float())):
+        trainer = make_trainer(tmp_path / str(index), model=model, **options)
+        trainer.train()
+        ends.append(adapter(trainer))
+    assert_same(*ends, tolerance=0)
+    start = build()[0].to(dtype).float()
+    assert all(not torch.equal(value, start.get_parameter(name)) for name, value in ends[0].items() if value.ndim > 1)
+
+
+def test_statistics_of_a_frozen_batch_norm_are_the_bases(tmp_path: Path) -> None:
+    model = build()[0]
+    model.vision_model.post_layernorm = nn.BatchNorm1d(model.config.vision_config.hidden_size)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    trainer = make_trainer(tmp_path, model=model, max_steps=2, cache_features=False)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_an_adapter_that_changes_the_base_is_refused(name: str, tmp_path: Path) -> None:
+    model = build()[0]
+    config = LoraConfig(r=4, target_modules=["text_projection", "visual_projection"], init_lora_weights=name)
+    with pytest.raises(ValueError, match=rf"`init_lora_weights='{name}'` rewrites \w+_projection.weight"):
+        make_trainer(tmp_path, model=model, peft_config=config)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in build()[0].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("train_dataset", red_pairs(2).to_dict(), r"`train_dataset` .* got dict: make a dataset of these columns"),
+        ("eval_dataset", {"a": "pairs/"}, r"`eval_dataset\['a'\]` .* got str: load it by"),
+        ("args", TrainingArguments("mine", report_to="none"), r"`BradleyTerryConfig\('mine', ...\)`"),
+        ("args", "mine", "should be a `BradleyTerryConfig`, but got str"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(name: str, value: Any, message: str, tmp_path: Path) -> None:
+    model, processor = build()
+    args = BradleyTerryConfig(str(tmp_path), **QUIET)
+    with pytest.raises(TypeError, match=message) as error:
+        BradleyTerryTrainer(model, **{"args": args, "processing_class": processor, name: value})
+    assert "\n" not in str(error.value)

@@ -24,6 +24,7 @@ from urllib.parse import unquote
 
 import uvicorn
 import yaml
+from huggingface_hub import ModelCard
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -413,6 +414,9 @@ class Hub:
         if "blobs" not in request.query_params:
             siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
         known = {"id": repo_id, "sha": oid, "private": repo.private, "gated": False, "tags": [], "siblings": siblings}
+        if "README.md" in commit.files:
+            card = commit.files["README.md"].content.decode(errors="replace")
+            known["cardData"] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
         return JSONResponse(known)
 
     async def refs(self, request: Request) -> Response:

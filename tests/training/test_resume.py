@@ -1,5 +1,6 @@
 """Resuming from a checkpoint that is named in the arguments, as a word, or not at all."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -17,8 +18,9 @@ STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "report_to":
 
 def reward(folder: Path, **options: object) -> BradleyTerryTrainer:
     model, processor = build("clip")
+    evaluation = options.pop("eval_dataset", None)
     args = BradleyTerryConfig(str(folder), **{"per_device_train_batch_size": 4, **STEPS, **options})
-    return BradleyTerryTrainer(model, args, train_dataset=red_pairs(16), processing_class=processor)
+    return BradleyTerryTrainer(model, args, red_pairs(16), evaluation, processing_class=processor)
 
 
 def weights(trainer: BradleyTerryTrainer) -> dict[str, torch.Tensor]:
@@ -82,17 +84,56 @@ def test_the_newest_whole_checkpoint_is_taken(whole: Path, tmp_path: Path, caplo
             find_checkpoint(str(folder / f"checkpoint-{step}"), folder)
 
 
-def test_scratch_of_a_killed_save_does_not_stand_in_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_appears_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = reward(tmp_path)
-    held: list[list[str]] = []
-    write = trainer.save_beside_adapter
+    seen: list[list[str]] = []
+    write = trainer._save_rng_state
 
-    def look(folder: Path) -> None:
-        held.append([path.name for path in (tmp_path / "checkpoint-1").iterdir() if path.is_dir()])
+    def look(folder: str) -> None:
+        seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
         write(folder)
 
-    monkeypatch.setattr(trainer, "save_beside_adapter", look)
+    monkeypatch.setattr(trainer, "_save_rng_state", look)
     trainer.train()
-    assert held[0] == []
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], [f"checkpoint-{n}" for n in (1, 2, 3)]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+
+
+def test_scratch_of_earlier_versions_does_not_stop_resuming(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    for step in (3, 4):  # a kill left it in one, a full disk in the next
+        shutil.copytree(folder / "checkpoint-1", folder / f"checkpoint-{step}" / ".saving-abc")
+    (folder / "checkpoint-4" / "trainer_state.json").unlink()
+    trainer = reward(folder, resume_from_checkpoint=True)
+    trainer.train()
+    expected, found = torch.load(whole / "expected.pt"), weights(trainer)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not list(folder.rglob(".saving*"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+@pytest.mark.parametrize("length", [0, -100])
+def test_a_checkpoint_with_a_cut_file_is_not_whole(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, length: int
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    cut = folder / "checkpoint-4" / name
+    cut.write_bytes(cut.read_bytes()[:length])
+    with caplog.at_level(logging.WARNING, logger="bt_hf.training.resume"):
+        assert find_checkpoint(True, folder) == str(folder / "checkpoint-3")
+    assert "checkpoint-4 is not a whole checkpoint" in caplog.text
+
+
+def test_the_best_checkpoint_keeps_its_name(tmp_path: Path) -> None:
+    """Also if it was the one that was just written, and old ones are removed."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "save_total_limit": 1}
+    trainer = reward(tmp_path, load_best_model_at_end=True, eval_dataset=red_pairs(4, seed=1), **options)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert best.is_dir()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert Path(state["best_model_checkpoint"]).parent == tmp_path

@@ -5,7 +5,7 @@ to call them. The trainer has no branch for any model: a further one is a furthe
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +39,7 @@ class Family(ABC):
         target_modules: Default layers of the LoRA, as PEFT takes them.
         call_options: Further arguments of the pipeline's call with embedded prompts, with which it draws at exactly
             the size it is asked for.
+        optional: Text encoders and tokenizers that the pipeline draws without. Default none.
     """
 
     name: ClassVar[str]
@@ -46,6 +47,7 @@ class Family(ABC):
     beta: ClassVar[float]
     target_modules: ClassVar[str | list[str]]
     call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    optional: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline: Any = pipeline
@@ -152,7 +154,8 @@ class Family(ABC):
         weights = {name.removeprefix("base_model.model."): value.contiguous() for name, value in weights.items()}
         # Without the config, loading would assume alpha = rank. What it says of the base would publish a local path.
         config = model.peft_config[model.active_adapter].to_dict()
-        config |= {"base_model_name_or_path": None, "inference_mode": True}
+        # diffusers puts the LoRA on in training mode, where a dropout would blur what is drawn.
+        config |= {"base_model_name_or_path": None, "inference_mode": True, "lora_dropout": 0.0}
         self.pipeline.save_lora_weights(
             folder,
             **{f"{self.denoiser}_lora_layers": weights, f"{self.denoiser}_lora_adapter_metadata": config},
@@ -167,8 +170,8 @@ class Family(ABC):
         self._check_distillation()
 
     def _check_components(self) -> None:
-        # Some draw without a second text encoder: only what every family needs.
-        needed = (self.denoiser, "vae", "scheduler", "tokenizer", "text_encoder")
+        readers = [name for name in self.pipeline.components if name.startswith(("text_encoder", "tokenizer"))]
+        needed = [self.denoiser, "vae", "scheduler", *(name for name in readers if name not in self.optional)]
         missing = [name for name in needed if getattr(self.pipeline, name, None) is None]
         if missing:
             raise ValueError(
@@ -201,6 +204,9 @@ class Family(ABC):
                 f"of denoising would undo. {advice}"
             )
 
+
+# Ends of the names of tensors, as PEFT saves them and diffusers loads them.
+_LORA_TENSORS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector")
 
 # Class of the pipeline -> module and class of the family; by name, so that it is imported when a pipeline asks for it.
 FAMILIES = {
@@ -250,7 +256,7 @@ def find_family(pipeline: DiffusionPipeline) -> Family:
 
 def check_adapter(config: PeftConfig) -> None:
     """Raise a `ValueError` unless diffusers can load an adapter of this config."""
-    if not isinstance(config, LoraConfig):
+    if type(config) is not LoraConfig:  # AdaLoRA is derived from it, but diffusers can't load it
         raise ValueError(f"Pipelines load LoRA adapters: expected a `LoraConfig`, but got {type(config).__name__}.")
     if config.modules_to_save:
         raise ValueError(
@@ -261,6 +267,20 @@ def check_adapter(config: PeftConfig) -> None:
         raise ValueError(
             f"Pipelines load LoRA weights alone, but `bias={config.bias!r}` trains biases of the base too, which "
             "switching off the LoRA would not undo: pass `bias='none'`."
+        )
+
+
+def check_tensors(names: Iterable[str]) -> None:
+    """Raise a `ValueError` if a saved tensor of an adapter is none that diffusers loads.
+
+    Args:
+        names: Names without PEFT's prefix.
+    """
+    unknown = next((name for name in names if not name.endswith(_LORA_TENSORS)), None)
+    if unknown is not None:
+        raise ValueError(
+            f"Pipelines load LoRA weights alone, but this `peft_config` trains {unknown} too, which diffusers would "
+            "leave out: choose a plain LoRA, with DoRA if you like."
         )
 
 

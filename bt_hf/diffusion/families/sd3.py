@@ -27,6 +27,7 @@ class StableDiffusion3(Family):
     denoiser = "transformer"
     beta = FLOW_BETA
     target_modules: ClassVar[str | list[str]] = TRANSFORMER_LAYERS
+    optional = frozenset({"text_encoder_3", "tokenizer_3"})  # T5, left out to save memory
 
     @property
     def pixels_per_token(self) -> int:

@@ -254,7 +254,7 @@ def _check_options(scorer: Scorer, on_bad_images: str, pipeline_kwargs: Mapping[
 
 def _loaded(pipeline: Any, options: Mapping[str, Any]) -> Any:
     if isinstance(pipeline, (str, os.PathLike)):
-        from bt_hf.diffusion.loading import from_pretrained
+        from bt_hf.diffusion.origin import from_pretrained
 
         pipeline = from_pretrained(os.fspath(pipeline))
         pipeline = pipeline.to("cuda") if torch.cuda.is_available() else pipeline

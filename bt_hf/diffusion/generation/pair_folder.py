@@ -11,6 +11,8 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, Value
 
+from bt_hf.data.atomic import write_file
+
 logger = logging.getLogger(__name__)
 
 FEATURES = Features(
@@ -57,6 +59,8 @@ class PairFolder:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`output_dir` should be a folder, but '{self.folder}' is a file.")
         self.folder.mkdir(parents=True, exist_ok=True)
+        for half in (*self.folder.glob(".*.tmp"), *self.folder.glob("images/.*.tmp")):  # left by a run that was killed
+            half.unlink()
         file = self.folder / _SETTINGS
         if not file.exists():
             if any(self.folder.iterdir()):
@@ -64,7 +68,7 @@ class PairFolder:
                     f"`output_dir` should be a new or empty folder, or one that was begun here, but '{self.folder}' "
                     f"has files and no {_SETTINGS}: name another folder."
                 )
-            _write(file, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
+            write_file(file, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())
         begun = json.loads(file.read_text(encoding="utf-8"))
         # Through JSON, as what was written went too.
         settings = json.loads(json.dumps(settings))
@@ -80,7 +84,7 @@ class PairFolder:
             text = progress.read_bytes()
             whole = text[: text.rfind(b"\n") + 1]  # a killed run may have written half a line
             if whole != text:
-                _write(progress, whole)
+                write_file(progress, whole)
             self.finished = {line["place"]: line for line in map(json.loads, whole.decode().splitlines())}
 
     def add(self, place: int, prompt: str, rows: list[dict[str, Any]], skipped: Mapping[str, int]) -> None:
@@ -95,7 +99,7 @@ class PairFolder:
                     images[name] = {"bytes": png.getvalue(), "path": None}
                 else:
                     images[name] = f"images/{place:06}-{number}-{name}.png"
-                    _write(self.folder / images[name], png.getvalue())
+                    write_file(self.folder / images[name], png.getvalue())
             kept.append({"prompt": prompt, **row, **images})
         self.finished[place] = {"place": place, "rows": kept, "skipped": dict(skipped)}
         if self.folder is not None:
@@ -126,17 +130,9 @@ class PairFolder:
             # Named as `datasets` names columns of image files in a folder, so that the Hub shows the images too.
             lines = [{_FILE_NAMES.get(name, name): value for name, value in row.items()} for row in rows]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            _write(self.folder / _METADATA, text.encode())
+            write_file(self.folder / _METADATA, text.encode())
             columns |= {name: [str(self.folder / file) for file in columns[name]] for name in _FILE_NAMES}
         return Dataset.from_dict(columns, features=FEATURES)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Write to a temporary name and move it into place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -10,7 +10,8 @@ class PreferenceAccuracy(base.PreferenceMetric):
 
     Example:
         >>> import evaluate
-        >>> metric = evaluate.load("bt_hf/evaluate_modules/preference_accuracy")
+        >>> from bt_hf.evaluate_modules import path
+        >>> metric = evaluate.load(path("preference_accuracy"))
         >>> metric.compute(predictions=[1.0, -1.0, 2.0, 3.0], references=[1.0, 1.0, 1.0, 1.0])["accuracy"]
         0.75
     """

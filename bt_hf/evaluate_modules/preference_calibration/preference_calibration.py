@@ -11,7 +11,8 @@ class PreferenceCalibration(base.PreferenceMetric):
 
     Example:
         >>> import evaluate
-        >>> metric = evaluate.load("bt_hf/evaluate_modules/preference_calibration")
+        >>> from bt_hf.evaluate_modules import path
+        >>> metric = evaluate.load(path("preference_calibration"))
         >>> metric.compute(predictions=[50.0, 50.0], references=[1.0, 0.0])["calibration_error"]
         0.5
     """

@@ -11,7 +11,8 @@ class PreferenceLogLoss(base.PreferenceMetric):
 
     Example:
         >>> import evaluate
-        >>> metric = evaluate.load("bt_hf/evaluate_modules/preference_log_loss")
+        >>> from bt_hf.evaluate_modules import path
+        >>> metric = evaluate.load(path("preference_log_loss"))
         >>> round(metric.compute(predictions=[0.0, 0.0], references=[1.0, 0.0])["log_loss"], 3)
         0.693
     """

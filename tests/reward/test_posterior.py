@@ -6,8 +6,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize, softplus
 
-from bt_hf.reward import fit
-from bt_hf.reward.fit import fit_taste, leave_out, newton
+from bt_hf.reward import posterior
+from bt_hf.reward.posterior import fit_taste, leave_out, newton
 
 
 def embeddings(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -39,8 +39,8 @@ def clicks(rows: int, width: int = 16, slope: float = 8.0, seed: int = 0) -> dic
 
 
 def one_setting(monkeypatch: pytest.MonkeyPatch, strength: float, prompt_share: float = 0.0) -> None:
-    monkeypatch.setattr(fit, "STRENGTHS", (strength, strength))
-    monkeypatch.setattr(fit, "PROMPT_SHARES", (prompt_share,))
+    monkeypatch.setattr(posterior, "STRENGTHS", (strength, strength))
+    monkeypatch.setattr(posterior, "PROMPT_SHARES", (prompt_share,))
 
 
 # --- Against independent truth ---

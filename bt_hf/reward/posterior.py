@@ -159,7 +159,7 @@ def fit_taste(
     Example:
         >>> import torch
         >>> from torch.nn.functional import normalize
-        >>> from bt_hf.reward.fit import fit_taste
+        >>> from bt_hf.reward.posterior import fit_taste
         >>> text, chosen, rejected = (normalize(torch.randn(16, 8), dim=-1) for _ in range(3))
         >>> chosen[:, 0] += 1  # what they like
         >>> taste = fit_taste(text, normalize(chosen, dim=-1), rejected, torch.ones(16), torch.ones(16), scale=20.0)
