@@ -10,8 +10,8 @@ import pytest
 from PIL import Image, features
 
 from bt_hf.cli import main
-from bt_hf.cli.score import FORMATS, find_images
-from bt_hf.data.images import to_rgb
+from bt_hf.cli.score import find_images
+from bt_hf.data.images import FORMATS, to_rgb
 from bt_hf.reward.scorer import PreferenceScorer
 from command_line import BLUE, PROMPT, RED, Workplace, lines_of_error
 from tiny_models import picture
