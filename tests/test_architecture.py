@@ -57,10 +57,11 @@ ROOMS = {
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [
-        "__init__ config fitting frozen_prefix inputs lora posterior verdict",
+        "__init__ config fitting frozen_prefix inputs library lora posterior verdict",
         "encoders",
         "against_base card collator taste",
-        "cache scorer",
+        "cache words",
+        "scorer",
         "trainer",
         "cross_validation",
     ],

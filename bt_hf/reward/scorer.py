@@ -1,18 +1,24 @@
 """Use a reward: score, compare, rank and classify images."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers.processing_utils import ProcessorMixin
 
+from bt_hf.data.fingerprint import digest_weights
 from bt_hf.reward import encoders
 from bt_hf.reward.collator import count_truncated
 from bt_hf.reward.inputs import check_count, check_text, describe_image, list_images, list_texts, to_image
+from bt_hf.reward.library import Found, ImageLibrary
+from bt_hf.reward.taste import image_covariance, output_layers, vocabulary_texts
+from bt_hf.reward.words import LOOK_WORDS, Lean, embedded_pairs, explain_pairs, explain_shift, split_shift
 
 
 class PreferenceScorer:
@@ -154,6 +160,145 @@ class PreferenceScorer:
             raise ValueError(f"`template` should have one '{{}}' for the label, but got {template!r}.")
         text = self.embed_texts([template.replace("{}", label) for label in labels])
         return self._rewards(self.embed_images(images) @ text.T, images).softmax(dim=-1)
+
+    def reward(self, pixel_values: torch.Tensor, prompts: str | Sequence[str]) -> torch.Tensor:
+        """Rewards whose gradients reach the pixels, for whoever guides a generator.
+
+        Args:
+            pixel_values: (N, C, H, W) images as the processor gives them: resized and normalised.
+            prompts: One prompt for all images, or one for each.
+
+        Returns:
+            (N,) float32 rewards, on the device of the model.
+
+        Raises:
+            ValueError: The numbers of prompts and images differ.
+
+        Example:
+            ```python
+            pixels = scorer.processor.image_processor(images, return_tensors="pt")["pixel_values"].requires_grad_()
+            scorer.reward(pixels, "a red apple").sum().backward()  # pixels.grad leads to a better image
+            ```
+        """
+        prompts = list_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
+        if len(prompts) not in (1, len(pixel_values)):
+            raise ValueError(
+                f"`reward` needs one prompt for each image, or a single prompt, but got {len(prompts)} prompts and "
+                f"{len(pixel_values)} images."
+            )
+        text = self.embed_texts(prompts).clone().to(self.device)  # a clone leaves inference mode
+        images = encoders.embed_images(self.model, self._move({"pixel_values": pixel_values}))
+        return self.scale * (text * images).sum(-1)
+
+    def taste(self, images: Any) -> torch.Tensor:
+        """How much images are liked, whatever they show: what the adapter added to the reward, without a caption.
+
+        Args:
+            images: N images.
+
+        Returns:
+            (N,) float32, in logits: differences count, as with rewards.
+
+        Raises:
+            TypeError: The model has no adapter.
+        """
+        _, shift = self._shift()
+        return self._rewards(self.embed_images(images) @ shift.mean(0), list_images(images))
+
+    def index(self, images: Any, names: Sequence[str] | None = None) -> ImageLibrary:
+        """Embed a library of images once, for `search`.
+
+        Args:
+            images: M images.
+            names: M names; default: the paths of images that have one, else numbers.
+        """
+        images = list_images(images)
+        names = (
+            [describe_image(image, number) for number, image in enumerate(images)] if names is None else list(names)
+        )
+        if len(names) != len(images):
+            raise ValueError(f"`names` should name each of {len(images)} images, but has {len(names)} names.")
+        adapted = self.embed_images(images)
+        with self._without_adapter():
+            base = self.embed_images(images)
+        return ImageLibrary(names, base, adapted, self._digest())
+
+    def search(self, prompt: str, library: ImageLibrary, top_k: int = 10) -> list[Found]:
+        """Find images for a prompt: the base retrieves what fits the caption, and taste orders it.
+
+        Where `rank` lets a strong taste outvote the caption, which is right for images of one prompt, a library holds
+        images of everything.
+
+        Args:
+            prompt: Caption of what is wanted.
+            library: Images, as `index` embedded them with this model.
+            top_k: Images to return.
+
+        Raises:
+            ValueError: The library was embedded by another model.
+        """
+        check_text(prompt, "prompt")
+        check_count(top_k, "top_k", 0)
+        if library.model != self._digest():
+            raise ValueError("`library` was embedded by another model: embed its images anew with `scorer.index`.")
+        if not len(library) or not top_k:
+            return []
+        share, _ = self._shift() if isinstance(self.model, PeftModel) else (1.0, None)
+        adapted = self.embed_texts(prompt)[0]
+        with self._without_adapter():
+            base = self.embed_texts(prompt)[0]
+        return library.search(base, adapted - share * base, float(self.scale), top_k)
+
+    def explain(
+        self, vocabulary: Sequence[str] | None = None, top_k: int = 10, pairs: Dataset | None = None
+    ) -> list[Lean]:
+        """Tell which words the taste leans to, and away from.
+
+        Args:
+            vocabulary: Words to choose from; default: words for the look of images.
+            top_k: Words on each side, at most.
+            pairs: Clicks in the row contract. With them, words are compared over their images, and only those are
+                told that stay on their side when the clicks are drawn again.
+
+        Returns:
+            From the strongest liking to the strongest dislike.
+
+        Raises:
+            TypeError: The model has no adapter.
+            ValueError: `vocabulary` is empty.
+        """
+        words = list(LOOK_WORDS) if vocabulary is None else list_texts(vocabulary, "vocabulary")
+        if not words:
+            raise ValueError("`vocabulary` should hold at least one word, but it is empty.")
+        check_count(top_k, "top_k", 1)
+        _, shift = self._shift()
+        with self._without_adapter():
+            embedded = self.embed_texts(words)
+            images = None if pairs is None else [self.embed_images(pairs[name][:]) for name in ("chosen", "rejected")]
+            text = None if pairs is None else self.embed_texts(pairs["prompt"][:])
+        if images is None or text is None:
+            layers = output_layers(self.model)
+            covariance = image_covariance(self.model, layers) if layers else None
+            covariance = torch.eye(shift.shape[1]).double() if covariance is None else covariance
+            return explain_shift(shift.mean(0), embedded, words, covariance, top_k)
+        return explain_pairs(embedded_pairs(pairs, text, *images), embedded, words, float(self.scale), top_k)
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
+            yield
+
+    def _shift(self) -> tuple[float, torch.Tensor]:
+        """Return the share of the base in adapted texts, and what the adapter adds to each of many words, (K, D)."""
+        if not isinstance(self.model, PeftModel):
+            raise TypeError("a taste is what an adapter adds to its base, but the model has no adapter.")
+        words = vocabulary_texts(self.processor.tokenizer)
+        adapted = self.embed_texts(words)
+        with self._without_adapter():
+            return split_shift(adapted, self.embed_texts(words))
+
+    def _digest(self) -> str:
+        return digest_weights([self.model])
 
     @torch.inference_mode()
     def embed_texts(self, prompts: str | Sequence[str], batch_size: int | None = None) -> torch.Tensor:

@@ -256,23 +256,25 @@ def output_layers(model: nn.Module) -> OutputLayers | None:
 
 
 @torch.no_grad()
+def image_covariance(model: PeftModel, layers: OutputLayers) -> torch.Tensor | None:
+    """Return W W^T (D, D) of the weights that write image embeddings, which tells how these vary for no data."""
+    modules = dict(model.get_base_model().named_modules())
+    weights = [modules[name].weight.double().cpu() for name in layers.writers if name in modules]
+    return torch.stack([weight @ weight.T for weight in weights]).sum(0) if weights else None
+
+
+@torch.no_grad()
 def shared_direction(model: PeftModel, layers: OutputLayers, pairs: EmbeddedPairs) -> torch.Tensor:
     """Return a unit vector (D,) along which image embeddings hardly differ.
 
     Few images say little about that, but the weights that write the embedding do: the vector is the least eigenvector
     of their W W^T and of the covariance of the pairs' images, in proportion to the images that stand for either.
     """
-    base = model.get_base_model()
-    modules = dict(base.named_modules())
     images, weight = torch.cat([pairs.chosen, pairs.rejected]), pairs.weight.repeat(2)
     images = images - weight @ images / weight.sum().clamp(min=1e-12)
     seen = images.T @ (weight[:, None] * images)
-    expected = torch.zeros_like(seen)
-    for name in layers.writers:
-        if name in modules:
-            weight = modules[name].weight.double().cpu()
-            expected += weight @ weight.T
-    if expected.any():
+    expected = image_covariance(model, layers)
+    if expected is not None:
         # As if as many images had been seen as there are dimensions.
         typical = seen.trace().clamp(min=1e-12) / weight.sum().clamp(min=1e-12)
         seen = seen + len(seen) * typical / expected.trace() * expected

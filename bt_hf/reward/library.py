@@ -1,0 +1,117 @@
+"""Library of images whose embeddings are computed once: found by caption, ordered by taste."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value, load_from_disk
+
+# Candidates that the base retrieves for each image that is asked for; taste orders these.
+POOL = 4
+# Largest advantage of a candidate that is liked, in units of how far candidates fit the caption apart.
+LARGEST_ADVANTAGE = 1.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """Image that a search found.
+
+    Attributes:
+        index: Its place in the library.
+        name: Its name there, such as a file name.
+        caption: Reward of the base, in logits: how well the image fits the prompt.
+        taste: How much more the person likes it than the other candidates on average, in logits.
+    """
+
+    index: int
+    name: str
+    caption: float
+    taste: float
+
+
+class ImageLibrary:
+    """Embeddings of many images, with and without the adapter.
+
+    Args:
+        names: M names, such as file names.
+        base: (M, D) normalised float32 embeddings of the base.
+        adapted: (M, D) those of the adapted model.
+        model: Digest of the model that embedded them.
+
+    Example:
+        ```python
+        library = scorer.index(["first.png", "second.png"])
+        library.save("my-library")
+        scorer.search("a red apple", ImageLibrary.load("my-library"), top_k=1)
+        ```
+    """
+
+    def __init__(self, names: Sequence[str], base: torch.Tensor, adapted: torch.Tensor, model: str) -> None:
+        self.names = list(names)
+        self.base = base
+        self.adapted = adapted
+        self.model = model
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def save(self, folder: str | Path) -> None:
+        """Save the library as a folder of `datasets`, with the columns `name`, `base` and `adapted`."""
+        vector = List(Value("float32"), length=self.base.shape[1])
+        features = Features({"name": Value("string"), "base": vector, "adapted": vector})
+        columns = {"name": self.names, "base": list(self.base.numpy()), "adapted": list(self.adapted.numpy())}
+        rows = Dataset.from_dict(columns, features=features)
+        rows.info.description = self.model
+        rows.save_to_disk(str(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ImageLibrary":
+        """Load a saved library.
+
+        Raises:
+            ValueError: The folder does not hold one.
+        """
+        try:
+            rows = load_from_disk(str(folder))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"'{folder}' does not hold a library: save one by `scorer.index(images).save(folder)`."
+            ) from error
+        if not isinstance(rows, Dataset) or set(rows.column_names) != {"name", "base", "adapted"}:
+            raise ValueError(f"'{folder}' holds a dataset of another kind, not a library of `scorer.index`.")
+        table = rows.with_format("numpy")
+        base, adapted = (
+            torch.from_numpy(np.asarray(table[name][:], dtype=np.float32).reshape(len(rows), -1))
+            for name in ("base", "adapted")
+        )
+        return cls(list(rows["name"]), base, adapted, rows.info.description)
+
+    def search(
+        self, base_text: torch.Tensor, taste_text: torch.Tensor, scale: float, top_k: int, pool: int = POOL
+    ) -> list[Found]:
+        """Return the images that fit a prompt best, those first that the person likes.
+
+        The base retrieves `pool` candidates for each image that is asked for. A candidate that is liked more than
+        another one may fit the caption less well, by up to `LARGEST_ADVANTAGE` standard deviations of the candidates'
+        fit.
+
+        Args:
+            base_text: (D,) embedding of the prompt by the base.
+            taste_text: (D,) what the adapter adds to it.
+            scale: exp(logit_scale).
+            top_k: Images to return.
+            pool: Candidates for each of them.
+        """
+        caption = scale * (self.base @ base_text)  # (M,)
+        kept = caption.topk(min(len(self), top_k * pool)).indices
+        fits, taste = caption[kept], scale * (self.adapted[kept] @ taste_text)
+        taste = taste - taste.mean()
+        spread = fits.std(unbiased=False)
+        advantage = LARGEST_ADVANTAGE * spread * torch.tanh(taste / taste.std(unbiased=False).clamp(min=1e-6))
+        order = (fits + advantage).argsort(descending=True, stable=True)[:top_k]
+        return [
+            Found(int(kept[place]), self.names[int(kept[place])], float(fits[place]), float(taste[place]))
+            for place in order.tolist()
+        ]
