@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "BradleyTerryConfig": "bt_hf.reward.config",
     "BradleyTerryTrainer": "bt_hf.reward.trainer",
+    "ImageLibrary": "bt_hf.reward.library",
     "PreferenceLoRAConfig": "bt_hf.diffusion.config",
     "PreferenceLoRATrainer": "bt_hf.diffusion.trainer",
     "PreferenceScorer": "bt_hf.reward.scorer",
@@ -27,6 +28,7 @@ _MODULES = {
 __all__ = [
     "BradleyTerryConfig",
     "BradleyTerryTrainer",
+    "ImageLibrary",
     "PreferenceLoRAConfig",
     "PreferenceLoRATrainer",
     "PreferenceScorer",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from bt_hf.losses import bradley_terry_loss
     from bt_hf.reward.config import BradleyTerryConfig
     from bt_hf.reward.cross_validation import cross_validate
+    from bt_hf.reward.library import ImageLibrary
     from bt_hf.reward.scorer import PreferenceScorer
     from bt_hf.reward.trainer import BradleyTerryTrainer
 

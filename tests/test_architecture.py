@@ -60,7 +60,7 @@ ROOMS = {
         "__init__ config fitting frozen_prefix inputs library lora posterior verdict",
         "encoders",
         "against_base card collator taste",
-        "cache words",
+        "cache embedder words",
         "scorer",
         "trainer",
         "cross_validation",

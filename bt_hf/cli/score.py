@@ -45,6 +45,10 @@ class ScoreOptions:
         default=None, metadata={"help": "Base of the adapter, if another than the one that it names."}
     )
     revision: str | None = field(default=None, metadata={"help": "Git revision of the adapter or model on the Hub."})
+    scale: float | None = field(
+        default=None,
+        metadata={"help": "Scale of the adapter: 0 is the base, 1 (the default) the taste as it was trained."},
+    )
     top_k: PositiveInt | None = field(default=None, metadata={"metavar": "N", "help": "Show the best N only."})
     compare: bool = field(
         default=False, metadata={"help": "For exactly two images: the probability that the first is preferred."}
@@ -79,6 +83,8 @@ def run(options: ScoreOptions) -> None:
         options.model, base_model=options.base_model, revision=options.revision, device=options.device
     )
     scorer.batch_size = options.batch_size
+    if options.scale is not None:
+        scorer.set_scale(options.scale)
     if options.compare:
         first, second = map(str, paths)
         _print_comparison(options, first, second, scorer.compare(options.prompt, first, second))

@@ -30,9 +30,10 @@ class BradleyTerryConfig(PreferenceConfig):
     warm_start: bool = field(
         default=True,
         metadata={
-            "help": "Begin with the taste that a small Bayesian fit finds in the embeddings of the base, written into the "
-            "LoRAs of the two projections: well under a second for hundreds of pairs. Skipped where the text projection "
-            "has no plain LoRA, where training goes on from an adapter, or where a constant shift can't be expressed."
+            "help": "Begin with the taste that a small Bayesian fit finds in the embeddings of the base, written into "
+            "the LoRAs of the two projections: well under a second for hundreds of pairs. Skipped where the text "
+            "projection has no plain LoRA, where training goes on from an adapter, or where a constant shift can't be "
+            "expressed."
         },
     )
     prior_weight: float = field(

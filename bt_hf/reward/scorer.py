@@ -1,8 +1,6 @@
 """Use a reward: score, compare, rank and classify images."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,15 @@ from peft import PeftModel
 from torch import nn
 from transformers.processing_utils import ProcessorMixin
 
-from bt_hf.data.fingerprint import digest_weights
 from bt_hf.reward import encoders
-from bt_hf.reward.collator import count_truncated
-from bt_hf.reward.inputs import check_count, check_text, describe_image, list_images, list_texts, to_image
+from bt_hf.reward.embedder import Embedder
+from bt_hf.reward.inputs import check_count, check_text, describe_image, list_images, list_texts
 from bt_hf.reward.library import Found, ImageLibrary
 from bt_hf.reward.taste import image_covariance, output_layers, vocabulary_texts
 from bt_hf.reward.words import LOOK_WORDS, Lean, embedded_pairs, explain_pairs, explain_shift, split_shift
 
 
-class PreferenceScorer:
+class PreferenceScorer(Embedder):
     """Rewards of images for prompts: r(t, I) = s cos(text(t), image(I)).
 
     Args:
@@ -44,14 +41,6 @@ class PreferenceScorer:
         scorer.compare("a red apple", "first.png", "second.png")  # P(first is preferred), e.g. 0.83
         ```
     """
-
-    def __init__(self, model: nn.Module, processor: ProcessorMixin, batch_size: int = 32) -> None:
-        encoders.check_dual_encoder(model)
-        self.processor = encoders.find_processor(model, model, processor)
-        self.model = model.eval()
-        self.batch_size = batch_size
-        self.scale = encoders.logit_scale(model)
-        self._measured: set[str] = set()  # prompts of the last call, whose length is known
 
     @classmethod
     def from_pretrained(
@@ -90,10 +79,6 @@ class PreferenceScorer:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), processor)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def score(self, prompts: str | Sequence[str], images: Any, batch_size: int | None = None) -> torch.Tensor:
         """Reward of each image for its prompt.
@@ -283,11 +268,6 @@ class PreferenceScorer:
             return explain_shift(shift.mean(0), embedded, words, covariance, top_k)
         return explain_pairs(embedded_pairs(pairs, text, *images), embedded, words, float(self.scale), top_k)
 
-    @contextmanager
-    def _without_adapter(self) -> Iterator[None]:
-        with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
-            yield
-
     def _shift(self) -> tuple[float, torch.Tensor]:
         """Return the share of the base in adapted texts, and what the adapter adds to each of many words, (K, D)."""
         if not isinstance(self.model, PeftModel):
@@ -297,81 +277,8 @@ class PreferenceScorer:
         with self._without_adapter():
             return split_shift(adapted, self.embed_texts(words))
 
-    def _digest(self) -> str:
-        return digest_weights([self.model])
-
-    @torch.inference_mode()
-    def embed_texts(self, prompts: str | Sequence[str], batch_size: int | None = None) -> torch.Tensor:
-        """Normalised embeddings (N, D), float32, of N prompts or one. Too long ones are cut, with one warning."""
-        prompts = list_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
-        count_truncated(self.processor, [prompt for prompt in prompts if prompt not in self._measured])
-        self._measured = set(prompts)
-        chunks = [self._embed_texts(chunk) for chunk in self._chunks(prompts, batch_size)]
-        return self._joined(chunks, lambda index: f"prompt {prompts[index]!r}")
-
-    @torch.inference_mode()
-    def embed_images(self, images: Any, batch_size: int | None = None) -> torch.Tensor:
-        """Normalised embeddings (N, D), float32, of N images."""
-        images = list_images(images)
-        chunks = []
-        for chunk in self._chunks(list(enumerate(images)), batch_size):
-            rgb = [to_image(image, f"image {index}") for index, image in chunk]
-            inputs = self.processor.image_processor(rgb, return_tensors="pt")
-            chunks.append(encoders.embed_images(self.model, self._move(inputs)))
-        return self._joined(chunks, lambda index: describe_image(images[index], index))
-
-    def _chunks(self, items: list[Any], size: int | None) -> list[list[Any]]:
-        size = self.batch_size if size is None else size
-        check_count(size, "batch_size", 1)
-        return [items[start : start + size] for start in range(0, len(items), size)]
-
-    def _embed_texts(self, prompts: list[str]) -> torch.Tensor:
-        return encoders.embed_texts(self.model, self._move(encoders.tokenize(self.processor, prompts)))
-
-    def _joined(self, chunks: list[torch.Tensor], name: Callable[[int], str]) -> torch.Tensor:
-        """Join embeddings of chunks to (N, D) on the CPU, and name the first that is not finite."""
-        joined = torch.cat(chunks).cpu() if chunks else self._embed_texts(["a"])[:0].cpu()
-        self._check_finite(joined, "embedding", name)
-        return joined
-
     def _rewards(self, cosines: torch.Tensor, images: list[Any]) -> torch.Tensor:
         """Scale cosines (N,) or (N, L) of N images."""
         rewards = self.scale.cpu() * cosines
         self._check_finite(rewards, "reward", lambda index: describe_image(images[index], index))
         return rewards
-
-    def _check_finite(self, values: torch.Tensor, kind: str, name: Callable[[int], str]) -> None:
-        """Raise a `ValueError` for a row that is not finite: it would come first in a ranking."""
-        finite = torch.isfinite(values)
-        if not finite.all():
-            raise ValueError(
-                f"the {kind} of {name(int((~finite).nonzero()[0, 0]))} is not finite, computed in "
-                f"{next(self.model.parameters()).dtype}: load the model with `dtype=torch.float32`, or look at its "
-                "weights."
-            )
-
-    def _move(self, inputs: Any) -> dict[str, torch.Tensor]:
-        dtype = next(self.model.parameters()).dtype
-        return {
-            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
-        }
-
-    def set_scale(self, scale: float) -> None:
-        """Scale the adapter at inference: 0 is the base, 1 the taste as trained, between them a milder one.
-
-        Raises:
-            TypeError: The model has no LoRA, or one with DoRA.
-            ValueError: `scale` is not finite.
-        """
-        if not math.isfinite(scale):
-            raise ValueError(f"`scale` should be a finite number, but got {scale}.")
-        layers: list[Any] = [module for module in self.model.modules() if hasattr(module, "set_scale")]
-        if not isinstance(self.model, PeftModel) or not layers:
-            raise TypeError("`set_scale` needs a model with a LoRA adapter.")
-        adapter = self.model.active_adapter
-        if any(getattr(layer, "use_dora", {}).get(adapter) for layer in layers):
-            raise TypeError(
-                "`set_scale` needs a plain LoRA: with DoRA magnitudes are trained too, so 0 is not the base."
-            )
-        for layer in layers:
-            layer.set_scale(adapter, scale)

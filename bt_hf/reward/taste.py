@@ -1,6 +1,6 @@
 """Write a linear taste into a LoRA of the two projections, where training begins.
 
-`posterior.fit_taste` finds what a person likes as weights of normalised embeddings. A LoRA can hold them, but for a norm:
+`posterior.fit_taste` finds what a person likes as weights of normalised embeddings. A LoRA can hold nearly all of it:
 
 - A constant added to every text embedding is a direction that they like. Behind a layer norm, one rank of a LoRA can
   add it without a bias (`lora.constant_direction`).
