@@ -97,6 +97,9 @@ def run(options: Options) -> None:
     trainer.train()
     save(trainer)
     say(f"Saved to {config.output_dir}: the {'model' if config.full_finetuning else 'adapter'} and its card README.md")
+    sentence = trainer.in_words()
+    if sentence is not None:
+        say(f"In words: {sentence}")
     if held_out is not None:
         metrics = trainer.evaluate()
         say(f"{len(held_out)} held-out pairs:")

@@ -23,20 +23,25 @@ class RewardFacts(RunFacts):
         family: Model type of the dual encoder, such as "clip".
         padding: Argument `padding` of its processor, as it was trained.
         verdict: Result of cross-validation in one sentence.
+        words: What it likes, in a sentence of words.
     """
 
     family: str
     padding: str
     verdict: str | None
+    words: str | None = None
 
 
-def reward_facts(trainer: Trainer, args: BradleyTerryConfig, verdict: str | None) -> RewardFacts:
+def reward_facts(
+    trainer: Trainer, args: BradleyTerryConfig, verdict: str | None, words: str | None = None
+) -> RewardFacts:
     """Read the facts of a `BradleyTerryTrainer` as it stands.
 
     Args:
         trainer: The trainer.
         args: Its options.
         verdict: Result of cross-validation in one sentence; `None` without one.
+        words: What it likes, in a sentence of words; `None` if that is not known.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = AdapterFacts.of(model)
@@ -54,6 +59,7 @@ def reward_facts(trainer: Trainer, args: BradleyTerryConfig, verdict: str | None
         family=model.config.model_type,
         padding='"max_length"' if "siglip" in processor else "True",  # see `encoders.tokenize`
         verdict=verdict,
+        words=words,
     )
 
 

@@ -266,7 +266,7 @@ class PreferenceScorer(Embedder):
             covariance = image_covariance(self.model, layers) if layers else None
             covariance = torch.eye(shift.shape[1]).double() if covariance is None else covariance
             return explain_shift(shift.mean(0), embedded, words, covariance, top_k)
-        return explain_pairs(embedded_pairs(pairs, text, *images), embedded, words, float(self.scale), top_k)
+        return explain_pairs(embedded_pairs(pairs, text, *images), embedded, words, top_k)
 
     def _shift(self) -> tuple[float, torch.Tensor]:
         """Return the share of the base in adapted texts, and what the adapter adds to each of many words, (K, D)."""

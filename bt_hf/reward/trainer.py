@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,6 +30,7 @@ from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.posterior import FITTED_PAIRS
 from bt_hf.reward.taste import EmbeddedPairs
+from bt_hf.reward.words import LOOK_WORDS, explain_pairs, in_a_sentence
 from bt_hf.training.adapters import check_names, take_over, train_in_float32, unwrapped
 from bt_hf.training.arguments import check_arguments, check_datasets, map_eval_datasets
 from bt_hf.training.finite import check_losses
@@ -114,6 +115,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         self._banks: dict[str, torch.Tensor] = {}
         # Training pairs as the base embeds them, where something needed that before the training.
         self.embedded_base: EmbeddedPairs | None = None
+        self._sentence: str | None = None
         super().__init__(
             model=model,
             args=args,
@@ -170,8 +172,10 @@ class BradleyTerryTrainer(PreferenceTrainer):
         layers = taste.output_layers(self.model)
         text_layer = taste.plain_lora(self.model, layers.text) if start and layers else None
         image_layer = taste.plain_lora(self.model, layers.image) if text_layer and layers else None
+        self._sentence = None
         pairs = self.embedded_base = self._embed_training_pairs(FITTED_PAIRS, image_layer)
-        words, features = self._embed_vocabulary(text_layer)
+        texts = taste.vocabulary_texts(self.processing_class.tokenizer)
+        words, features = self._embed_words(texts, text_layer)
         if self.args.kl_weight:
             size = self.args.kl_bank_size
             banks = {"text": pairs.text, "chosen": pairs.chosen, "rejected": pairs.rejected}
@@ -213,9 +217,10 @@ class BradleyTerryTrainer(PreferenceTrainer):
         return EmbeddedPairs(**{name: torch.cat(values) for name, values in columns.items()}, inputs=gathered)
 
     @torch.no_grad()
-    def _embed_vocabulary(self, layer: nn.Module | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embed words of the model's vocabulary with the base, (K, D), and record the inputs of `layer`, (K, H)."""
-        texts = taste.vocabulary_texts(self.processing_class.tokenizer)
+    def _embed_words(
+        self, texts: Sequence[str], layer: nn.Module | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embed texts with the base, (K, D), and record the inputs of `layer`, (K, H)."""
         seen: list[torch.Tensor] = []
         words = []
         with ExitStack() as stack:
@@ -224,9 +229,19 @@ class BradleyTerryTrainer(PreferenceTrainer):
                 stack.enter_context(hook)
             model = stack.enter_context(self.base_model())
             for start in range(0, len(texts), 128):
-                inputs = encoders.tokenize(self.processing_class, texts[start : start + 128])
+                inputs = encoders.tokenize(self.processing_class, list(texts[start : start + 128]))
                 words.append(encoders.embed_texts(model, self._prepare_inputs(inputs)).cpu())
         return torch.cat(words), torch.cat(seen) if seen else None
+
+    def in_words(self) -> str | None:
+        """Return what the training pairs like, in a sentence of words for looks; `None` before training.
+
+        See `PreferenceScorer.explain`; only words count that keep their side when the clicks are drawn again.
+        """
+        if self._sentence is None and self.embedded_base is not None:
+            words, _ = self._embed_words(LOOK_WORDS)
+            self._sentence = in_a_sentence(explain_pairs(self.embedded_base, words, LOOK_WORDS, top_k=5))
+        return self._sentence
 
     @contextmanager
     def base_model(self) -> Iterator[nn.Module]:
@@ -318,7 +333,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
         return metrics
 
     def write_card(self, folder: Path) -> None:
-        write_reward_card(folder, reward_facts(self, self.args, self.verdict))
+        write_reward_card(folder, reward_facts(self, self.args, self.verdict, self.in_words()))
 
 
 def _adapt(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset
 
-from bt_hf.reward.posterior import fit_taste
 from bt_hf.reward.taste import EmbeddedPairs
 
 # Words for the look of images, which vocabularies of topics lack.
@@ -29,7 +28,7 @@ LOOK_WORDS = (
     "modern", "futuristic", "rustic", "cinematic", "two tone", "duotone", "serif", "sans serif", "handwriting",
 )  # fmt: skip
 STABLE = 0.95
-RESAMPLES = 40
+RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -111,49 +110,44 @@ def embedded_pairs(pairs: Dataset, text: torch.Tensor, chosen: torch.Tensor, rej
     return EmbeddedPairs(text.double(), chosen.double(), rejected.double(), *labels)
 
 
-def explain_pairs(
-    pairs: EmbeddedPairs, words: torch.Tensor, names: Sequence[str], scale: float, top_k: int = 10
-) -> list[Lean]:
-    """Return the words that the taste of `pairs` leans to and away from most, if resampled clicks agree.
+def explain_pairs(pairs: EmbeddedPairs, words: torch.Tensor, names: Sequence[str], top_k: int = 10) -> list[Lean]:
+    """Return the words that the clicks lean to and away from most, if resampled clicks agree.
 
     Args:
-        pairs: Pairs as the base embeds them.
+        pairs: Pairs as the base embeds them. Their taste is taken to be the mean difference of chosen and rejected.
         words: (K, D) base embeddings of `names`.
         names: The words.
-        scale: exp(logit_scale) of the base.
         top_k: Words on each side, at most.
 
     Returns:
         Leans from the strongest liking to the strongest dislike; fewer where fewer are stable.
 
     Source:
-        Bootstrap: Efron, Annals of Statistics 7, 1979. Clicks are resampled by their weights.
+        Bootstrap: Efron, Annals of Statistics 7, 1979.
     """
-    generator = torch.Generator().manual_seed(0)
-    images = torch.cat([pairs.chosen, pairs.rejected])
-    count = len(pairs.weight)
-    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
-    draws = torch.stack([torch.bincount(rows, minlength=count).double() for rows in drawn])
-    draws = torch.cat([torch.ones(1, count).double(), draws])
-    liked = []
-    for draw in draws:
-        taste = fit_taste(
-            pairs.text,
-            pairs.chosen,
-            pairs.rejected,
-            pairs.preference,
-            pairs.weight * draw,
-            scale,
-            features=pairs.features,
-        )
-        value = images @ taste.direction
-        liked.append(
-            value if taste.by_feature is None or pairs.inputs is None else value + pairs.inputs @ taste.by_feature
-        )
-    found = leans(torch.stack(liked), images, words.double())
+    images, count = torch.cat([pairs.chosen, pairs.rejected]), len(pairs.weight)
+    clicks = (pairs.weight * (2 * pairs.preference - 1))[:, None] * (pairs.chosen - pairs.rejected)  # (N, D)
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    draws = torch.stack([torch.ones(count), *(torch.bincount(rows, minlength=count) for rows in drawn)]).double()
+    found = leans(draws @ clicks @ images.T, images, words.double())  # (1 + resamples, K)
     lean, resampled = found[0], found[1:]
     stability = (resampled.sign() == lean.sign()).double().mean(0)
     return top_leans([Lean(*row) for row in zip(names, lean.tolist(), stability.tolist(), strict=True)], top_k)
+
+
+def in_a_sentence(leans: Sequence[Lean]) -> str:
+    """Return the leans as a sentence.
+
+    Example:
+        >>> in_a_sentence([Lean("shaded", 0.9), Lean("red", 0.2), Lean("flat", -0.8)])
+        'It leans to shaded, red, and away from flat.'
+    """
+    liked = ", ".join(lean.word for lean in leans if lean.lean > 0)
+    disliked = ", ".join(lean.word for lean in reversed(leans) if lean.lean < 0)
+    if not liked and not disliked:
+        return "The clicks lean to none of the words that were tried."
+    parts = [f"to {liked}"] * bool(liked) + [f"away from {disliked}"] * bool(disliked)
+    return f"It leans {', and '.join(parts)}."
 
 
 def top_leans(leans: Sequence[Lean], top_k: int) -> list[Lean]:

@@ -168,7 +168,7 @@ def test_templates_and_versions_are_found() -> None:
 
 
 def test_card_of_a_whole_model_has_no_facts_of_a_lora(tmp_path) -> None:
-    trainer = make(tmp_path, full_finetuning=True, warm_start=True, prior_weight=0.02, kl_weight=0.7)
+    trainer = make(tmp_path, full_finetuning=True, kl_weight=0.7)
     trainer.verdict = "Worse."
     text = card_of(trainer, tmp_path).text
     assert "- weight of the KL term: 0.7" in text

@@ -28,7 +28,7 @@ def people(pairs: int = 60, width: int = 24) -> tuple[EmbeddedPairs, torch.Tenso
 
 def test_liked_words_come_first_and_disliked_ones_last() -> None:
     pairs, words = people()
-    found = explain_pairs(pairs, words, NAMES, 20.0)
+    found = explain_pairs(pairs, words, NAMES)
     assert [found[0].word, found[1].word, found[-1].word] == ["shaded", "red", "flat"]
     assert all(lean.stability >= 0.95 for lean in found)
     assert found[0].lean > 0 > found[-1].lean
@@ -40,7 +40,7 @@ def test_words_that_clicks_do_not_tell_are_left_out() -> None:
     swap = (torch.arange(30) % 2 == 0)[:, None]
     chosen, rejected = pairs.chosen, pairs.rejected
     pairs.chosen, pairs.rejected = torch.where(swap, chosen, rejected), torch.where(swap, rejected, chosen)
-    assert len(explain_pairs(pairs, words, NAMES, 20.0)) < len(NAMES)
+    assert len(explain_pairs(pairs, words, NAMES)) < len(NAMES)
 
 
 def test_leans_are_correlations() -> None:
