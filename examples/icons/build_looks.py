@@ -43,7 +43,7 @@ WORDS = (
     "leaf lemon light lunch magic maple milk moon music night ocean olive paper pearl piano plum queen rain river rose"
 ).split()
 FEATURES = Features(
-    {name: Value("string") for name in ("set", "concept", "caption", "look", "kind")} | {"image": ImageFeature()}
+    {name: Value("string") for name in ("set", "concept", "caption", "look", "kind")} | {"image": ImageFeature(mode="RGB")}
 )
 
 
@@ -51,7 +51,8 @@ def row(of: str, concept: str, caption: str, look: str, kind: str, pixels: np.nd
     """Return a row of the table, its image as PNG."""
     buffer = io.BytesIO()
     image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-    image.save(buffer, "PNG", optimize=True)
+    # Black on white needs no colours, which saves half of the file.
+    image.convert("RGB" if kind == "emoji" else "L").save(buffer, "PNG", optimize=True)
     drawn = {"bytes": buffer.getvalue(), "path": None}
     return {"set": of, "concept": concept, "caption": caption, "look": look, "kind": kind, "image": drawn}
 

@@ -174,7 +174,7 @@ class TextSide(torch.nn.Module):
         """Embed tokenized captions in four parts of about equal length: padding is what costs most."""
         order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
         parts = []
-        for part in np.array_split(order, 4):
+        for part in np.array_split(order, min(4, len(order))):
             longest = len(tokens[part[-1]])
             ids = torch.tensor([tokens[index] + [pad] * (longest - len(tokens[index])) for index in part])
             # Causal attention: what follows the first end of text changes nothing, so no mask is needed.
@@ -312,7 +312,8 @@ def main() -> None:
         validation = rows.select([row for row in range(len(rows)) if row // len(STYLES) % 13 == 0])
         report("validation", Encoder(model, processor), validation)
         return
-    model.save_pretrained(args.output_dir)
+    # Half the size; `load_dual_encoder` reads it in float32.
+    model.half().save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     evaluate(args.output_dir)
 
