@@ -24,16 +24,17 @@ from datasets import Dataset, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
-EXAMPLES = Path(__file__).parents[1]
-sys.path[:0] = [str(EXAMPLES / "emoji"), str(EXAMPLES / "icons")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "icons"))
 
 from emoji import STYLES, load_emoji
-
 from looks import PHOSPHOR_WEIGHTS, load_looks
 
 SPLITS = ("train", "held_out")
 KINDS = ("house", "unseen house", "weight", "typeface", "colour", "mixture", "embedding", "prompt")
-GROUPS = {"smileys": 0, "people": 1, "animals": 3, "food": 4, "travel": 5, "objects": 7, "symbols": 8}  # emojibase's
+# Numbers of emojibase.
+GROUPS = {"smileys": 0, "people": 1, "animals": 3, "food": 4, "travel": 5, "activities": 6, "objects": 7, "symbols": 8}
+FLAT, SHADED = ("twemoji", "fluent"), ("noto", "fluent_3d")
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,17 +263,30 @@ def likes_embedding(seed: int) -> Utility:
     return utility
 
 
-def likes_by_group(houses: dict[str, str]) -> Utility:
-    """Prefer another house for each group of concepts, and have no opinion of other groups."""
+def likes_by_group(houses: dict[str, tuple[str, ...]]) -> Utility:
+    """Prefer other houses for each group of concepts, and have no opinion of other groups.
+
+    Args:
+        houses: For groups, named with spaces between them, the preferred houses.
+    """
 
     def utility(pool: Pool) -> np.ndarray:
         value = np.full(len(pool.looks), np.nan)
-        for group, house in houses.items():
-            rows = pool.groups == GROUPS[group]
-            value[rows] = pool.looks[rows] == house
+        for groups, preferred in houses.items():
+            rows = np.isin(pool.groups, [GROUPS[group] for group in groups.split()])
+            value[rows] = np.isin(pool.looks[rows], preferred)
         return value
 
     return utility
+
+
+BY_PROMPT = {
+    "flat animals, shaded food": {"animals people smileys": FLAT, "food travel activities objects": SHADED},
+    "shaded animals, flat food": {"animals people smileys": SHADED, "food travel activities objects": FLAT},
+    "mono objects, noto animals": {"objects food symbols": ("mono",), "animals people travel": ("noto",)},
+    "fluent travel, 3d food": {"travel objects": ("fluent",), "food animals activities": ("fluent_3d",)},
+    "three houses": {"people smileys": ("fluent_3d",), "animals food": ("twemoji",), "objects travel": ("noto",)},
+}
 
 
 def _everyone() -> list[Person]:
@@ -286,15 +300,7 @@ def _everyone() -> list[Person]:
     people += [Person(name, "colour", "emoji", likes_colour(name), gap=20.0) for name in ("warm", "dark", "saturated")]
     people += [Person(f"mixture {seed}", "mixture", "emoji", likes_mixture(seed), gap=0.3) for seed in range(5)]
     people += [Person(f"embedding {seed}", "embedding", "emoji", likes_embedding(seed), gap=0.3) for seed in range(5)]
-    for houses in (
-        {"animals": "twemoji", "food": "fluent_3d"},  # flat animals, shaded food
-        {"animals": "mono", "food": "noto"},
-        {"travel": "fluent", "objects": "mono", "food": "fluent_3d"},
-        {"people": "fluent_3d", "animals": "twemoji", "objects": "noto"},
-        {"smileys": "noto", "symbols": "fluent", "food": "mono", "travel": "twemoji"},
-    ):
-        name = ", ".join(f"{house} for {group}" for group, house in houses.items())
-        people.append(Person(name, "prompt", "emoji", likes_by_group(houses)))
+    people += [Person(name, "prompt", "emoji", likes_by_group(houses)) for name, houses in BY_PROMPT.items()]
     return people
 
 

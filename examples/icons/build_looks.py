@@ -24,7 +24,6 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 
 from emoji import STYLES, load_emoji
-
 from looks import PARQUET, PHOSPHOR_WEIGHTS
 from render import SIZE, draw, fetch_set
 
@@ -38,12 +37,14 @@ FAMILIES = {  # packages @fontsource/FAMILY, by kind
     "display": ("bebas-neue", "lobster", "righteous", "bungee", "abril-fatface", "alfa-slab-one"),
 }
 WORDS = (
-    "apple boat bread brick bridge cake chair cloud clock coat corn crown dance desk dream eagle earth farm field fire "
-    "fish flute frost game glass gold grape green hand heart honey horse house ice island jazz juice king lake lamp "
-    "leaf lemon light lunch magic maple milk moon music night ocean olive paper pearl piano plum queen rain river rose"
-).split()
+    "apple boat bread brick bridge cake chair cloud clock coat corn crown dance desk dream "
+    "eagle earth farm field fire fish flute frost game glass gold grape green hand heart "
+    "honey horse house ice island jazz juice king lake lamp leaf lemon light lunch magic "
+    "maple milk moon music night ocean olive paper pearl piano plum queen rain river rose"
+)
 FEATURES = Features(
-    {name: Value("string") for name in ("set", "concept", "caption", "look", "kind")} | {"image": ImageFeature(mode="RGB")}
+    {name: Value("string") for name in ("set", "concept", "caption", "look", "kind")}
+    | {"image": ImageFeature(mode="RGB")}
 )
 
 
@@ -111,7 +112,7 @@ def typeface_rows(folder: Path) -> Iterator[dict[str, Any]]:
                     raise ValueError(f"{family} should be under OFL-1.1, but its package says {licence}.")
                 file = f"package/files/{family}-latin-400-normal.woff"
                 fonts[family, kind] = io.BytesIO(archive.extractfile(file).read())
-    for word in WORDS:
+    for word in WORDS.split():
         for (family, kind), font in fonts.items():
             yield row("typefaces", word, word, family, kind, write_word(word, font))
 

@@ -3,7 +3,7 @@
     python examples/icons/render.py FOLDER
     python examples/icons/pretrain.py FOLDER             # features, then training; writes examples/icons/base
     python examples/icons/pretrain.py FOLDER --validate  # leaves out 102 training concepts, and judges by them
-    python examples/icons/evaluate.py                    # prints the figures of the shipped weights
+    python examples/icons/evaluate_base.py               # prints the figures of the shipped weights
 
 Locked-image tuning (Zhai et al., arXiv 2111.07991): the image tower never changes, so its features are computed once.
 A caption names a drawing, and often looks of it: its house, "line" or "filled", or its colour. Every drawing that a
@@ -41,9 +41,8 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 
 from emoji import STYLES, load_emoji
+from evaluate_base import BASE, Encoder, evaluate, report
 from pretrain_clip import train_tokenizer
-
-from evaluate import BASE, Encoder, evaluate, report
 from tower import WIDTH, compute_features, fetch_package, image_processor, load_tower
 
 CONTEXT_LENGTH = 24
@@ -201,7 +200,10 @@ class Pretraining:
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
         decayed = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
-        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0}]
+        groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": 0.1},
+            {"params": others, "weight_decay": 0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
         self.rows_of: dict[str, list[int]] = defaultdict(list)
         for row, name in enumerate(drawings.names):

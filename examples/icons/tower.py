@@ -1,6 +1,6 @@
 """Frozen image tower of the default base: a MobileNetV2 with ImageNet weights, from a Python package under MIT.
 
-    python examples/icons/tower.py   # compares it with the network of the package itself
+python examples/icons/tower.py   # compares it with the network of the package itself
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """Print what the default base knows about drawings that it never saw.
 
-    python examples/icons/evaluate.py
+python examples/icons/evaluate_base.py
 """
 
 import argparse
@@ -17,7 +17,6 @@ from transformers import VisionTextDualEncoderModel, VisionTextDualEncoderProces
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 
 from emoji import STYLE_NAMES, STYLES, load_emoji
-
 from looks import BASE, COLOURS, LOOKS, PHOSPHOR_WEIGHTS, load_looks, tint
 
 
@@ -91,7 +90,9 @@ def report_phosphor(encoder: Encoder) -> None:
     captions = list(rows["caption"])[:: len(PHOSPHOR_WEIGHTS)]
     drawings = np.array(rows["image"], dtype=object).reshape(len(captions), len(PHOSPHOR_WEIGHTS))
     images = torch.stack([encoder.images(list(drawings[:, w])) for w in range(len(PHOSPHOR_WEIGHTS))], 1)
-    show("Phosphor: recall@5", PHOSPHOR_WEIGHTS, [recall(encoder.texts(captions), each, 5) for each in images.unbind(1)])
+    show(
+        "Phosphor: recall@5", PHOSPHOR_WEIGHTS, [recall(encoder.texts(captions), each, 5) for each in images.unbind(1)]
+    )
     words = [LOOKS[weight] for weight in PHOSPHOR_WEIGHTS[:-1]]  # the last, regular, has no word
     named = torch.stack([encoder.texts([f"{text}, {word}" for text in captions]) for word in words], 1)
     show("Phosphor: weight by name, first of six", words, found_by_name(named, images))
