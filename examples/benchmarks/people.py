@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -36,10 +37,18 @@ KINDS = ("house", "unseen house", "weight", "typeface", "colour", "mixture", "em
 GROUPS = {"smileys": 0, "people": 1, "animals": 3, "food": 4, "travel": 5, "activities": 6, "objects": 7, "symbols": 8}
 FLAT, SHADED = ("twemoji", "fluent"), ("noto", "fluent_3d")
 
+FEATURES = {
+    "prompt": Value("string"),
+    "chosen": ImageFeature(),
+    "rejected": ImageFeature(),
+    "concept": Value("string"),
+    "preference": Value("float64"),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Drawings of one kind, with what a utility may look at; N rows, ordered by concept."""
+    """Drawings of one kind, with what a utility may look at; N rows."""
 
     concepts: list[str]
     captions: list[str]
@@ -71,27 +80,28 @@ def load_pool(name: str, split: str) -> Pool:
     if name != "emoji" and split == "train":
         raise ValueError(f"{name!r} is for measuring alone: pass split='held_out', and tune on people of the emoji.")
     if name in ("emoji", "houses"):
-        emoji = load_emoji(split).rename_column("style", "look").remove_columns("tags")
-        tables = [emoji.add_column("kind", ["emoji"] * len(emoji))]
-        if name == "houses":
-            groups = dict(zip(emoji["concept"], emoji["group"], strict=True))
-            for house in ("noto_v1", "emojione"):
-                rows = load_looks(house)
-                tables.append(rows.add_column("group", [groups[concept] for concept in rows["concept"]]))
+        rows = _columns(load_emoji(split).rename_column("style", "look"))
+        rows["kind"] = ["emoji"] * len(rows["concept"])
+        groups = dict(zip(rows["concept"], rows["group"], strict=True))
+        for house in ("noto_v1", "emojione") if name == "houses" else ():
+            more = _columns(load_looks(house))
+            more["group"] = [groups[concept] for concept in more["concept"]]
+            rows = {column: rows[column] + more[column] for column in rows.keys() & more.keys()}
     else:
-        rows = load_looks(name)
-        tables = [rows.add_column("group", [-1] * len(rows))]
-    columns = ["concept", "caption", "look", "kind", "group", "image"]
-    tables = [table.select_columns(columns).cast_column("image", ImageFeature(decode=False)) for table in tables]
-    rows = concatenate_datasets([table.cast(tables[0].features) for table in tables]).sort(["concept", "look"])
+        rows = _columns(load_looks(name))
+        rows["group"] = [-1] * len(rows["concept"])
     return Pool(
-        concepts=list(rows["concept"]),
-        captions=list(rows["caption"]),
+        concepts=rows["concept"],
+        captions=rows["caption"],
         looks=np.array(rows["look"]),
         kinds=np.array(rows["kind"]),
         groups=np.array(rows["group"]),
-        images=list(rows["image"]),
+        images=rows["image"],
     )
+
+
+def _columns(rows: Dataset) -> dict[str, list[Any]]:
+    return rows.cast_column("image", ImageFeature(decode=False)).with_format("arrow")[:].to_pydict()
 
 
 Utility = Callable[[Pool], np.ndarray]  # (N,); NaN where the person has no opinion
@@ -191,15 +201,16 @@ class Person:
 
     def _dataset(self, split: str, rows: list[tuple[int, int, float]], with_preference: bool) -> Dataset:
         pool = load_pool(self.pool, split)
-        columns = {
+        columns: dict[str, list[Any]] = {
             "prompt": [pool.captions[a] for a, _, _ in rows],
             "chosen": [pool.images[a] for a, _, _ in rows],
             "rejected": [pool.images[b] for _, b, _ in rows],
             "concept": [pool.concepts[a] for a, _, _ in rows],
+            "preference": [preference for _, _, preference in rows],
         }
-        if with_preference:
-            columns["preference"] = [preference for _, _, preference in rows]
-        return Dataset.from_dict(columns).cast_column("chosen", ImageFeature()).cast_column("rejected", ImageFeature())
+        if not with_preference:
+            del columns["preference"]
+        return Dataset.from_dict(columns, features=Features({name: FEATURES[name] for name in columns}))
 
 
 @lru_cache(maxsize=64)
