@@ -104,7 +104,7 @@ def typeface_rows(folder: Path) -> Iterator[dict[str, Any]]:
     fonts: dict[tuple[str, str], io.BytesIO] = {}
     for kind, families in FAMILIES.items():
         for family in families:
-            command = ["npm", "pack", f"@fontsource/{family}@5", "--pack-destination", str(folder), "--json"]
+            command = ["npm", "pack", f"@fontsource/{family}@~5.3.0", "--pack-destination", str(folder), "--json"]
             packed = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)[-1]
             with tarfile.open(folder / packed["filename"].replace("@", "").replace("/", "-")) as archive:
                 licence = json.load(archive.extractfile("package/package.json"))["license"]

@@ -64,24 +64,36 @@ def show(title: str, names: list[str] | tuple[str, ...], values: list[float]) ->
     print(f"  mean {np.mean(values):.3f}", flush=True)
 
 
-def report(title: str, encoder: Encoder, emoji: Dataset) -> None:
-    """Print recall, looks by name and neutrality of the five houses.
+def figures(encoder: Encoder, emoji: Dataset) -> dict[str, list[float]]:
+    """Measure what the base knows about emoji, with one figure for each house in every value.
 
     Args:
-        title: Stands in front of each line.
         encoder: The base.
         emoji: Rows as `load_emoji` returns them.
+
+    Returns:
+        `recall@1`, `recall@5`: the share of bare captions whose drawing is among the nearest, of this house's drawings
+        of all concepts. `look by name`: the share of captions naming this house whose drawing by it is the nearest of
+        the concept's five. `bare caption prefers`: the share of other houses' drawings of the same concept that are
+        farther from the bare caption than this house's (0.5: neutral).
     """
     captions = list(emoji["caption"])[:: len(STYLES)]
     images = encoder.images(list(emoji["image"])).view(len(captions), len(STYLES), -1)
     bare = encoder.texts(captions)
-    for k in (1, 5):
-        show(f"{title}: recall@{k} of {len(captions)}", STYLES, [recall(bare, house, k) for house in images.unbind(1)])
     named = torch.stack([encoder.texts([f"{text}, {STYLE_NAMES[style]}" for text in captions]) for style in STYLES], 1)
-    show(f"{title}: look by name, first of five", STYLES, found_by_name(named, images))
     scores = torch.einsum("nd,nsd->ns", bare, images)
-    wins = [((scores[:, [s]] > scores).sum(1) / (len(STYLES) - 1)).mean().item() for s in range(len(STYLES))]
-    show(f"{title}: bare caption prefers this house", STYLES, wins)
+    wins = (scores[:, :, None] > scores[:, None]).float().sum(2) / (len(STYLES) - 1)
+    return {
+        **{f"recall@{k}": [recall(bare, house, k) for house in images.unbind(1)] for k in (1, 5)},
+        "look by name": found_by_name(named, images),
+        "bare caption prefers": wins.mean(0).tolist(),
+    }
+
+
+def report(title: str, encoder: Encoder, emoji: Dataset) -> None:
+    """Print the `figures`, `title` in front of each line."""
+    for name, values in figures(encoder, emoji).items():
+        show(f"{title}: {name}", STYLES, values)
 
 
 def report_phosphor(encoder: Encoder) -> None:
@@ -102,10 +114,15 @@ def report_phosphor(encoder: Encoder) -> None:
     show("Phosphor: colour by name, first of ten", list(COLOURS), found_by_name(named, images))
 
 
+def load_encoder(folder: Path) -> Encoder:
+    """Load a base in float32, with its processor."""
+    model = VisionTextDualEncoderModel.from_pretrained(folder, dtype=torch.float32)
+    return Encoder(model, VisionTextDualEncoderProcessor.from_pretrained(folder))
+
+
 def evaluate(folder: Path) -> None:
     """Print all figures of the base in `folder`."""
-    model = VisionTextDualEncoderModel.from_pretrained(folder, dtype=torch.float32)
-    encoder = Encoder(model, VisionTextDualEncoderProcessor.from_pretrained(folder))
+    encoder = load_encoder(folder)
     report("held-out", encoder, load_emoji("held_out"))
     for house in ("noto_v1", "emojione"):
         rows = load_looks(house)
