@@ -1,5 +1,6 @@
 """Compare a preference LoRA with its base, before and after a training."""
 
+from collections.abc import Sized
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ def against_base(trainer: Any) -> AgainstBase:
 @torch.no_grad()
 def _base_figures(trainer: Any) -> dict[str, float]:
     """Return the loss of the base on the first training rows."""
-    if trainer.sharded:
+    if trainer.sharded or not isinstance(trainer.train_dataset, Sized):
         return {}
     batch, noisy = _first_batch(trainer)
     with trainer.base_model() as base:
@@ -33,8 +34,8 @@ def _base_figures(trainer: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def _change(trainer: Any) -> float | None:
-    """Return the root mean square change of predictions as a share of the base's, `None` for sharded weights."""
-    if trainer.sharded or trainer.train_dataset is None:
+    """Return the root mean square change of predictions as a share of the base's, `None` for sharded weights and streams."""
+    if trainer.sharded or not isinstance(trainer.train_dataset, Sized):  # reading a stream would move it on
         return None
     _, noisy = _first_batch(trainer)
     trainer.model.eval()

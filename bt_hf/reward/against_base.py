@@ -1,5 +1,6 @@
 """Compare a reward with its base, before and after a training."""
 
+from collections.abc import Sized
 from functools import partial
 from typing import Any
 
@@ -34,8 +35,8 @@ def _base_figures(trainer: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def _change(trainer: Any) -> float | None:
-    """Return the root mean square change of up to 64 training pairs' margins, `None` for sharded weights."""
-    if trainer.sharded or trainer.train_dataset is None:
+    """Return the root mean square change of up to 64 training pairs' margins, `None` for sharded weights and streams."""
+    if trainer.sharded or not isinstance(trainer.train_dataset, Sized):  # reading a stream would move it on
         return None
     changes = []
     trainer.model.eval()

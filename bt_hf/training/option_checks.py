@@ -106,7 +106,9 @@ def check_types(options: Any) -> None:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         empty = value is None and field.default == ""  # as the command line spells it
-        if field.init and value is not field.default and not empty:
+        # `Trainer.train` takes words and truth values alike for this one.
+        resumes = field.name == "resume_from_checkpoint" and isinstance(value, bool)
+        if field.init and value is not field.default and not empty and not resumes:
             _check_value(field, hints[field.name], value)
 
 

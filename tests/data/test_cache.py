@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from bt_hf.data import verified
 from bt_hf.data.cache import can_be_cached, encode_once, read_tensors, without_format
+from bt_hf.data.images import to_rgb
 from tiny_models import red_pairs
 
 SIDES = ("chosen", "rejected")
@@ -25,7 +26,7 @@ class Encoder:
 
     def encode_images(self, images: list[Any], names: list[str]) -> dict[str, torch.Tensor]:
         self.images += len(images)
-        return {"mean": torch.tensor([[float(sum(image.resize((1, 1)).getpixel((0, 0))))] for image in images])}
+        return {"mean": torch.tensor([[float(sum(to_rgb(image).resize((1, 1)).getpixel((0, 0))))] for image in images])}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         self.prompts += len(prompts)
@@ -155,7 +156,7 @@ def test_a_kill_at_any_moment_leaves_what_can_be_used(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(verified, "_sync", killing(verified._sync))
+        patch.setattr(verified, "sync", killing(verified.sync))
         patch.setattr(Path, "replace", killing(Path.replace))
         patch.setattr(Path, "unlink", lambda *args, **options: None)
         with pytest.raises(Killed):

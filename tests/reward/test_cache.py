@@ -66,7 +66,7 @@ def test_training_ends_at_the_same_adapter_and_later_runs_find_the_files(
 ) -> None:
     plain = train(tmp_path / "plain", *build("clip"))
     # No memory is taken, so its bound does not matter.
-    options = {"cache_dir": str(tmp_path / "cache"), "cache_max_gb": 1e-9}
+    options = {"cache_dir": str(tmp_path / "cache")}
     stored = train(tmp_path / "stored", *build("clip"), **options)
     assert isinstance(stored.train_dataset, FilePairs)
     assert isinstance(stored.eval_dataset, FilePairs)

@@ -152,12 +152,11 @@ def test_best_scale_is_the_least_of_loss_and_divergence() -> None:
     "config",
     [
         LoraConfig(use_dora=True, target_modules=["text_projection"]),
-        LoraConfig(init_lora_weights="pissa", target_modules=["text_projection"]),
         AdaLoraConfig(total_step=10, target_modules=["text_projection"]),
         LoraConfig(target_modules=["visual_projection"]),
         IA3Config(target_modules=["text_projection"], feedforward_modules=[]),
     ],
-    ids=["dora", "pissa", "adalora", "other layer", "ia3"],
+    ids=["dora", "adalora", "other layer", "ia3"],
 )
 def test_only_a_plain_lora_that_is_still_zero_is_written(config: PeftConfig) -> None:
     assert plain_lora(add_adapter(build()[0], config), "text_projection") is None

@@ -24,7 +24,8 @@ def make(
 ) -> PreferenceLoRATrainer:
     """A trainer on a fresh tiny pipeline, with a learning rate at which a few steps show."""
     defaults = {"max_steps": 3, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}
-    defaults["cache_dir"] = str(tmp_path / "latents")
+    if options.get("cache_latents", True):
+        defaults["cache_dir"] = str(tmp_path / "latents")
     args = PreferenceLoRAConfig(str(tmp_path / "out"), **{**QUIET, **defaults, **options})
     model = build(pipeline) if isinstance(pipeline, str) and pipeline in PIPELINES else pipeline
     pairs = red_pairs(8) if pairs is None else pairs

@@ -52,5 +52,5 @@ def test_a_reward_that_is_not_finite_is_not_ranked() -> None:
     with torch.no_grad():
         model.visual_projection.weight.fill_(NAN)
     scorer = PreferenceScorer(model, processor)
-    with pytest.raises(ValueError, match="the reward of image 0 is not finite, computed in torch.float32"):
+    with pytest.raises(ValueError, match="the embedding of image 0 is not finite, computed in torch.float32"):
         scorer.rank("a red apple", [picture([200, 0, 0]), picture([0, 0, 200])])
