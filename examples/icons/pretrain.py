@@ -274,7 +274,7 @@ def assemble(tower: MobileNetV2Model, side: TextSide) -> VisionTextDualEncoderMo
     model.text_model.load_state_dict(side.text_model.state_dict())
     model.text_projection.load_state_dict(side.text_projection.state_dict())
     with torch.no_grad():
-        # What the features were divided by goes into the projection.
+        # Dividing features by their spread is folded into the projection.
         model.visual_projection.weight.copy_(side.visual_projection.weight / side.spread)
         model.logit_scale.copy_(side.logit_scale)
     return model
