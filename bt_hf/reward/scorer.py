@@ -13,7 +13,7 @@ from transformers.processing_utils import ProcessorMixin
 from bt_hf.reward import encoders
 from bt_hf.reward.embedder import Embedder
 from bt_hf.reward.inputs import check_count, check_text, describe_image, list_images, list_texts
-from bt_hf.reward.library import Found, ImageLibrary
+from bt_hf.reward.library import TASTE_WEIGHT, Found, ImageLibrary
 from bt_hf.reward.taste import image_covariance, output_layers, vocabulary_texts
 from bt_hf.reward.words import LOOK_WORDS, Lean, embedded_pairs, explain_pairs, explain_shift, split_shift
 
@@ -208,7 +208,9 @@ class PreferenceScorer(Embedder):
             base = self.embed_images(images)
         return ImageLibrary(names, base, adapted, self._digest())
 
-    def search(self, prompt: str, library: ImageLibrary, top_k: int = 10) -> list[Found]:
+    def search(
+        self, prompt: str, library: ImageLibrary, top_k: int = 10, taste_weight: float = TASTE_WEIGHT
+    ) -> list[Found]:
         """Find images for a prompt: the base retrieves what fits the caption, and taste orders it.
 
         Where `rank` lets a strong taste outvote the caption, which is right for images of one prompt, a library holds
@@ -218,6 +220,7 @@ class PreferenceScorer(Embedder):
             prompt: Caption of what is wanted.
             library: Images, as `index` embedded them with this model.
             top_k: Images to return.
+            taste_weight: Weight of a logit of taste against one of the caption; 0 is the order of the base.
 
         Raises:
             ValueError: The library was embedded by another model.
@@ -232,7 +235,7 @@ class PreferenceScorer(Embedder):
         adapted = self.embed_texts(prompt)[0]
         with self._without_adapter():
             base = self.embed_texts(prompt)[0]
-        return library.search(base, adapted - share * base, float(self.scale), top_k)
+        return library.search(base, adapted - share * base, float(self.scale), top_k, taste_weight)
 
     def explain(
         self, vocabulary: Sequence[str] | None = None, top_k: int = 10, pairs: Dataset | None = None

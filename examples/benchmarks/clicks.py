@@ -17,6 +17,7 @@ import argparse
 import gc
 import logging
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Bench:
     """Fit many people on one base with one cache of frozen features."""
 
     def __init__(self, folder: str) -> None:
+        self.scratch = tempfile.TemporaryDirectory()
         self.base = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
         adapted = add_adapter(self.base)
@@ -64,7 +66,7 @@ class Bench:
         torch.manual_seed(0)
         trainer = BradleyTerryTrainer(
             self.base,
-            BradleyTerryConfig("unused", **QUIET),
+            BradleyTerryConfig(self.scratch.name, **QUIET),
             train_dataset=self.cache.add(clicks),
             processing_class=self.processor,
         )
