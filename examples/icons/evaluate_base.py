@@ -100,15 +100,13 @@ def report_phosphor(encoder: Encoder) -> None:
     """Print weights and colours by name, of icons of a set that was left out."""
     rows = load_looks("phosphor")
     captions = list(rows["caption"])[:: len(PHOSPHOR_WEIGHTS)]
-    drawings = np.array(rows["image"], dtype=object).reshape(len(captions), len(PHOSPHOR_WEIGHTS))
-    images = torch.stack([encoder.images(list(drawings[:, w])) for w in range(len(PHOSPHOR_WEIGHTS))], 1)
-    show(
-        "Phosphor: recall@5", PHOSPHOR_WEIGHTS, [recall(encoder.texts(captions), each, 5) for each in images.unbind(1)]
-    )
+    drawings, weights = list(rows["image"]), len(PHOSPHOR_WEIGHTS)
+    images, bare = encoder.images(drawings).view(len(captions), weights, -1), encoder.texts(captions)
+    show("Phosphor: recall@5 of 200", PHOSPHOR_WEIGHTS, [recall(bare, weight, 5) for weight in images.unbind(1)])
     words = [LOOKS[weight] for weight in PHOSPHOR_WEIGHTS[:-1]]  # the last, regular, has no word
     named = torch.stack([encoder.texts([f"{text}, {word}" for text in captions]) for word in words], 1)
     show("Phosphor: weight by name, first of six", words, found_by_name(named, images))
-    fills = list(drawings[:, PHOSPHOR_WEIGHTS.index("fill")])
+    fills = drawings[PHOSPHOR_WEIGHTS.index("fill") :: weights]
     images = torch.stack([encoder.images([tint(drawing, colour) for drawing in fills]) for colour in COLOURS], 1)
     named = torch.stack([encoder.texts([f"{colour} {text}" for text in captions]) for colour in COLOURS], 1)
     show("Phosphor: colour by name, first of ten", list(COLOURS), found_by_name(named, images))
