@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ def parse(argv: Sequence[str]) -> PairsOptions:
 
 def run(options: PairsOptions) -> None:
     """Draw, rank, and print how many pairs came of it."""
+    importlib.import_module("diffusers")  # first of all: without it, nothing below works
     prompts = read_prompts(options.prompts, options.dataset, options.column, options.split)
 
     import torch  # seconds, as all below: only once the arguments are known to be right

@@ -41,6 +41,8 @@ def from_pretrained(name_or_path: str) -> DiffusionPipeline:
         try:
             return load_pretrained(DiffusionPipeline, name_or_path, dtype=torch.float32, variant=variant)
         except LOAD_ERRORS as error:
+            if "asks to run code" in str(error):
+                raise
             if variant == variants[0]:
                 first = error
     raise OSError(

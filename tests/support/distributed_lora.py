@@ -37,7 +37,7 @@ def train(folder: Path, batch: int, case: str) -> dict:
         logging_steps=1,
         num_eval_noise_samples=2,
         resolution=SIZE[0],
-        cache_dir=str(folder / "cache"),
+        cache_dir=None if case == "uncached" else str(folder / "cache"),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -28,6 +28,7 @@ from safetensors import safe_open
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer
 from bt_hf.data.atomic import SCRATCH
 from bt_hf.data.cache import encode_once, read_tensors
+from bt_hf.data.images import to_rgb
 from bt_hf.diffusion.generation.pair_folder import FEATURES, PairFolder
 from bt_hf.hub.contract import contract_files
 from bt_hf.hub.pull import pull_adapter
@@ -86,7 +87,7 @@ class Kind:
         root: An empty folder; what is watched is `root / "saved"`.
     """
 
-    faults = 24  # tried of each sort, unless it runs long
+    faults = 12  # tried of each sort, unless it runs long
 
     def __init__(self, root: Path) -> None:
         self.root, self.folder, self.template = root, root / "saved", root / "template"
@@ -185,7 +186,7 @@ class Card(SaveOver):
 class Checkpoints(Kind):
     """A training that writes a checkpoint at each step; afterwards it goes on to the same bits."""
 
-    faults = 8
+    faults = 4
     options: dict[str, Any] = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 
     def __init__(self, root: Path) -> None:
@@ -271,7 +272,7 @@ class Cache(Kind):
 
     def work(self) -> Any:
         def images(values: list[Any], names: list[str]) -> dict[str, torch.Tensor]:
-            return {"latents": torch.stack([torch.tensor(value.getpixel((0, 0))).float() for value in values])}
+            return {"latents": torch.stack([torch.tensor(to_rgb(value).getpixel((0, 0))).float() for value in values])}
 
         def prompts(values: list[str]) -> dict[str, torch.Tensor]:
             return {"embeds": torch.tensor([[float(len(value)), float(ord(value[-1]))] for value in values])}
