@@ -34,7 +34,7 @@ def _base_figures(trainer: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def _change(trainer: Any) -> float | None:
-    """Return the root mean square change of predictions as a share of the base's, `None` for sharded weights and streams."""
+    """Return the root mean square change of predictions as a share of the base's; `None` if sharded or of a stream."""
     if trainer.sharded or not isinstance(trainer.train_dataset, Sized):  # reading a stream would move it on
         return None
     _, noisy = _first_batch(trainer)

@@ -35,7 +35,7 @@ def _base_figures(trainer: Any) -> dict[str, float]:
 
 @torch.no_grad()
 def _change(trainer: Any) -> float | None:
-    """Return the root mean square change of up to 64 training pairs' margins, `None` for sharded weights and streams."""
+    """Return the root mean square change of up to 64 pairs' margins, `None` for sharded weights and streams."""
     if trainer.sharded or not isinstance(trainer.train_dataset, Sized):  # reading a stream would move it on
         return None
     changes = []

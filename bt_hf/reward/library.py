@@ -10,8 +10,8 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 
 # Candidates that the base retrieves for each image that is asked for; taste orders these.
 POOL = 4
-# Weight of a logit of taste against one of the caption. Chosen on training concepts: 1 lets taste outvote the caption of
-# a base that knows few words, and 0 is the base's order.
+# Weight of a logit of taste against one of the caption. Chosen on training concepts: 1 lets taste outvote the caption
+# of a base that knows few words, and 0 is the base's order.
 TASTE_WEIGHT = 0.5
 
 

@@ -26,7 +26,8 @@ class Encoder:
 
     def encode_images(self, images: list[Any], names: list[str]) -> dict[str, torch.Tensor]:
         self.images += len(images)
-        return {"mean": torch.tensor([[float(sum(to_rgb(image).resize((1, 1)).getpixel((0, 0))))] for image in images])}
+        pixels = [to_rgb(image).resize((1, 1)).getpixel((0, 0)) for image in images]
+        return {"mean": torch.tensor([[float(sum(pixel))] for pixel in pixels])}
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         self.prompts += len(prompts)
