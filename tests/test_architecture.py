@@ -26,11 +26,11 @@ ROOMS = {
     ],
     "data": [
         "__init__ atomic fingerprint images",
-        "urls verified",
+        "judgements urls verified",
         "cache",
         "places",
         "archives formats tables",
-        "rows",
+        "rows survey",
         "recognition streaming",
         "conversion reading",
         "checks",

@@ -22,6 +22,7 @@ from bt_hf.data.images import short
 from bt_hf.data.reading import features_of, open_dataset
 from bt_hf.data.recognition import recognise
 from bt_hf.data.rows import undecoded
+from bt_hf.data.survey import survey
 from bt_hf.data.urls import AllowUrls
 
 
@@ -105,6 +106,7 @@ def load_preference_pairs(
         dataset = with_prompt(dataset, features, default_prompt)
         features = features_of(dataset, label)
     layout = recognise(dataset, features, label, place.table)
+    survey(dataset, layout, label)
     pairs = to_pairs(dataset, features, layout, place, num_proc)
     check = check_stream if isinstance(pairs, IterableDataset) else check_pairs
     pairs = check(pairs, layout, label, on_bad_rows, num_proc)

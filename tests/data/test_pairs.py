@@ -70,11 +70,11 @@ PICK_A_PIC = {
 PICKED = [("a", "red", "blue", 1.0, 1.0), ("b", "blue", "red", 1.0, 1.0), ("c", "red", "blue", 0.5, 1.0)]
 THREE = [[png("red"), png("lime"), png("blue")], [png("white"), png("black"), png("yellow")]]
 RANKED = [  # ranks 2, 1, 3 and 1, 1, 2
-    ("a", "red", "blue", 1.0, round(1 / 3, 6)),
-    ("a", "lime", "red", 1.0, round(1 / 3, 6)),
-    ("a", "lime", "blue", 1.0, round(1 / 3, 6)),
-    ("b", "white", "yellow", 1.0, 0.5),
-    ("b", "black", "yellow", 1.0, 0.5),
+    ("a", "red", "blue", 1.0, 1.0),
+    ("a", "lime", "red", 1.0, 0.5),
+    ("a", "lime", "blue", 1.0, 0.5),
+    ("b", "white", "yellow", 1.0, 1.0),
+    ("b", "black", "yellow", 1.0, 1.0),
 ]
 LAYOUTS = {
     "contract": (rows(), TWO),
@@ -89,8 +89,8 @@ LAYOUTS = {
         [
             ("a", "lime", "red", 1.0, 0.5),
             ("a", "lime", "blue", 1.0, 0.5),
-            ("b", "white", "yellow", 1.0, 0.5),
-            ("b", "black", "yellow", 1.0, 0.5),
+            ("b", "white", "yellow", 1.0, 1.0),
+            ("b", "black", "yellow", 1.0, 1.0),
         ],
     ),
     "ranking": ({"prompt": ["a", "b"], "image": THREE, "rank": [[2, 1, 3], [1, 1, 2]]}, RANKED),
