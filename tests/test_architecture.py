@@ -30,7 +30,7 @@ ROOMS = {
         "cache",
         "places",
         "archives formats tables",
-        "rows survey",
+        "judged_folders rows survey",
         "recognition streaming",
         "conversion reading",
         "checks",

@@ -196,8 +196,8 @@ def is_place(value: float, all_values: Sequence[float]) -> bool:
         ([True, True, True], False)
     """
     better = [one for one in all_values if one < value]
-    place = value + 1 - min(1.0, min(all_values))
-    return min(all_values) <= 1 and len(set(better)) + 1 <= place <= len(better) + all_values.count(value)
+    place = value + (min(all_values) < 1)
+    return len(set(better)) + 1 <= place <= len(better) + all_values.count(value)
 
 
 def identity(image: Any) -> Any:

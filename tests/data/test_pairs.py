@@ -14,41 +14,15 @@ from PIL import Image
 
 from bt_hf.data.checks import check_columns, check_unpaired, overlapping_rows
 from bt_hf.data.formats import PreferenceDataError
-from bt_hf.data.images import to_rgb
 from bt_hf.data.pairs import load_preference_pairs
+from coloured import COLOURS, colour, images, png, summary
 
 disable_progress_bar()
-COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def png(colour):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def colour(image):
-    pixel = to_rgb(image).getpixel((0, 0))
-    return next(name for name in COLOURS if Image.new("RGB", (1, 1), name).getpixel((0, 0)) == pixel)
-
-
-def summary(pairs):
-    """(prompt, colour of chosen, colour of rejected, preference, weight) of each pair."""
-    return [
-        (row["prompt"], colour(row["chosen"]), colour(row["rejected"]), row["preference"], round(row["weight"], 6))
-        for row in pairs
-    ]
-
-
-def images(folder, names=tuple(COLOURS)):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (folder / f"{name}.png").write_bytes(png(name))
 
 
 def rows(**columns):
