@@ -145,6 +145,14 @@ def test_streams_reach_data_loader_workers():
         assert sorted(summary(loader(pairs, batch_size=None, num_workers=1))) == sorted(expected)
 
 
+def test_more_pairs_than_a_writer_keeps():
+    """`datasets` writes 1,000 rows at a time, each time with the same columns."""
+    n = 1100
+    pictures = [[png((index % 256, index // 256, blue)) for index in range(n)] for blue in (7, 9)]
+    pairs = Dataset.from_dict({"prompt": ["a"] * n, "chosen": pictures[0], "rejected": pictures[1]})
+    assert len(load_preference_pairs(pairs)) == n
+
+
 def test_extra_columns():
     pairs = load_preference_pairs(Dataset.from_dict(rows(note=["x", "y"], tags=[["t"], []])))
     assert (pairs["note"][:], pairs["tags"][:]) == (["x", "y"], [["t"], []])

@@ -12,7 +12,7 @@ from bt_hf.data.images import to_rgb
 COLOURS = ["red", "lime", "blue", "white", "black", "yellow"]
 
 
-def png(colour: str) -> bytes:
+def png(colour: str | tuple[int, int, int]) -> bytes:
     """Return an image of 4 x 4 pixels."""
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
