@@ -153,7 +153,7 @@ def _judgement(column: str, lists: bool, holds: Callable[[str, str], bool]) -> J
         names = lists and holds(column, "texts") and not holds(column, "numbers")
         return Judgement(column, "order" if names else "rank")
     if column in BEST:
-        return Judgement(column, "best" if lists else "like")  # of a single image: whether it is the best
+        return Judgement(column, "best" if lists else "like")  # beside a single image, true for the best
     words = column == "likes" and (holds(column, "text") or holds(column, "texts")) and not holds(column, "number")
     if column in LIKES or words:
         return Judgement(column, "like")

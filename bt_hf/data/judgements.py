@@ -30,7 +30,7 @@ RATINGS = {  # the smallest and the largest value
     "star_rating": _STARS,
     "score": _ANY,
     "scores": _ANY,
-    "likes": _ANY,  # how many, or words
+    "likes": _ANY,  # a count, or words
 }
 LIKES = ("liked", "like", "is_liked")
 BEST = ("best", "best_index", "best_image")
@@ -90,7 +90,7 @@ class Judgement:
 
     @property
     def meaning(self) -> str:
-        """How the column is read, for messages."""
+        """Direction in which the column is read, for messages."""
         return {
             "rank": "1 is the best",
             "rating": "larger is better",

@@ -1,5 +1,6 @@
 """Folders named `liked` and `disliked`, or by stars, and the captions of their images."""
 
+import importlib
 import json
 import logging
 from pathlib import Path
@@ -121,6 +122,14 @@ def test_folders_that_give_nothing(tmp_path: Path) -> None:
     (folder / "liked" / "red.txt").write_bytes(b"\xff")
     with pytest.raises(PreferenceDataError, match=r"liked/red.txt: is not text in UTF-8"):
         load(folder)
+
+
+@pytest.mark.parametrize("command", ["reward", "lora"])
+def test_commands_that_train_take_them(tmp_path: Path, command: str) -> None:
+    folder = write(tmp_path / "d", liked=["red"], disliked=["blue", "white"])
+    parse = importlib.import_module(f"bt_hf.cli.{command}").parse
+    arguments = parse(["--model", "x", "--dataset", str(folder), "--default_prompt", "p", "--use_cpu=true"])[0]
+    assert sorted(summary(arguments.load_training_pairs())) == LIKES
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
