@@ -148,8 +148,8 @@ class Judgement:
                 not there, or is there twice.
         """
         pictures, judged = row[images], row[self.column]
-        if not isinstance(pictures, list):
-            raise ValueError(f"images missing: '{images}' is {short(pictures)}, expected a list")
+        if not isinstance(pictures, list) or (self.kind == "best" and not pictures):
+            raise ValueError(f"images missing: '{images}' is {short(pictures)}, expected a list of them")
         _check_distinct(pictures, images)
         if self.kind == "best":
             best = self._position(judged, pictures)

@@ -27,38 +27,40 @@ def survey(dataset: Dataset | IterableDataset, layout: Layout, label: str) -> No
     Of a stream, only its first rows are looked at. Nothing is opened.
 
     Raises:
-        PreferenceDataError: Most prompts of a loaded dataset have "ranks" that can't be places from the best on.
+        PreferenceDataError: Most prompts have "ranks" that can't be places from the best on.
     """
     judgement = layout.judgement
     if judgement is None:
         return
-    loaded = isinstance(dataset, Dataset)
     groups = list(_groups(dataset, layout, judgement))
-    sizes, values = [size for size, _ in groups], [values for _, values in groups]
-    reading = f"{label}: '{judgement.column}' is read as {layout.name}: {judgement.meaning}"
-    notes = _doubts(judgement, values)
-    names = dataset.column_names or []
-    others = [name for name in (*RANKS, *RATINGS, *LIKES, *BEST) if name in names and name != judgement.column]
-    if others:
-        notes.append(f"not read: {', '.join(map(repr, others))}; remove the column that is not meant")
-    if not loaded:
-        logger.log(logging.WARNING if notes else logging.INFO, "%s", "; ".join([reading, *notes]))
-        return
+    values = [judged for _, judged in groups]
     odd = [one for one in values if judgement.kind == "rank" and not _are_places(one)]
     if 2 * len(odd) > sum(len(set(one)) > 1 for one in values):
         raise PreferenceDataError(
             f"{label}: '{judgement.column}' would be read with 1 as the best, but {_shown(odd)} are not places from 1 "
             "on; if larger is better, rename the column to 'rating', else number the images of each prompt 1, 2, 3"
         )
-    single = sum(size == 1 for size in sizes)
-    equal = sum(len(one) > 1 and len(set(one)) == 1 for one in values)
-    if single or equal:
-        causes = [f"{single} of a single image"] * bool(single) + [f"{equal} of equal values"] * bool(equal)
-        notes.append(f"{' and '.join(causes)} of {len(groups)} prompts give no pair")
-    if max(sizes, default=0) > PARTNERS + 1:
+    notes = _doubts(judgement, values)
+    if odd:
+        notes.append(f"{_shown(odd)} are not places from 1 on; if larger is better, rename it to 'rating'")
+    names = dataset.column_names or []
+    others = [name for name in (*RANKS, *RATINGS, *LIKES, *BEST) if name in names and name != judgement.column]
+    if others:
+        notes.append(f"not read: {', '.join(map(repr, others))}; remove the column that is not meant")
+    if isinstance(dataset, Dataset):
+        notes += _without_pairs(groups)
+    level = logging.WARNING if notes else logging.INFO
+    if isinstance(dataset, Dataset) and max((size for size, _ in groups), default=0) > PARTNERS + 1:
         notes.append(f"each image is compared with at most {PARTNERS} lower ones of its prompt")
-    doubtful = len(notes) > (max(sizes, default=0) > PARTNERS + 1)
-    logger.log(logging.WARNING if doubtful else logging.INFO, "%s", "; ".join([reading, *notes]))
+    reading = f"{label}: '{judgement.column}' is read as {layout.name}: {judgement.meaning}"
+    logger.log(level, "%s", "; ".join([reading, *notes]))
+
+
+def _without_pairs(groups: list[tuple[int, list[float]]]) -> list[str]:
+    single = sum(size == 1 for size, _ in groups)
+    equal = sum(len(one) > 1 and len(set(one)) == 1 for _, one in groups)
+    causes = [f"{single} of a single image"] * bool(single) + [f"{equal} of equal values"] * bool(equal)
+    return [f"{' and '.join(causes)} of {len(groups)} prompts give no pair"] if causes else []
 
 
 def _groups(
@@ -79,7 +81,7 @@ def _groups(
     groups: dict[tuple, list[Any]] = defaultdict(list)
     for row in rows:
         groups[row[layout.group], row[prompt]].append(row[column])
-    if not isinstance(dataset, Dataset) and len(groups) > 1:
+    if not isinstance(dataset, Dataset) and sum(map(len, groups.values())) == _PEEK:
         groups.popitem()  # perhaps cut off
     for members in groups.values():
         yield len(members), [value for one in members for value in _read(judgement, [one])]
@@ -118,10 +120,6 @@ def _shown(odd: list[list[float]]) -> str:
 def _doubts(judgement: Judgement, groups: list[list[float]]) -> list[str]:
     """Return what makes the direction or the scale of numbers doubtful, and what to do."""
     column, notes = judgement.column, []
-    if judgement.kind == "rank":
-        odd = [one for one in groups if not _are_places(one)]
-        if odd:
-            notes.append(f"{_shown(odd)} are not places from 1 on; if larger is better, rename it to 'rating'")
     if judgement.kind == "rating" and column != "human_preference":
         several = [one for one in groups if len(one) > 1]
         ranked = [one for one in several if sorted(one) == list(range(1, len(one) + 1))]

@@ -346,12 +346,17 @@ def test_prompts_without_a_pair_are_counted(caplog: pytest.LogCaptureFixture) ->
 
 def test_ratings_called_ranks_are_refused(caplog: pytest.LogCaptureFixture) -> None:
     stars = {"prompt": list("aabb"), "image": FOUR, "rank": [5, 4, 5, 1]}
-    with pytest.raises(PreferenceDataError, match=r"not places from 1 on; if larger is better, rename .* 'rating'"):
-        load(stars)
-    with caplog.at_level(logging.WARNING):
-        load(stars, streaming=True)
-    assert "rename it to 'rating'" in caplog.text
-    caplog.clear()
+    for streaming in (False, True):
+        with pytest.raises(
+            PreferenceDataError, match=r"not places from 1 on; if larger is better, rename .* 'rating'"
+        ):
+            load(stars, streaming)
+    lists = {"prompt": ["a"], "images": [FOUR], "ranking": [[5, 5, 5, 4]]}
+    for streaming in (False, True):
+        with pytest.raises(PreferenceDataError, match=r"such as \[5, 5, 5, 4\]"):
+            load(lists, streaming)
+    long = {"prompt": ["a"] * 20, "image": [png((one, 2, 3)) for one in range(20)], "rank": list(range(20, 0, -1))}
+    assert len(list(load_preference_pairs(Dataset.from_dict(long), streaming=True))) == 184  # 16 rows are looked at
     one_gap = {"prompt": list("aabb") + ["c"] * 2, "image": FOUR + FOUR[:2], "rank": [1, 2, 2, 1, 1, 5]}
     (message,) = warnings_of(one_gap, caplog)
     assert message.startswith("WARNING")
