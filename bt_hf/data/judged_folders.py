@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
-from datasets import Dataset, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image as PILImage
 
 from bt_hf.data.formats import PROMPTS, PreferenceDataError, find_layout, roles
 from bt_hf.data.images import one_line, short
+from bt_hf.data.rows import AnyDataset
 from bt_hf.data.tables import TABLES, read_table
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,42 @@ def with_judgements_of_folders(table: Dataset) -> Dataset:
     (column,) = columns
     kind = Value("bool" if column == "liked" else "int64")
     return table.add_column(column, [one and one[1] for one in found], feature=kind)
+
+
+def with_judgements_of_labels(dataset: AnyDataset) -> AnyDataset:
+    """Add `liked` or `stars` to images with a `label` whose names are those of judged folders, as `imagefolder` has.
+
+    Example:
+        >>> label = ClassLabel(names=["disliked", "liked"])
+        >>> features = Features({"image": Value("string"), "label": label})
+        >>> rows = Dataset.from_dict({"image": ["a.png", "b.png"], "label": [1, 0]}, features=features)
+        >>> with_judgements_of_labels(rows)["liked"][:]
+        [True, False]
+    """
+    features: Features = dataset.features or Features()
+    label = features.get("label")
+    if not isinstance(label, ClassLabel) or find_layout([*features, "prompt"], lambda name, kind: False) is not None:
+        return dataset
+    judged = [_judgement(name) for name in label.names]
+    columns = {one[0] for one in judged if one}
+    if len(columns) != 1 or None in judged:
+        return dataset
+    (column,) = columns
+    kind = Value("bool" if column == "liked" else "int64")
+    values = [one[1] for one in judged if one]
+    if isinstance(dataset, Dataset):
+        judged_rows = [_of_label(one, column, values)[column] for one in dataset["label"]]
+        return dataset.add_column(column, judged_rows, feature=kind)
+    return dataset.map(
+        _of_label,
+        input_columns="label",
+        fn_kwargs={"column": column, "values": values},
+        features=Features({**features, column: kind}),
+    )
+
+
+def _of_label(label: int | None, column: str, values: list[bool | int]) -> dict[str, bool | int | None]:
+    return {column: values[label] if label is not None and 0 <= label < len(values) else None}
 
 
 def _judgement(name: str) -> tuple[str, bool | int] | None:

@@ -19,6 +19,7 @@ from bt_hf.data.checks import check_pairs, check_stream
 from bt_hf.data.conversion import to_pairs, with_prompt
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.data.images import short
+from bt_hf.data.judged_folders import with_judgements_of_labels
 from bt_hf.data.reading import features_of, open_dataset
 from bt_hf.data.recognition import recognise
 from bt_hf.data.rows import undecoded
@@ -61,8 +62,9 @@ def load_preference_pairs(
 
     The image column may also be called `images`, `image_path`, `image_paths`, `file_path`, `file_name` or
     `file_names`, and of these the prompt `caption` or `text`. Folders called `liked` and `disliked` (or `like`,
-    `dislike`, `good`, `bad`), or `1` to `5` (`5 stars`), judge the images in them; their prompts stand in
-    `metadata.csv`, or in `x.txt` beside `x.png`, or are the `default_prompt`.
+    `dislike`, `good`, `bad`), or `1` to `5` (`5 stars`), judge the images in them, also as the `label` that
+    `imagefolder` makes of them. Their prompts stand in `metadata.csv`, or in `x.txt` beside `x.png`, or are the
+    `default_prompt`.
 
     Each image is paired with those judged lower; equal ones make no pair. An image above m others is one choice among
     m + 1 (Plackett 1975), so each of its m pairs gets the weight 1/m: the weights of a prompt sum to the number of
@@ -120,7 +122,7 @@ def load_preference_pairs(
     if default_prompt is not None and not (isinstance(default_prompt, str) and default_prompt.strip()):
         raise PreferenceDataError(f"default_prompt must be a text, found {short(default_prompt)}")
     dataset, place, label = open_dataset(source, split, streaming, on_bad_rows, allow_urls)
-    dataset = undecoded(dataset)
+    dataset = with_judgements_of_labels(undecoded(dataset))
     features = features_of(dataset, label)
     if default_prompt is not None:
         dataset = with_prompt(dataset, features, default_prompt)

@@ -60,7 +60,8 @@ def _without_pairs(groups: list[tuple[int, list[float]]]) -> list[str]:
     single = sum(size == 1 for size, _ in groups)
     equal = sum(len(one) > 1 and len(set(one)) == 1 for _, one in groups)
     causes = [f"{single} of a single image"] * bool(single) + [f"{equal} of equal values"] * bool(equal)
-    return [f"{' and '.join(causes)} of {len(groups)} prompts give no pair"] if causes else []
+    total = f"{len(groups)} prompt{'s' * (len(groups) > 1)}"
+    return [f"{' and '.join(causes)} of {total} give no pair"] if causes else []
 
 
 def _groups(

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from datasets import load_dataset
 from datasets.utils.logging import disable_progress_bar
 
 from bt_hf.data.formats import PreferenceDataError
@@ -122,6 +123,14 @@ def test_folders_that_give_nothing(tmp_path: Path) -> None:
     (folder / "liked" / "red.txt").write_bytes(b"\xff")
     with pytest.raises(PreferenceDataError, match=r"liked/red.txt: is not text in UTF-8"):
         load(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("names", [("Liked", "disliked"), ("5", "1")])
+def test_labels_that_imagefolder_makes_of_them(tmp_path: Path, names: tuple[str, str], streaming: bool) -> None:
+    folder = write(tmp_path / "d", **{names[0]: ["red"], names[1]: ["blue", "white"]})
+    data = load_dataset("imagefolder", data_dir=str(folder), split="train", streaming=streaming)
+    assert sorted(summary(load_preference_pairs(data, default_prompt="p"))) == LIKES
 
 
 @pytest.mark.parametrize("command", ["reward", "lora"])
