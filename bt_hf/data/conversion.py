@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
@@ -124,7 +124,7 @@ def _join_groups(dataset: Dataset, layout: Layout, place: Place, features: Featu
     """Rows of one image each -> pairs: the images of the chosen rows beside those of the rejected rows."""
     prompt, images, ranks = layout.kinds
     dataset = store_images(dataset, [images], place, num_proc)
-    problems = dict.fromkeys(range(len(dataset)))
+    problems: dict[int, str | None] = dict.fromkeys(range(len(dataset)))
     problems |= dict(enumerate(dataset[PROBLEM] if PROBLEM in dataset.column_names else []))
     light = dataset.select_columns(sorted(name for name in {prompt, ranks, layout.group} if name is not None))
     groups: dict[tuple, list[int]] = {}  # by the prompt too, for identifiers that are empty or used twice
@@ -132,9 +132,11 @@ def _join_groups(dataset: Dataset, layout: Layout, place: Place, features: Featu
         groups.setdefault(key, []).append(row)
     blank = dict.fromkeys(features) | DEFAULTS
     pairs = []
-    judged = list(light[ranks])
+    judged, numbers = list(light[ranks]), range(len(dataset))
+    batches = dataset.select_columns([images]).iter(256)
+    pictures = [identity(image) for batch in batches for image in batch[images]]  # not all of their bytes at once
     for (key, text), members in groups.items():
-        _note_bad_members(problems, members, judged, dataset[images], layout.judgement)
+        _note_bad_members(problems, members, judged, pictures, layout.judgement, numbers)
         pairs += [blank | {ROW: row, PROBLEM: problems[row]} for row in members if problems[row]]
         rows = [row for row in members if not problems[row]]
         ranking = {prompt: text, images: rows, ranks: [judged[row] for row in rows], ROWS: rows}
@@ -153,9 +155,10 @@ def _join_groups(dataset: Dataset, layout: Layout, place: Place, features: Featu
 def _note_bad_members(
     problems: dict[int, str | None],
     members: Iterable[int],
-    judged: Sequence | Mapping,
-    images: Sequence | Mapping,
+    judged: Sequence,
+    identities: Sequence,
     judgement: Judgement | None,
+    numbers: Sequence[int],
 ) -> None:
     """Note what is wrong with single images of a group, whose others stay: their judgements, or the image again."""
     first: dict[Any, int] = {}
@@ -165,11 +168,11 @@ def _note_bad_members(
                 judgement.value(judged[row])
         except ValueError as error:
             problems[row] = str(error)
-        key = identity(images[row])
+        key = identities[row]
         if problems[row] is None and key is not None and first.setdefault(key, row) != row:
             problems[row] = (
-                f"image twice: row {first[key]} has the same image for the same prompt; judge it once, or give "
-                "each person's rows a 'prompt_id' of their own"
+                f"image twice: row {numbers[first[key]]} has the same image for the same prompt; judge it once, or "
+                "give each person's rows a 'prompt_id' of their own"
             )
 
 
@@ -196,13 +199,15 @@ def _stream_groups(
                 "a stream the images of a prompt must be neighbours: sort the data, or load it with streaming=False"
             )
         seen.add(key)
-        problems = {number: row.get(PROBLEM) for number, row in members}
-        judged, pictures = ({number: row[name] for number, row in members} for name in (ranks, images))
-        _note_bad_members(problems, problems, judged, pictures, judgement)
-        for number, problem in problems.items():
+        # By their positions here: a prompt may go on in another file, where rows are numbered from 0 again.
+        problems = {position: row.get(PROBLEM) for position, (_, row) in enumerate(members)}
+        judged, pictures = [row[ranks] for _, row in members], [identity(row[images]) for _, row in members]
+        _note_bad_members(problems, problems, judged, pictures, judgement, [number for number, _ in members])
+        for position, problem in problems.items():
+            number, row = members[position]
             if problem:
-                yield blank | {ROW: number, SHARD: shard, PROBLEM: problem}
-        good = [(number, row) for number, row in members if not problems[number]]
+                yield blank | {ROW: number, SHARD: row.get(SHARD), PROBLEM: problem}
+        good = [member for position, member in enumerate(members) if not problems[position]]
         ranking: dict[str, Any] = {name: [row[name] for _, row in good] for name in (images, ranks)}
         ranking |= {group: key[0], prompt: key[1], ROWS: [number for number, _ in good], SHARD: shard}
         batch = _expand({name: [value] for name, value in ranking.items()}, [first], convert, extras, place)

@@ -368,3 +368,15 @@ def test_two_judgements_of_an_image(caplog: pytest.LogCaptureFixture) -> None:
     (message,) = warnings_of(columns, caplog)
     assert message.startswith("WARNING")
     assert "not read: 'liked'" in message
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_prompt_in_two_files_of_a_stream(tmp_path: Path, bad: bool) -> None:
+    for shard, (picture, rating) in enumerate([(FOUR[0], 1), (FOUR[1], -5 if bad else 5)]):
+        columns = {"prompt": ["a"], "image": [picture], "rating": [rating]}
+        Dataset.from_dict(columns).to_parquet(tmp_path / "d" / f"train-{shard}.parquet")
+    if bad:
+        with pytest.raises(PreferenceDataError, match=r"row 0 of train-1.parquet: rating out of range"):
+            list(load_preference_pairs(tmp_path / "d", streaming=True))
+    else:
+        assert summary(load_preference_pairs(tmp_path / "d", streaming=True)) == [("a", "lime", "red", 1.0, 1.0)]
