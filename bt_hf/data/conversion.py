@@ -131,7 +131,7 @@ def _join_groups(dataset: Dataset, layout: Layout, place: Place, features: Featu
     for row, key in enumerate(zip(light[layout.group], light[prompt], strict=True)):
         groups.setdefault(key, []).append(row)
     blank = dict.fromkeys(features) | DEFAULTS
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     judged, numbers = list(light[ranks]), range(len(dataset))
     batches = dataset.select_columns([images]).iter(256)
     pictures = [identity(image) for batch in batches for image in batch[images]]  # not all of their bytes at once
