@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 
 from bt_hf.data.formats import NOTES, ROW, ROW_COLUMNS, SHARD, Layout, PreferenceDataError
 from bt_hf.data.images import short, to_rgb
@@ -230,7 +230,7 @@ def check_pairs(pairs: Dataset, layout: Layout, label: str, on_bad_rows: str, nu
         _note,
         with_indices=True,
         remove_columns=checked.column_names,
-        features=NOTES,
+        features=Features({ROW: NOTES[ROW], PROBLEM: NOTES[PROBLEM]}),
         fn_kwargs={"label": label, "on_bad_rows": on_bad_rows},
         load_from_cache_file=False,  # image files may have changed since
         keep_in_memory=True,  # a short text a row, and nothing is written beside the user's data

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
-from bt_hf.data.formats import DEFAULTS, NOTES, ROW, ROW_COLUMNS, ROWS, SHARD, Layout, PreferenceDataError, is_kind
+from bt_hf.data.formats import (
+    DEFAULTS,
+    NOTES,
+    ROW,
+    ROW_COLUMNS,
+    ROWS,
+    SHARD,
+    Layout,
+    PreferenceDataError,
+    is_kind,
+    prompt_column,
+)
 from bt_hf.data.images import short
+from bt_hf.data.judgements import Judgement, identity
 from bt_hf.data.places import IMAGE, PROBLEM, Place, encode_or_problem, scratch_file, store_images
 
 
@@ -36,6 +48,7 @@ def to_pairs(
     if isinstance(dataset, IterableDataset):
         if layout.group:
             arguments = expand | {"dataset": dataset, "columns": (layout.group, *layout.kinds)}
+            arguments["judgement"] = layout.judgement
             return IterableDataset.from_generator(_stream_groups, features=rewritten, gen_kwargs=arguments)
         return dataset.map(_expand, batch_size=1, **options)  # nothing is read ahead of the row that is asked for
     if layout.group:
@@ -111,17 +124,22 @@ def _join_groups(dataset: Dataset, layout: Layout, place: Place, features: Featu
     """Rows of one image each -> pairs: the images of the chosen rows beside those of the rejected rows."""
     prompt, images, ranks = layout.kinds
     dataset = store_images(dataset, [images], place, num_proc)
-    problems = list(dataset[PROBLEM]) if PROBLEM in dataset.column_names else [None] * len(dataset)
+    problems: dict[int, str | None] = dict.fromkeys(range(len(dataset)))
+    problems |= dict(enumerate(dataset[PROBLEM] if PROBLEM in dataset.column_names else []))
     light = dataset.select_columns(sorted(name for name in {prompt, ranks, layout.group} if name is not None))
     groups: dict[tuple, list[int]] = {}  # by the prompt too, for identifiers that are empty or used twice
     for row, key in enumerate(zip(light[layout.group], light[prompt], strict=True)):
         groups.setdefault(key, []).append(row)
     blank = dict.fromkeys(features) | DEFAULTS
-    pairs = []
+    pairs: list[dict[str, Any]] = []
+    judged, numbers = list(light[ranks]), range(len(dataset))
+    batches = dataset.select_columns([images]).iter(256)
+    pictures = [identity(image) for batch in batches for image in batch[images]]  # not all of their bytes at once
     for (key, text), members in groups.items():
+        _note_bad_members(problems, members, judged, pictures, layout.judgement, numbers)
         pairs += [blank | {ROW: row, PROBLEM: problems[row]} for row in members if problems[row]]
         rows = [row for row in members if not problems[row]]
-        ranking = {prompt: text, images: rows, ranks: light[rows][ranks], ROWS: rows}
+        ranking = {prompt: text, images: rows, ranks: [judged[row] for row in rows], ROWS: rows}
         named = {layout.group: key} if layout.group != prompt else {}
         # Here an image is the number of its row.
         pairs += [blank | {ROW: members[0]} | pair | named for pair in _pairs_of(ranking, layout.convert)]
@@ -134,8 +152,37 @@ def _join_groups(dataset: Dataset, layout: Layout, place: Place, features: Featu
     return concatenate_datasets(columns, axis=1)
 
 
+def _note_bad_members(
+    problems: dict[int, str | None],
+    members: Iterable[int],
+    judged: Sequence,
+    identities: Sequence,
+    judgement: Judgement | None,
+    numbers: Sequence[int],
+) -> None:
+    """Note what is wrong with single images of a group, whose others stay: their judgements, or the image again."""
+    first: dict[Any, int] = {}
+    for row in members:
+        try:
+            if problems[row] is None and judgement is not None:
+                judgement.value(judged[row])
+        except ValueError as error:
+            problems[row] = str(error)
+        key = identities[row]
+        if problems[row] is None and key is not None and first.setdefault(key, row) != row:
+            problems[row] = (
+                f"image twice: row {numbers[first[key]]} has the same image for the same prompt; judge it once, or "
+                "give each person's rows a 'prompt_id' of their own"
+            )
+
+
 def _stream_groups(
-    dataset: IterableDataset, columns: tuple[str, ...], convert: Callable, extras: tuple[str, ...], place: Place
+    dataset: IterableDataset,
+    columns: tuple[str, ...],
+    convert: Callable,
+    extras: tuple[str, ...],
+    place: Place,
+    judgement: Judgement,
 ) -> Iterator[dict[str, Any]]:
     """Join groups of a stream, which holds the images of one prompt at a time."""
     group, prompt, images, ranks = columns
@@ -152,10 +199,15 @@ def _stream_groups(
                 "a stream the images of a prompt must be neighbours: sort the data, or load it with streaming=False"
             )
         seen.add(key)
-        for number, row in members:
-            if row.get(PROBLEM):
-                yield blank | {ROW: number, SHARD: shard, PROBLEM: row[PROBLEM]}
-        good = [(number, row) for number, row in members if not row.get(PROBLEM)]
+        # By their positions here: a prompt may go on in another file, where rows are numbered from 0 again.
+        problems = {position: row.get(PROBLEM) for position, (_, row) in enumerate(members)}
+        judged, pictures = [row[ranks] for _, row in members], [identity(row[images]) for _, row in members]
+        _note_bad_members(problems, problems, judged, pictures, judgement, [number for number, _ in members])
+        for position, problem in problems.items():
+            number, row = members[position]
+            if problem:
+                yield blank | {ROW: number, SHARD: row.get(SHARD), PROBLEM: problem}
+        good = [member for position, member in enumerate(members) if not problems[position]]
         ranking: dict[str, Any] = {name: [row[name] for _, row in good] for name in (images, ranks)}
         ranking |= {group: key[0], prompt: key[1], ROWS: [number for number, _ in good], SHARD: shard}
         batch = _expand({name: [value] for name, value in ranking.items()}, [first], convert, extras, place)
@@ -164,7 +216,7 @@ def _stream_groups(
 
 def with_prompt(dataset: Dataset | IterableDataset, features: Features, prompt: str) -> Dataset | IterableDataset:
     """Give a prompt to the rows that have none: a column if there is none, else where a row is empty."""
-    name = "prompt" if "prompt" in features or "caption" not in features else "caption"
+    name = prompt_column(features)
     if isinstance(dataset, IterableDataset):
         return dataset.map(
             _fill_prompt,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from datasets import Features, Image, Value
 
 from bt_hf.data.images import short
+from bt_hf.data.judgements import BEST, LIKES, RANKS, RATINGS, Judgement, weighted_pairs
 from bt_hf.data.places import PROBLEM
 
 ROW_COLUMNS = ("prompt", "chosen", "rejected", "preference", "weight")
@@ -23,6 +23,10 @@ NOTES = Features(PLACE | {PROBLEM: Value("string")})  # and what is wrong with i
 KINDS = {
     "text": "text (string)",
     "number": "numbers",
+    "texts": "lists of file names, or of numbers",
+    "like": "likes: true and false, 1 and 0, or 'like' and 'dislike'",
+    "likes": "lists of likes: true and false, 1 and 0, or 'like' and 'dislike'",
+    "best": "the best image, by its index or its file name",
     "numbers": "lists of numbers",
     "image": "images (datasets.Image, file paths or encoded bytes)",
     "images": "lists of images (datasets.Image, file paths or encoded bytes)",
@@ -33,6 +37,8 @@ _PAIRS = (
     ("ImageRewardDB", "img_better", "img_worse"),
 )
 # `file_name` is that of metadata beside images, as `datasets` reads them too.
+PROMPTS = ("prompt", "caption", "text")
+_NAMES = {"rank": "rankings", "order": "rankings", "rating": "ratings", "like": "likes", "best": "best of several"}
 _IMAGES = ("image", "images", "image_path", "image_paths", "file_path", "file_name", "file_names")
 
 
@@ -51,6 +57,7 @@ class Layout:
         group: Where a row is a single image, the column whose equal values make one ranking.
         in_place: A row is a pair: the first three columns are the prompt, the chosen and the rejected image.
         empty: The message when no row gives a pair.
+        judgement: The column that judges several images of a prompt, if one does.
     """
 
     name: str
@@ -59,6 +66,7 @@ class Layout:
     group: str | None = None
     in_place: bool = False
     empty: str = "no row prefers one image over another"
+    judgement: Judgement | None = None
 
 
 def _from_contract(row: dict[str, Any], chosen: str, rejected: str) -> Iterator[dict]:
@@ -82,18 +90,12 @@ def _from_pick_a_pic(row: dict[str, Any]) -> Iterator[dict]:
     yield {"prompt": row["caption"], "chosen": row[first], "rejected": row[second], "preference": max(labels)}
 
 
-def _from_ranking(row: dict[str, Any], images: str, ranks: str, lower_is_better: bool = True) -> Iterator[dict]:
-    pictures, values = row[images], row[ranks]
-    if not isinstance(pictures, list) or not isinstance(values, list) or len(pictures) != len(values):
-        raise ValueError(f"images without ranks: '{images}' and '{ranks}' must be lists of one length")
-    values = [_number({ranks: value}, ranks) for value in values]
-    if any(math.isnan(value) for value in values):
-        raise ValueError(f"not a number: '{ranks}' is {short(values)}")
-    better = (lambda a, b: a < b) if lower_is_better else (lambda a, b: a > b)
-    pairs = [(i, j) for i, j in itertools.permutations(range(len(values)), 2) if better(values[i], values[j])]
-    for i, j in pairs:
-        pair = {"prompt": row["prompt"], "chosen": pictures[i], "rejected": pictures[j], "weight": 1 / len(pairs)}
-        yield pair | {ROW: row[ROWS][i]} if ROWS in row else pair
+def _from_judgements(row: dict[str, Any], prompt: str, images: str, judgement: Judgement) -> Iterator[dict]:
+    values = judgement.values(row, images)
+    for better, worse, weight in weighted_pairs(values):
+        pictures = row[images]
+        pair = {"prompt": row[prompt], "chosen": pictures[better], "rejected": pictures[worse], "weight": weight}
+        yield pair | {ROW: row[ROWS][better]} if ROWS in row else pair
 
 
 def _number(row: dict[str, Any], name: str) -> float:
@@ -119,31 +121,58 @@ def find_layout(names: Collection[str], holds: Callable[[str, str], bool]) -> La
         kinds = {"caption": "text", "jpg_0": "image", "jpg_1": "image", "label_0": "number", "label_1": "number"}
         kinds |= {"has_label": "number"} if "has_label" in names else {}
         return Layout("Pick-a-Pic", kinds, _from_pick_a_pic, empty="no labelled rows: 'has_label' is never true")
-    images, ranks = first(*_IMAGES), first("rank", "ranking")
-    if "prompt" not in names or not images:
+    return _find_judgements(names, first, holds)
+
+
+def _find_judgements(
+    names: Collection[str], first: Callable[..., str | None], holds: Callable[[str, str], bool]
+) -> Layout | None:
+    """Find the layout of judgements of several images a prompt, in lists or with one image a row."""
+    prompt, images = first(*PROMPTS), first(*_IMAGES)
+    column = first(*RANKS, *RATINGS, *LIKES, *BEST)
+    if "human_preference" in names and (column is None or holds("human_preference", "numbers")):
+        column = "human_preference"
+    if prompt is None or images is None or column is None:
         return None
-    if "human_preference" in names and (ranks is None or holds("human_preference", "numbers")):
-        kinds = {"prompt": "text", images: "images", "human_preference": "numbers"}
-        convert = partial(_from_ranking, images=images, ranks="human_preference", lower_is_better=False)
-        return Layout("HPDv2", kinds, convert)
-    if ranks is None:
-        return None
-    convert = partial(_from_ranking, images=images, ranks=ranks)
-    if holds(images, "images"):
-        return Layout("ImageRewardDB", {"prompt": "text", images: "images", ranks: "numbers"}, convert)
-    kinds = {"prompt": "text", images: "image", ranks: "number"}
+    lists = holds(images, "images") or column == "human_preference"
+    judgement = _judgement(column, lists, holds)
+    kind = {"rank": "number", "rating": "number", "order": "text"}.get(judgement.kind, judgement.kind)
+    kinds = {prompt: "text", images: "images" if lists else "image"}
     return Layout(
-        "ImageRewardDB",
-        kinds,
-        convert,
-        group="prompt_id" if "prompt_id" in names and holds("prompt_id", "plain") else "prompt",
+        "HPDv2" if column == "human_preference" else _NAMES[judgement.kind],
+        kinds | {column: kind + "s" if lists and kind != "best" else kind},
+        partial(_from_judgements, prompt=prompt, images=images, judgement=judgement),
+        group=None if lists else "prompt_id" if "prompt_id" in names and holds("prompt_id", "plain") else prompt,
+        empty=f"no row prefers one image over another: '{column}' is equal for all images of each prompt",
+        judgement=judgement,
     )
+
+
+def _judgement(column: str, lists: bool, holds: Callable[[str, str], bool]) -> Judgement:
+    if column in RANKS:
+        names = lists and holds(column, "texts") and not holds(column, "numbers")
+        return Judgement(column, "order" if names else "rank")
+    if column in BEST:
+        return Judgement(column, "best" if lists else "like")  # beside a single image, true for the best
+    words = column == "likes" and (holds(column, "text") or holds(column, "texts")) and not holds(column, "number")
+    if column in LIKES or words:
+        return Judgement(column, "like")
+    return Judgement(column, "rating", *RATINGS.get(column, ()))
+
+
+def prompt_column(features: Mapping[str, Any]) -> str:
+    """Return the column that holds the prompts, or should."""
+    layout = find_layout(list(features), lambda name, kind: is_kind(features[name], kind))
+    if layout is not None:
+        return next(iter(layout.kinds))
+    others = [name for name in PROMPTS[:2] if name in features]
+    return others[0] if others else "prompt"
 
 
 def roles(names: Collection[str]) -> dict[str, str]:
     """Return what the columns of these names hold, for readers of files that don't tell: name -> "text" and so on."""
     layout = find_layout([*names, "prompt"], lambda name, kind: False)
-    return {"prompt": "text", "caption": "text"} | (layout.kinds if layout else {})
+    return dict.fromkeys(PROMPTS, "text") | (layout.kinds if layout else {})
 
 
 def unpaired_roles(names: Collection[str]) -> dict[str, str]:
@@ -163,6 +192,8 @@ def is_kind(feature: Any, kind: str) -> bool:
     if kind == "number":
         return dtype is not None and dtype.startswith(("float", "int", "uint", "bool", "decimal"))
     text = dtype in ("string", "large_string", "string_view")
+    if kind in ("like", "best"):
+        return text or is_kind(feature, "number")
     if kind == "text":
         return text
     stored_image = isinstance(feature, dict) and bool(feature) and feature.keys() <= {"bytes", "path"}

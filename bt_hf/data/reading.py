@@ -14,6 +14,7 @@ from datasets import Dataset, Features, IterableDataset, ReadInstruction, Value,
 from bt_hf.data.archives import load_archives
 from bt_hf.data.formats import NOTES, PreferenceDataError, roles
 from bt_hf.data.images import is_address, one_line, short
+from bt_hf.data.judged_folders import judged_splits, read_judged_folder, with_judgements_of_folders
 from bt_hf.data.places import Place
 from bt_hf.data.streaming import is_webdataset, open_shards
 from bt_hf.data.tables import TABLES, Roles, read_table
@@ -113,6 +114,10 @@ def _load(
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded: Any = datasets.load_from_disk(str(path))
             return _pick(loaded if isinstance(loaded, dict) else {split or "train": loaded}, split, label), place
+        judged = judged_splits(path)
+        if judged and not any(file.suffix.lower() in _SUFFIXES for file in path.iterdir()):
+            part, folder = _pick_files(judged, split, label)
+            return _slice(read_judged_folder(folder, label), split, part), replace(place, base=folder)
         tables = _tables_of(path)
         if tables:
             part, path = _pick_files(tables, split, label)
@@ -167,7 +172,7 @@ def _read_table(path: Path, split: str | None, name: str, label: str, roles: Rol
         table = read_table(path, roles)
     except ValueError as error:
         raise PreferenceDataError(f"{path.name}: cannot be read ({one_line(error)})") from error
-    return _slice(table, split, name)
+    return _slice(with_judgements_of_folders(table), split, name)
 
 
 def _pick(loaded: Any, split: str | None, label: str) -> Any:

@@ -11,6 +11,7 @@ from datasets import Dataset, Features, IterableDataset
 from bt_hf.data.formats import (
     KINDS,
     NOTES,
+    PROMPTS,
     ROW_COLUMNS,
     Layout,
     PreferenceDataError,
@@ -18,6 +19,7 @@ from bt_hf.data.formats import (
     is_kind,
 )
 from bt_hf.data.images import is_embedded, short
+from bt_hf.data.judgements import BEST, LIKES, RANKS, RATINGS
 from bt_hf.data.rows import undecoded
 
 _KNOWN_NAMES = {
@@ -62,6 +64,16 @@ def check_kinds(features: Features, kinds: dict[str, str], label: str, table: st
 
 def _missing_columns(dataset: Dataset | IterableDataset, features: Features, label: str, table: str | None) -> str:
     found = [name for name in features if name not in NOTES]
+    judged = _judged_without_prompts(features)
+    if judged is not None:
+        columns = ", ".join(short(name, 60)[1:-1] for name in found[:20])
+        return f"{label}: {judged.name} without prompts: expected one of the columns {', '.join(PROMPTS)}, " + (
+            f"found {columns}; add it, or pass default_prompt='...' if the images were made without one"
+        )
+    known = (*RANKS, *RATINGS, *LIKES, *BEST)
+    other = next((name for name in found if name not in known and name.strip().lower() in known), None)
+    if other is not None and not {"chosen", "rejected"} & set(found):
+        return f"{label}: the column {short(other)} judges nothing; rename it to '{other.strip().lower()}'"
     missing = [name for name in ROW_COLUMNS[:3] if name not in found]
     rows = _first_rows(dataset)
     images = [name for name in found if _holds(rows, features, name, "image")]
@@ -87,8 +99,14 @@ def _missing_columns(dataset: Dataset | IterableDataset, features: Features, lab
     columns = ", ".join(short(name, 60)[1:-1] for name in found[:20]) + (", ..." if len(found) > 20 else "")
     return (
         f"{label}: expected the columns prompt, chosen and rejected (or those of Pick-a-Pic, HPDv2 or ImageRewardDB), "
+        "or prompt, image and one of rating, stars, score, liked, rank; "
         f"found {columns or 'none'}; missing: {', '.join(missing) or 'none of one format'}; {advice}"
     )
+
+
+def _judged_without_prompts(features: Features) -> Layout | None:
+    layout = find_layout([*features, "prompt"], lambda name, kind: name in features and is_kind(features[name], kind))
+    return layout if layout and layout.judgement else None
 
 
 def _first_rows(dataset: Dataset | IterableDataset) -> list[dict[str, Any]]:
