@@ -16,8 +16,9 @@ help: ## list the targets
 demo: $(VENV)/.demo ## learn one person's taste from a few clicks (examples/quickstart.py)
 	@$(BIN)/python examples/quickstart.py
 
+# One process a core with one thread each: tiny models gain nothing from threads.
 test: $(VENV)/.dev ## run the tests
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # Old versions warn of one another, so their warnings are shown and are not errors.
 floor: $(FLOOR)/.installed ## smoke test at the oldest versions that pyproject.toml allows, in an environment of them

@@ -19,7 +19,7 @@ UNPAIRED = ("completion",)
 
 def is_unpaired(columns: Collection[str]) -> bool:
     """True for rows of one image each; pairs may have further columns, whatever these are called."""
-    return "completion" in columns and not set(PAIRED) <= set(columns)
+    return not {"completion", "label"}.isdisjoint(columns) and not set(PAIRED) <= set(columns)
 
 
 def image_columns(columns: Collection[str]) -> tuple[str, ...]:

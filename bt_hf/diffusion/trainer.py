@@ -233,6 +233,8 @@ class PreferenceLoRATrainer(PreferenceTrainer):
     def _set_beta(self, pairs: Pairs) -> None:
         """Set beta from the first of these pairs, unless it is known."""
         if self.beta is None:
+            # In the format of training: its rounding goes into beta, and so into every loss.
+            loading.set_memory_format(self.family, self.model, self.args.channels_last and not self.sharded)
             self.beta = self.reference.auto_beta(pairs)
 
     @property

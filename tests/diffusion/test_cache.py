@@ -40,7 +40,7 @@ def test_cached_and_streamed_training_are_the_same(tmp_path: Path) -> None:
         results.append({name: value for name, value in trainer.model.named_parameters() if "lora_" in name})
     for other in results[1:]:
         for name, value in results[0].items():
-            torch.testing.assert_close(other[name], value, atol=1e-3, rtol=1e-2)
+            torch.testing.assert_close(other[name], value, atol=2e-3, rtol=1e-2)
 
 
 def test_encoders_run_once_and_leave_memory(tmp_path: Path) -> None:
