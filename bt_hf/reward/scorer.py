@@ -176,7 +176,7 @@ class PreferenceScorer(Embedder):
         return self.scale * (text * images).sum(-1)
 
     def taste(self, images: Any) -> torch.Tensor:
-        """How much images are liked, whatever they show: what the adapter added to the reward, without a caption.
+        """Tell how much images are liked, whatever they show: what the adapter added to the reward, without a caption.
 
         Args:
             images: N images.

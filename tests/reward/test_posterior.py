@@ -162,7 +162,7 @@ def test_taste_that_depends_on_the_prompt() -> None:
 
 
 def test_features_below_the_projection_help() -> None:
-    """What they like is lost in the output of the projection, but not in its inputs."""
+    """Learn a taste that is lost in the output of the projection, but not in its inputs."""
     generator = torch.Generator().manual_seed(0)
     accuracy = []
     for known in (False, True):

@@ -61,7 +61,7 @@ def test_shift_is_told_apart_from_the_captions_share() -> None:
 
 
 def test_words_of_a_shift_by_the_covariance_of_images() -> None:
-    """What images hardly differ in says nothing about taste."""
+    """Ignore in what images hardly differ."""
     _, words = people()
     covariance = torch.diag(torch.tensor([1.0, 1.0, 1e-6] + [1.0] * 21).double())
     shift = torch.eye(24).double()[0] + 50 * torch.eye(24).double()[2]
