@@ -36,7 +36,7 @@ FEATURE_SHARE = 0.5
 WRONG_CLICKS = {0.0: 0.0, 0.02: 0.0, 0.05: -0.3, 0.1: -0.7, 0.2: -1.5, 0.3: -2.5}
 # Typical size of a margin: candidates, and the log-normal prior's median and standard deviation.
 TEMPERATURES = torch.exp(torch.linspace(math.log(0.05), math.log(60.0), 40, dtype=torch.double))
-TYPICAL_MARGIN, TYPICAL_SPREAD = 3.0, 1.0
+TYPICAL_MARGIN, TYPICAL_SPREAD = 2.0, 0.7
 # Nats that a freer fit or a wrong click in ten costs more, see `_penalty`.
 NATS_PER_WRONG_CLICK = 40.0
 NATS_OF_PROMPTS = 1.7
