@@ -14,6 +14,7 @@ import argparse
 import gc
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from results import Report, make_parser
 from taste import preference_pairs, warmth
 
 SIZES = (4, 8, 16, 32, 64, 128)
-STRONG = 8.0  # scale of the adapter that puts taste above everything, as the probe does, which reads no caption
+STRONG = 2.0  # scale of the adapter that puts taste above everything
 CLICKERS = 3  # people of each taste, asked for every number of pairs
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
@@ -49,6 +50,7 @@ class Bench:
 
     def __init__(self, split: str, seeds: int, clicks: str = "train") -> None:
         self.clicks = clicks
+        self.scratch = tempfile.TemporaryDirectory()
         self.base = CLIPModel.from_pretrained(CLIP_FOLDER, dtype=torch.float32).eval()
         self.processor = CLIPProcessor.from_pretrained(CLIP_FOLDER)
         adapted = add_adapter(self.base)
@@ -103,7 +105,7 @@ class Bench:
         torch.manual_seed(0)
         trainer = BradleyTerryTrainer(
             self.base,
-            BradleyTerryConfig("unused", **{**QUIET, **options}),
+            BradleyTerryConfig(self.scratch.name, **{**QUIET, **options}),
             train_dataset=self.cache.add(pairs),
             processing_class=self.processor,
         )
@@ -203,7 +205,7 @@ def part_frontier(bench: Bench, report: Report) -> None:
     for count in (8, 64):
         rows: list[tuple[str, float, float]] = [("base", 0.5, bench.base_recall)]
         by_scale = []
-        for weight in (0.0, 0.1, 0.3, default, 3.0, 10.0):
+        for weight in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0):
             results = []
             for taste in STYLES:
                 for seed in bench.seeds:
@@ -263,7 +265,7 @@ def part_retrieval(bench: Bench, report: Report) -> None:
 
 def part_verdict(bench: Bench, report: Report, people: int) -> None:
     """Measure coverage of the cross-validated interval, and count verdicts of 'better', by number of pairs."""
-    config = BradleyTerryConfig("unused", **QUIET)
+    config = BradleyTerryConfig(bench.scratch.name, **QUIET)
     sizes = (8, 16, 32, 64)
     asked = min(people, CLICKERS * len(STYLES))  # for every number of pairs; the others only for 32
     better: dict[int, list[bool]] = {size: [] for size in sizes}
