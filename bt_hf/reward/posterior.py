@@ -28,8 +28,8 @@ STRENGTHS = (0.03, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 # Share of the prior variance that depends on the prompt.
 PROMPT_SHARES = (0.0, 0.5)
 # Weight of the caption's own margin, with the logarithm of its prior odds. For two images of one prompt that margin is
-# mostly noise about taste; a tenth costs next to nothing, and rewards still say which image a prompt means.
-CAPTION_WEIGHTS = {0.03: -1.0, 0.1: 0.0, 0.3: -1.0, 1.0: -2.0}
+# mostly noise about taste; a little costs next to nothing, and rewards still say which image a prompt means.
+CAPTION_WEIGHTS = {0.03: 0.0, 0.1: -0.5, 0.3: -3.0, 1.0: -6.0}
 # Share of the prior variance for the inputs of the image projection, where they are known.
 FEATURE_SHARE = 0.5
 # Rates of wrong clicks, with the logarithm of their prior odds.
