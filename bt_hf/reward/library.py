@@ -43,6 +43,9 @@ class ImageLibrary:
 
     Example:
         ```python
+        from bt_hf import ImageLibrary, PreferenceScorer
+
+        scorer = PreferenceScorer.from_pretrained("my-taste")
         library = scorer.index(["first.png", "second.png"])
         library.save("my-library")
         scorer.search("a red apple", ImageLibrary.load("my-library"), top_k=1)

@@ -161,6 +161,11 @@ class PreferenceScorer(Embedder):
 
         Example:
             ```python
+            from PIL import Image
+            from bt_hf import PreferenceScorer
+
+            scorer = PreferenceScorer.from_pretrained("my-taste")
+            images = [Image.open("first.png").convert("RGB")]
             pixels = scorer.processor.image_processor(images, return_tensors="pt")["pixel_values"].requires_grad_()
             scorer.reward(pixels, "a red apple").sum().backward()  # pixels.grad leads to a better image
             ```

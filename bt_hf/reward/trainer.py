@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -166,7 +166,9 @@ class BradleyTerryTrainer(PreferenceTrainer):
     def _prepare(self, begin: bool) -> None:
         """Embed training pairs with the base, for the KL term, and begin a fresh LoRA at the fitted taste."""
         start = begin and self._fresh_adapter and self.args.warm_start
-        if not (start or self.args.kl_weight) or self.train_dataset is None:
+        # Else only to log the base at step 0: a stream is not read for that.
+        told = begin and isinstance(self.train_dataset, Sized)
+        if not (start or self.args.kl_weight or told) or self.train_dataset is None:
             return
         self.place_unsharded()
         layers = taste.output_layers(self.model)
@@ -174,6 +176,8 @@ class BradleyTerryTrainer(PreferenceTrainer):
         image_layer = taste.plain_lora(self.model, layers.image) if text_layer and layers else None
         self._sentence = None
         pairs = self.embedded_base = self._embed_training_pairs(FITTED_PAIRS, image_layer)
+        if not (start or self.args.kl_weight):
+            return
         texts = taste.vocabulary_texts(self.processing_class.tokenizer)
         words, features = self._embed_words(texts, text_layer)
         if self.args.kl_weight:

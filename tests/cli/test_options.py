@@ -75,6 +75,7 @@ def test_help_shows_every_field(command: str, capsys: pytest.CaptureFixture[str]
 # Options that have an effect only beside others.
 COMPANIONS = {
     "safeguard_mu": ["--safeguard", "True"],
+    "kl_bank_size": ["--kl_weight", "1"],
     "desirable_weight": ["--loss_type", "kto"],
     "undesirable_weight": ["--loss_type", "kto"],
     "validation_images": ["--validation_prompts", "a cat"],

@@ -324,6 +324,9 @@ class Pull(Kind):
         for number, trainer in enumerate(over.trainers):
             outcome = forked(lambda number=number, trainer=trainer: trainer.save_model(str(root / f"v{number}")))
             assert outcome.error is None, outcome.error
+            config = root / f"v{number}" / "adapter_config.json"  # a base built in code has no name
+            named = json.loads(config.read_text()) | {"base_model_name_or_path": "me/base"}
+            config.write_text(json.dumps(named))
 
     def online(self) -> None:
         """Let the client of this process, which is a forked one, talk to the hub."""
