@@ -174,8 +174,9 @@ class BradleyTerryTrainer(PreferenceTrainer):
         layers = taste.output_layers(self.model)
         text_layer = taste.plain_lora(self.model, layers.text) if start and layers else None
         image_layer = taste.plain_lora(self.model, layers.image) if text_layer and layers else None
-        self._sentence = None
         pairs = self.embedded_base = self._embed_training_pairs(FITTED_PAIRS, image_layer)
+        looks, _ = self._embed_words(LOOK_WORDS)
+        self._sentence = in_a_sentence(explain_pairs(pairs, looks, LOOK_WORDS, top_k=5))
         if not (start or self.args.kl_weight):
             return
         texts = taste.vocabulary_texts(self.processing_class.tokenizer)
@@ -242,9 +243,6 @@ class BradleyTerryTrainer(PreferenceTrainer):
 
         See `PreferenceScorer.explain`; only words count that keep their side when the clicks are drawn again.
         """
-        if self._sentence is None and self.embedded_base is not None:
-            words, _ = self._embed_words(LOOK_WORDS)
-            self._sentence = in_a_sentence(explain_pairs(self.embedded_base, words, LOOK_WORDS, top_k=5))
         return self._sentence
 
     @contextmanager
