@@ -99,7 +99,7 @@ def run(options: Options) -> None:
     say(f"Saved to {config.output_dir}: the {'model' if config.full_finetuning else 'adapter'} and its card README.md")
     sentence = trainer.in_words()
     if sentence is not None:
-        say(f"In words: {sentence}")
+        say(f"In words, as the base understands them: {sentence}")
     if held_out is not None:
         metrics = trainer.evaluate()
         say(f"{len(held_out)} held-out pairs:")
