@@ -166,8 +166,11 @@ class BradleyTerryTrainer(PreferenceTrainer):
     def _prepare(self, begin: bool) -> None:
         """Embed training pairs with the base, for the KL term, and begin a fresh LoRA at the fitted taste."""
         start = begin and self._fresh_adapter and self.args.warm_start
-        # Else only to log the base at step 0: a stream is not read for that.
-        told = begin and isinstance(self.train_dataset, Sized)
+        # Else only to log the base at step 0: neither a stream nor a collator of the user's is read for that.
+        ours = isinstance(self._collator_of(self.train_dataset), PreferenceCollator)
+        told = begin and (
+            ours and isinstance(self.train_dataset, Sized) or isinstance(self.train_dataset, CachedPairs)
+        )
         if not (start or self.args.kl_weight or told) or self.train_dataset is None:
             return
         self.place_unsharded()
