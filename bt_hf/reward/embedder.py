@@ -35,6 +35,7 @@ class Embedder:
         self.model = model.eval()
         self.batch_size = batch_size
         self.scale = encoders.logit_scale(model)
+        self._known: dict[str, tuple[list[tuple[int, int]], Any]] = {}
         self._measured: set[str] = set()  # prompts of the last call, whose length is known
 
     @property
@@ -110,6 +111,7 @@ class Embedder:
             )
         for layer in layers:
             layer.set_scale(adapter, scale)
+        self._known.clear()
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
@@ -117,4 +119,11 @@ class Embedder:
             yield
 
     def _digest(self) -> str:
-        return digest_weights([self.model])
+        return self._once("digest", lambda: digest_weights([self.model]))
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` gives, computed again only once weights have changed in place or been replaced."""
+        state = [(id(value), value._version) for value in self.model.parameters()]
+        if name not in self._known or self._known[name][0] != state:
+            self._known[name] = (state, compute())
+        return self._known[name][1]

@@ -280,10 +280,15 @@ class PreferenceScorer(Embedder):
         """Return the share of the base in adapted texts, and what the adapter adds to each of many words, (K, D)."""
         if not isinstance(self.model, PeftModel):
             raise TypeError("a taste is what an adapter adds to its base, but the model has no adapter.")
-        words = vocabulary_texts(self.processor.tokenizer)
-        adapted = self.embed_texts(words)
-        with self._without_adapter():
-            return split_shift(adapted, self.embed_texts(words))
+
+        def split() -> tuple[float, torch.Tensor]:
+            words = vocabulary_texts(self.processor.tokenizer)
+            adapted = self.embed_texts(words)
+            with self._without_adapter():
+                return split_shift(adapted, self.embed_texts(words))
+
+        found: tuple[float, torch.Tensor] = self._once("shift", split)
+        return found
 
     def _rewards(self, cosines: torch.Tensor, images: list[Any]) -> torch.Tensor:
         """Scale cosines (N,) or (N, L) of N images."""

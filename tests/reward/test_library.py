@@ -117,3 +117,26 @@ def test_a_large_library_is_searched_in_one_product() -> None:
     started = time.perf_counter()
     assert len(library.search(text, torch.randn(64), 100.0, top_k=10)) == 10
     print(f"{time.perf_counter() - started:.3f} s")
+
+
+def test_a_search_embeds_its_prompt_alone(trained: BradleyTerryTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vocabulary and weights are read once, and again when the adapter is scaled or trained on."""
+    scorer = PreferenceScorer(trained.model, trained.processing_class)
+    library = scorer.index([picture((40 * i, 90, 90), seed=i) for i in range(5)])
+    first = scorer.search("a red apple", library, 3)
+    embedded: list[str] = []
+    embed = scorer._embed_texts
+    monkeypatch.setattr(scorer, "_embed_texts", lambda prompts: embedded.extend(prompts) or embed(prompts))
+    assert scorer.search("a red apple", library, 3) == first
+    assert embedded == ["a red apple"] * 2  # with and without the adapter
+    scorer.set_scale(0.5)
+    with pytest.raises(ValueError, match="embedded by another model"):
+        scorer.search("a red apple", library, 3)
+    scorer.set_scale(1.0)
+    assert scorer.search("a red apple", library, 3) == first
+    weight = next(value for name, value in trained.model.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        weight.add_(0.1)
+        with pytest.raises(ValueError, match="embedded by another model"):
+            scorer.search("a red apple", library, 3)
+        weight.sub_(0.1)
