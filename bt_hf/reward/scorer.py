@@ -15,7 +15,7 @@ from bt_hf.reward.embedder import Embedder
 from bt_hf.reward.inputs import check_count, check_text, describe_image, list_images, list_texts
 from bt_hf.reward.library import TASTE_WEIGHT, Found, ImageLibrary
 from bt_hf.reward.taste import image_covariance, output_layers, vocabulary_texts
-from bt_hf.reward.words import LOOK_WORDS, Lean, embedded_pairs, explain_pairs, explain_shift, split_shift
+from bt_hf.reward.words import Lean, embedded_pairs, explain_pairs, explain_shift, known_looks, split_shift
 
 
 class PreferenceScorer(Embedder):
@@ -248,7 +248,8 @@ class PreferenceScorer(Embedder):
         """Tell which words the taste leans to, and away from.
 
         Args:
-            vocabulary: Words to choose from; default: words for the look of images.
+            vocabulary: Words to choose from; default: words for the look of images that the
+                tokenizer has as one piece.
             top_k: Words on each side, at most.
             pairs: Clicks in the row contract. With them, words are compared over their images, and only those are
                 told that stay on their side when the clicks are drawn again.
@@ -260,7 +261,7 @@ class PreferenceScorer(Embedder):
             TypeError: The model has no adapter.
             ValueError: `vocabulary` is empty.
         """
-        words = list(LOOK_WORDS) if vocabulary is None else list_texts(vocabulary, "vocabulary")
+        words = known_looks(self.processor.tokenizer) if vocabulary is None else list_texts(vocabulary, "vocabulary")
         if not words:
             raise ValueError("`vocabulary` should hold at least one word, but it is empty.")
         check_count(top_k, "top_k", 1)

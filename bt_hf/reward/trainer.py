@@ -30,7 +30,7 @@ from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.posterior import FITTED_PAIRS
 from bt_hf.reward.taste import EmbeddedPairs
-from bt_hf.reward.words import LOOK_WORDS, explain_pairs, in_a_sentence
+from bt_hf.reward.words import explain_pairs, in_a_sentence, known_looks
 from bt_hf.training.adapters import check_names, take_over, train_in_float32, unwrapped
 from bt_hf.training.arguments import check_arguments, check_datasets, map_eval_datasets
 from bt_hf.training.finite import check_losses
@@ -178,8 +178,9 @@ class BradleyTerryTrainer(PreferenceTrainer):
         text_layer = taste.plain_lora(self.model, layers.text) if start and layers else None
         image_layer = taste.plain_lora(self.model, layers.image) if text_layer and layers else None
         pairs = self.embedded_base = self._embed_training_pairs(FITTED_PAIRS, image_layer)
-        looks, _ = self._embed_words(LOOK_WORDS)
-        self._sentence = in_a_sentence(explain_pairs(pairs, looks, LOOK_WORDS, top_k=5))
+        names = known_looks(self.processing_class.tokenizer)
+        looks, _ = self._embed_words(names)
+        self._sentence = in_a_sentence(explain_pairs(pairs, looks, names, top_k=5))
         if not (start or self.args.kl_weight):
             return
         texts = taste.vocabulary_texts(self.processing_class.tokenizer)

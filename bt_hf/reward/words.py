@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from bt_hf.reward.taste import EmbeddedPairs
 
@@ -44,6 +45,12 @@ class Lean:
     word: str
     lean: float
     stability: float | None = None
+
+
+def known_looks(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the words of `LOOK_WORDS` that are pieces of the vocabulary: a model has met these, if any."""
+    known = [look for look in LOOK_WORDS if len(tokenizer.tokenize(look)) == len(look.split())]
+    return known or list(LOOK_WORDS)
 
 
 def split_shift(text: torch.Tensor, base: torch.Tensor) -> tuple[float, torch.Tensor]:

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 from bt_hf import PreferenceScorer
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.taste import EmbeddedPairs
-from bt_hf.reward.words import explain_pairs, explain_shift, leans, split_shift
+from bt_hf.reward.words import explain_pairs, explain_shift, known_looks, leans, split_shift
 from tiny_models import build, red_pairs
 
 NAMES = ["shaded", "flat", "red", "blue", "old", "new"]
@@ -82,3 +82,10 @@ def test_scorer_explains_its_adapter() -> None:
         scorer.explain([])
     with pytest.raises(TypeError, match="has no adapter"):
         PreferenceScorer(*build()).explain()
+
+
+@pytest.mark.parametrize("family", ["clip", "altclip"])
+def test_only_looks_that_the_vocabulary_holds_are_tried(family: str) -> None:
+    """The tiny vocabularies hold a few of the words, and letters for all others."""
+    found = set(known_looks(build(family)[1].tokenizer))
+    assert {"photo", "red", "blue"} <= found <= {"photo", "red", "green", "blue"}
