@@ -57,6 +57,9 @@ HOUSES = {
 }
 NAMES, PER_NAME, OTHERS = 128, 6, 3072  # names of a batch, drawings of each, and other drawings as negatives
 CAPTIONS_PER_NAME = 3
+EMOJI_SHARE = 4  # emoji are drawn so much oftener than icons: their houses are named nowhere else
+WITHIN = 2.0  # weight of the terms within names
+HOUSE_FIRST = 0.4  # share of the captions with looks that surely name the house
 
 
 @dataclass
@@ -117,6 +120,9 @@ class Captions:
             form = random.random()
             return (words if form < 0.8 else f"an icon of {words}" if form < 0.9 else f"a drawing of {words}"), []
         looks = random.sample(drawings.looks[row], random.randint(1, min(3, len(drawings.looks[row]))))
+        if random.random() < HOUSE_FIRST:
+            house = drawings.looks[row][0]
+            looks = [house, *(look for look in looks[1:] if look != house)]
         form = random.random()
         if form < 0.5:
             return f"{words}, {', '.join(looks)}", looks
@@ -182,21 +188,47 @@ class TextSide(torch.nn.Module):
         return F.normalize(torch.cat(parts)[back].float(), dim=-1)
 
     def embed_images(self, features: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.visual_projection(features / self.spread).float(), dim=-1)
+        return self.embed_scaled(features / self.spread)
+
+    def embed_scaled(self, features: torch.Tensor) -> torch.Tensor:
+        """Embed drawings by features that were divided by their spread."""
+        return F.normalize(self.visual_projection(features).float(), dim=-1)
+
+    def start_from(self, base: VisionTextDualEncoderModel) -> None:
+        """Take the weights of a base that `assemble` returned."""
+        self.text_model.load_state_dict(base.text_model.state_dict())
+        self.text_projection.load_state_dict(base.text_projection.state_dict())
+        with torch.no_grad():
+            self.visual_projection.weight.copy_(base.visual_projection.weight * self.spread)
+            self.logit_scale.copy_(base.logit_scale)
 
 
 class Pretraining:
     """Training that lasts a number of seconds, and goes on from its last checkpoint if it was killed."""
 
-    def __init__(self, drawings: Drawings, seconds: float, checkpoint: Path) -> None:
+    def __init__(
+        self,
+        drawings: Drawings,
+        seconds: float,
+        checkpoint: Path,
+        learning_rate: float = 1e-3,
+        start: Path | None = None,
+    ) -> None:
         self.seconds, self.checkpoint, self.step, self.passed = seconds, checkpoint, 0, 0.0
+        self.learning_rate = learning_rate
         self.captions = Captions(drawings)
-        described = zip(drawings.names, drawings.looks, drawings.tags, strict=True)
-        texts = [" ".join([name, *looks, *tags]) for name, looks, tags in described]
-        self.tokenizer = train_tokenizer(texts, vocab_size=6000)
+        if start is None:
+            described = zip(drawings.names, drawings.looks, drawings.tags, strict=True)
+            texts = [" ".join([name, *looks, *tags]) for name, looks, tags in described]
+            self.tokenizer = train_tokenizer(texts, vocab_size=6000)
+        else:
+            self.tokenizer = CLIPTokenizer.from_pretrained(start)
         self.tokenizer.model_max_length = CONTEXT_LENGTH
-        self.features = drawings.features.float()
-        self.model = TextSide(self.tokenizer, self.features.std(0) + 1e-3)
+        spread = drawings.features.float().std(0) + 1e-3
+        self.model = TextSide(self.tokenizer, spread)
+        if start is not None:
+            self.model.start_from(VisionTextDualEncoderModel.from_pretrained(start, dtype=torch.float32))
+        self.features = (drawings.features / spread).bfloat16()
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
         decayed = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
@@ -204,12 +236,12 @@ class Pretraining:
             {"params": decayed, "weight_decay": 0.1},
             {"params": others, "weight_decay": 0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
         self.rows_of: dict[str, list[int]] = defaultdict(list)
         for row, name in enumerate(drawings.names):
             self.rows_of[name].append(row)
-        # Emoji, which have tags, come twice as often: their houses are named nowhere else.
-        self.shares = [min(len(rows), 6) * (2 if drawings.tags[rows[-1]] else 1) for rows in self.rows_of.values()]
+        emoji = {name for name, looks in zip(drawings.names, drawings.looks, strict=True) if "emoji" in looks}
+        self.shares = [min(len(rows), 6) * (EMOJI_SHARE if n in emoji else 1) for n, rows in self.rows_of.items()]
         if checkpoint.exists():
             state = torch.load(checkpoint, weights_only=True)
             for name in ("model", "average", "optimizer"):
@@ -228,12 +260,14 @@ class Pretraining:
         same_name, fits = self.captions.fitting(of, list(told), rows)
         with torch.autocast("cpu", torch.bfloat16):
             embedded = self.model.embed_texts(tokens, self.tokenizer.pad_token_id)
-            images = self.model.embed_images(F.dropout(self.features[rows], 0.1))
+            # All drawings of a step lose the same features, which is far cheaper.
+            kept = F.dropout(torch.ones(self.features.shape[1]), 0.1).bfloat16()
+            images = self.model.embed_scaled(self.features[rows] * kept)
         logits = self.model.logit_scale.exp() * embedded @ images.T  # (captions, rows)
         back, back_fits, back_name = logits.T[:own], fits.T[:own], same_name.T[:own]
         within = contrast_within(logits[:, :own], fits[:, :own], same_name[:, :own])
         within = within + contrast_within(back, back_fits, back_name)
-        return contrast(logits, fits) + contrast(back, back_fits) + within
+        return contrast(logits, fits) + contrast(back, back_fits) + WITHIN * within
 
     def run(self) -> tuple[TextSide, CLIPTokenizer]:
         """Train; return the averaged weights and the tokenizer."""
@@ -241,7 +275,8 @@ class Pretraining:
         while self.passed < self.seconds:
             share = self.passed / self.seconds
             for group in self.optimizer.param_groups:
-                group["lr"] = 1e-3 * min(1, (self.step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+                decay = 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+                group["lr"] = self.learning_rate * min(1, (self.step + 1) / 50) * decay
             loss = self.loss()
             self.optimizer.zero_grad()
             loss.backward()
@@ -296,6 +331,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=BASE)
     parser.add_argument("--seconds", type=float, default=1500.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--start", type=Path, help="base to go on from, with its tokenizer")
     parser.add_argument("--validate", action="store_true", help="leave out every 13th training concept, judge by them")
     args = parser.parse_args()
     set_seed(args.seed)
@@ -307,7 +344,8 @@ def main() -> None:
     if args.validate:
         emoji = emoji.select([row for row in range(len(emoji.names)) if row // len(STYLES) % 13])
     drawings = Drawings.of_icons(icons, args.folder / "icons.json") + emoji
-    side, tokenizer = Pretraining(drawings, args.seconds, args.folder / "checkpoint.pt").run()
+    pretraining = Pretraining(drawings, args.seconds, args.folder / "checkpoint.pt", args.learning_rate, args.start)
+    side, tokenizer = pretraining.run()
     model = assemble(tower, side)
     processor = VisionTextDualEncoderProcessor(image_processor(), tokenizer)
     if args.validate:
