@@ -39,8 +39,8 @@ ROOMS = {
     "diffusion": [
         "__init__ beta callbacks collator config kto losses origin",
         "families safeguard",
-        "card encoder errors pair_loss",
-        "against_base cache validation_images",
+        "encoder errors interfaces pair_loss",
+        "against_base cache card validation_images",
         "loading reference",
         "generation trainer",
     ],
@@ -49,7 +49,7 @@ ROOMS = {
     "evaluate_modules": ["__init__ base", "preference_accuracy preference_calibration preference_log_loss"],
     "hub": [
         "__init__ contract patterns",
-        "card_sections peft_configs retries",
+        "card_sections interfaces peft_configs retries",
         "facts privacy tensors",
         "cards checks",
         "loading pull push",

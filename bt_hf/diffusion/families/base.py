@@ -134,6 +134,13 @@ class Family(ABC):
         """Return what to train instead, if the config tells that the model was distilled to draw in few steps."""
         return None
 
+    def interface_metadata(self) -> dict[str, str] | None:
+        """Return metadata by which ComfyUI, A1111 and Forge sort LoRAs; `None` if none of them reads this family's.
+
+        Names of architectures: `library/sai_model_spec.py` of https://github.com/kohya-ss/sd-scripts.
+        """
+        return None
+
     def save_lora(self, model: PeftModel, folder: str | Path) -> None:
         """Write `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights(folder)` reads it.
 
