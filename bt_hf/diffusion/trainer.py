@@ -99,7 +99,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         loading.check_rows(args.loss_type, train_dataset, eval_dataset)
         prepare_run(args)
         self.data_digest = digest_rows(train_dataset)
-        self.family, self.base_name = loading.load_family(model)
+        self.family, self.base_name = loading.load_family(model, args.dtype)
         self.pipeline = self.family.pipeline
         self.size = loading.training_size(self.family, args.resolution)
         self.denoising = Denoising(self.family, self.size, args)

@@ -22,12 +22,19 @@ from interfaces import (
     comfy_flux,
     comfy_key,
     comfy_load,
+    comfy_qwen,
     comfy_sd3,
     comfy_unet,
+    comfy_z_image,
 )
 from tiny_pipelines import build, draw
 
-COMFY = {"sd3": comfy_sd3, "flux": comfy_flux, "flux2": comfy_flux, "flux2_dev": comfy_flux}
+COMFY = {
+    "sd3": comfy_sd3,
+    **dict.fromkeys(("flux", "flux2", "flux2_dev"), comfy_flux),
+    "qwen": comfy_qwen,
+    "z_image": comfy_z_image,
+}
 UNETS = ["sd", "sd2", "sdxl"]
 READ = [*UNETS, *COMFY]
 VARIED = {"r": 2, "lora_alpha": 6, "rank_pattern": {"to_q": 3}, "alpha_pattern": {"to_q": 1, "to_k": 4}}
@@ -91,7 +98,8 @@ def test_comfyui_has_a_place_for_every_layer_of_a_transformer(name: str) -> None
     """And layers that share a weight there don't share its rows."""
     _, family, model = adapted(name)
     layers = layers_of(model)
-    hidden = model.get_base_model().config.attention_head_dim * model.get_base_model().config.num_attention_heads
+    config = model.get_base_model().config
+    hidden = config.dim if name == "z_image" else config.attention_head_dim * config.num_attention_heads
     places = COMFY[name](layers, hidden)
     assert sorted(places) == layers
     assert len(set(places.values())) == len(layers)
