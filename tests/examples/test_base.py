@@ -87,7 +87,7 @@ def test_captions_name_the_house_as_often_as_told(pretrain: ModuleType, monkeypa
     looks = [["tabler icon", "line", "outline", "red"]]
     captions = pretrain.Captions(pretrain.Drawings(torch.zeros(1, 8), ["bell"], looks, [[]]))
     for share, expected in ((1.0, 1.0), (0.0, 0.5)):  # one, two or three of four looks hold the house in 6 of 12 draws
-        monkeypatch.setattr(pretrain, "HOUSE_FIRST", share)
+        monkeypatch.setattr("captions.HOUSE_FIRST", share)
         told = [found for _, found in (captions.write(0) for _ in range(3000)) if found]
         named = sum("tabler icon" in found for found in told) / len(told)
         assert named == pytest.approx(expected, abs=0.05)
@@ -169,6 +169,15 @@ def test_training_can_start_from_a_base(pretrain: ModuleType, encoder, tmp_path:
         expected = torch.nn.functional.normalize(encoder.model.visual_projection(drawings.features), dim=-1)
         assert torch.allclose(started.model.embed_images(drawings.features), expected, atol=1e-5)
     assert torch.equal(started.model.logit_scale, encoder.model.logit_scale)
+
+
+def test_a_base_that_saw_all_concepts_is_not_validated(
+    pretrain: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "folder", "--validate", "--start", str(BASE)])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "concepts that the base of --start has seen" in capsys.readouterr().err
 
 
 def test_pretraining_leaves_out_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
