@@ -209,7 +209,7 @@ def test_pairs_of_one_prompt_are_folded_by_pair(tmp_path: Path) -> None:
     assert (result.folds[20:] == result.folds[:6]).all()
     assert len(set(result.folds.tolist())) == 3
     assert result.metrics["accuracy"] > 0.8
-    assert result.test.n_better + result.test.n_worse <= 20  # copies are no evidence
+    assert result.test.n_better + result.test.n_worse <= 20  # copies prove nothing
     assert "26 pairs of 20 different pairs" in result.verdict
     assert "more pairs like those clicked, not about other prompts" in result.verdict
     assert "folds split by pair" in str(result)
