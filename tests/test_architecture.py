@@ -57,8 +57,8 @@ ROOMS = {
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [
-        "__init__ config fitting frozen_prefix inputs library lora posterior verdict",
-        "encoders",
+        "__init__ config fitting frozen_prefix inputs laplace library lora verdict",
+        "encoders posterior",
         "against_base asking card collator taste",
         "cache embedder words",
         "scorer",
