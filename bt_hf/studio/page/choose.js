@@ -15,18 +15,25 @@ const Ways = () => state.ways.length > 1 && html`
       <button type="button" key=${way} aria-pressed=${String(way === state.way)} onClick=${() => setWay(way)}>${WAYS[way]}</button>`)}
   </div>`;
 
+/** Other answers, and other ways to choose. */
+const Foot = ({ children }) => html`
+  <div class="foot">
+    <div class="controls" role="group" aria-label="Other answers">${children}
+      <${KeyButton} label="Undo" keyName="⌫" shortcut="Backspace" onClick=${undo} disabled=${!clicksSoFar()} /></div>
+    <${Ways} />
+  </div>`;
+
 function Pair() {
   const pair = state.pairs[0];
-  if (!pair && state.unsent) return html`<p class="empty" role="status">The next pair comes as soon as your clicks are saved.</p>`;
-  if (!pair) return html`<${NothingLeft} />`;
+  if (!pair && state.unsent) return html`<p class="empty" role="status">The next pair comes as soon as your clicks are saved.</p><${Foot} />`;
+  if (!pair) return html`<${NothingLeft} />${state.images >= 2 && html`<${Foot} />`}`;
   return html`
     <${Prompt} text=${pair.prompt} />
     <${Stage} turn=${pair.id} prompt=${pair.prompt} left=${imageUrl(pair.left)} right=${imageUrl(pair.right)} onChoose=${choose} />
-    <div class="controls" role="group" aria-label="Other answers">
+    <${Foot}>
       <${KeyButton} label="Tie" keyName="↓" shortcut="ArrowDown" onClick=${() => choose("tie")} />
       <${KeyButton} label="Skip" keyName="↑" shortcut="ArrowUp" onClick=${() => choose("skip")} />
-      <${KeyButton} label="Undo" keyName="⌫" shortcut="Backspace" onClick=${undo} disabled=${!clicksSoFar()} />
-    </div>`;
+    <//>`;
 }
 
 const NothingLeft = () => html`
@@ -41,28 +48,26 @@ const NothingLeft = () => html`
 function Others() {
   if (state.groupError) {
     return html`<div class="empty" role="alert"><p>${state.groupError}</p>
-      <p><button type="button" class="button" onClick=${nextGroup}>Try again</button></p></div>`;
+      <p><button type="button" class="button" onClick=${nextGroup}>Try again</button></p></div><${Foot} />`;
   }
-  if (!state.group) return html`<p class="empty" role="status">${state.trouble ? "The next pictures come as soon as this is saved." : "…"}</p>`;
-  return html`<${Group} key=${state.group.id} group=${state.group} />
-    <div class="controls"><button type="button" class="control" onClick=${nextGroup}>Skip</button>
-    <${KeyButton} label="Undo" keyName="⌫" shortcut="Backspace" onClick=${undo} disabled=${!clicksSoFar()} /></div>`;
+  if (!state.group) return html`<p class="empty" role="status">${state.trouble ? "The next pictures come as soon as this is saved." : "…"}</p><${Foot} />`;
+  const foot = (save) => html`<${Foot}>${save}<button type="button" class="control" onClick=${nextGroup}>Skip</button><//>`;
+  return html`<${Group} key=${state.group.id} group=${state.group} foot=${foot} />`;
 }
 
 const Skipped = () => state.skipped.length > 0 && html`
   <details class="skipped">
-    <summary>${state.skipped.length === 1 ? "1 file was left out" : `${state.skipped.length} files were left out`}</summary>
-    <ul>${state.skipped.slice(0, 100).map(({ file, reason }) => html`<li><b>${file}</b> ${reason}</li>`)}</ul>
+    <summary>${state.skippedCount === 1 ? "1 file was left out" : `${state.skippedCount} files were left out`}</summary>
+    <ul>${state.skipped.map(({ file, reason }) => html`<li><b>${file}</b> ${reason}</li>`)}</ul>
   </details>`;
 
 export const Choose = () => html`
   <div class="choose">
     <section class="choose-main" aria-label="Choose">
-      <${Ways} />
       ${state.way === "pair" ? html`<${Pair} />` : html`<${Others} />`}
       <${Skipped} />
     </section>
-    <${Aside} />
+    ${(state.pairs.length > 0 || clicksSoFar() > 0) && html`<${Aside} />`}
   </div>`;
 
 /** What a key does in this view, or nothing. */

@@ -15,11 +15,12 @@ const said = { left: "Left chosen", right: "Right chosen", tie: "Tie", skip: "Sk
 
 /** Take over the state that the server gives on opening, and again after sleep. */
 export async function refresh() {
-  const { queue, ...values } = await get("api/state");
+  const { queue, skipped_count: skippedCount, ...values } = await get("api/state");
   const opened = !state.ready || values.session !== state.session;
-  update({ ...values, problem: "", ready: true, pairs: opened ? [] : state.pairs });
+  update({ ...values, skippedCount: skippedCount ?? values.skipped.length, problem: "", ready: true, pairs: opened ? [] : state.pairs });
   if (opened) outbox.open(replied, refused);
   arrange(queue);
+  if (state.taste && state.taste.clicks < state.clicks) catchUp();
   if (state.way !== "pair" && !state.group) nextGroup();
 }
 
@@ -39,8 +40,23 @@ function arrange(queue, replace = false) {
 
 function replied({ clicks, queue, taste }, { path, body }) {
   update({ clicks, taste });
+  if (taste && taste.clicks < clicks) catchUp();
   arrange(queue, path === "api/undo" && !body.click);
   if (path === "api/judgements" || state.group === null) nextGroup();
+}
+
+let catchingUp = false;
+
+/** The taste is refitted behind the click, so the reply may still have the one before: wait for the newer one. */
+async function catchUp() {
+  if (catchingUp) return;
+  catchingUp = true;
+  for (let tries = 0; tries < 10 && state.taste.clicks < state.clicks; tries += 1) {
+    const taste = await get(`api/taste?since=${state.clicks}`).catch(() => null);
+    if (!taste) break;
+    update({ taste });
+  }
+  catchingUp = false;
 }
 
 function refused() {

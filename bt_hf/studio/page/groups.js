@@ -6,11 +6,12 @@ import { Prompt } from "./stage.js";
 
 const STARS = [1, 2, 3, 4, 5];
 
-export const Group = ({ group }) => html`
+/** One group; `foot` draws the controls under it around the button that saves. */
+export const Group = ({ group, foot }) => html`
   <${Prompt} text=${group.prompt} />
-  ${group.way === "stars" && html`<${Stars} group=${group} />`}
-  ${group.way === "best" && html`<${Best} group=${group} />`}
-  ${group.way === "rank" && html`<${Rank} group=${group} />`}`;
+  ${group.way === "stars" && html`<${Stars} group=${group} foot=${foot} />`}
+  ${group.way === "best" && html`<${Best} group=${group} foot=${foot} />`}
+  ${group.way === "rank" && html`<${Rank} group=${group} foot=${foot} />`}`;
 
 class Stars extends Component {
   constructor(props) {
@@ -18,10 +19,10 @@ class Stars extends Component {
     this.state = { stars: {} };
   }
 
-  render({ group }, { stars }) {
+  render({ group, foot }, { stars }) {
     const given = Object.keys(stars).length;
     return html`
-      <ul class="group">
+      <ul class="group group-stars">
         ${group.images.map((image, place) => html`<li key=${image}>
           <${Picture} url=${imageUrl(image)} />
           <fieldset class="stars">
@@ -33,18 +34,19 @@ class Stars extends Component {
             </label>`)}
           </fieldset></li>`)}
       </ul>
-      <p class="group-done"><button type="button" class="button" disabled=${given < 2} onClick=${() => judge({ stars })}>Save</button>
-        <span class="hint">${given < 2 ? "Give stars to two pictures at least." : ""}</span></p>`;
+      ${foot(html`<button type="button" class="button" disabled=${given < 2} onClick=${() => judge({ stars })}>
+        ${given < 2 ? "Give stars to two" : "Save"}</button>`)}`;
   }
 }
 
-const Best = ({ group }) => html`
+const Best = ({ group, foot }) => html`
   <ul class="group group-best">
     ${group.images.map((image, place) => html`<li key=${image}>
       <button type="button" class="choice" aria-label=${`Picture ${place + 1} is the best`} onClick=${() => judge({ best: image })}>
         <${Picture} url=${imageUrl(image)} />
       </button></li>`)}
-  </ul>`;
+  </ul>
+  ${foot(null)}`;
 
 class Rank extends Component {
   constructor(props) {
@@ -93,7 +95,7 @@ class Rank extends Component {
     this.move(image, place + step, event.target.id.endsWith("earlier") ? "earlier" : "later");
   }
 
-  render({ group }, { order, dragged }) {
+  render({ group, foot }, { order, dragged }) {
     return html`
       <p class="hint centred">Best first. Drag the pictures, or use the arrows under them.</p>
       <ol class="group group-rank">
@@ -110,6 +112,6 @@ class Rank extends Component {
               aria-label=${`Picture at place ${place + 1}: move to a worse place`} onClick=${() => this.move(image, place + 1, "later")}>→</button>
           </span></li>`)}
       </ol>
-      <p class="group-done"><button type="button" class="button" onClick=${() => judge({ ranking: order })}>Save this order</button></p>`;
+      ${foot(html`<button type="button" class="button" onClick=${() => judge({ ranking: order })}>Save this order</button>`)}`;
   }
 }

@@ -13,11 +13,11 @@ const VIEWS = { choose: ["Choose", Choose], taste: ["Taste", Taste], draw: ["Mod
 const KEYS = { choose: chooseKeys, draw: judgeKeys };
 
 const Saved = () => html`<p class="saved" role="status">
-  ${state.trouble ? `${count(state.unsent, "click")} not saved yet` : count(clicksSoFar(), "click")}</p>`;
+  ${state.trouble ? `${state.unsent} unsaved` : count(clicksSoFar(), "click")}</p>`;
 
 const Notices = () => html`
   ${state.trouble && html`<div class="banner" role="alert"><p><b>${count(state.unsent, "click")} not saved yet.</b> ${state.trouble}
-    ${state.unsent === 1 ? " It is" : " They are"} kept in this browser and sent again by ${state.unsent === 1 ? "itself" : "themselves"}.</p>
+    ${state.unsent === 1 ? " It is" : " They are"} kept in this browser and sent again.</p>
     <button type="button" class="control" onClick=${retry}>Try now</button></div>`}
   ${state.lost && html`<div class="banner" role="alert"><p><b>A click could not be taken.</b> ${state.lost}</p>
     <button type="button" class="control" onClick=${() => update({ lost: "" })}>All right</button></div>`}

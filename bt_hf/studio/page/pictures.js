@@ -57,9 +57,6 @@ export class Picture extends Component {
     if (!good) {
       this.frame.replaceChildren();
       this.setState({ missing: true });
-    } else {
-      // Small drawings (icons, emoji) are enlarged without blur.
-      element.classList.toggle("small", Math.max(element.naturalWidth, element.naturalHeight) <= 128);
     }
     if (onShape) onShape(good ? element.naturalWidth / element.naturalHeight : null);
   }

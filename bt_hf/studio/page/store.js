@@ -3,7 +3,7 @@
 export const state = {
   ready: false, // the first /api/state has come
   session: "", // id of the session folder; another folder on this port has another one
-  title: "", images: 0, prompts: 0, skipped: [], ways: ["pair"], can: {}, note: "",
+  title: "", images: 0, prompts: 0, skipped: [], skippedCount: 0, ways: ["pair"], can: {}, note: "",
   clicks: 0,
   pairs: [], // the pair that is shown, then those that come next
   way: "pair", group: null, groupError: "",

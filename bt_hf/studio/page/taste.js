@@ -45,7 +45,7 @@ export function Aside() {
   }
   return html`<aside class="aside" aria-label="What is learnt">
     <p class="aside-verdict">${taste.verdict}</p>
-    ${curved(taste) && html`<${Curve} accuracy=${taste.accuracy} />`}
+    ${curved(taste) && html`<${Curve} accuracy=${taste.accuracy} width=${304} height=${150} />`}
     ${known(taste.words) && html`<p class="aside-words">${taste.words.towards.slice(0, 5).join(", ")}</p>`}
     ${taste.ranking.length > 0 && html`<h2>As you would rank them</h2><${Ranking} ranking=${taste.ranking} most=${9} />`}
     <p><a href="#taste">All of it</a></p>
@@ -65,7 +65,7 @@ export function Taste() {
       ${taste.worth && html`<p class="lead">${taste.worth}</p>`}</header>
     <section aria-labelledby="accuracy"><h2 id="accuracy">How often it is right</h2>
       ${curved(taste)
-        ? html`<${Curve} accuracy=${accuracy} /><p class="hint">${inWords(accuracy.curve[accuracy.curve.length - 1])}
+        ? html`<${Curve} accuracy=${accuracy} /><p class="hint">${inWords(accuracy.curve[accuracy.curve.length - 1])}${" "}
             The band is a 95 % interval, the dashed line the base model, the dotted one a coin.</p>`
         : html`<p class="hint">Some of the pairs are drawn at random to measure this; the curve begins with the second of them.</p>`}
       ${taste.self && html`<p>You agreed with yourself on <b>${percent(taste.self.share)}</b> of ${count(taste.self.n, "pair")} that came back.
