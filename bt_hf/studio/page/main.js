@@ -12,7 +12,7 @@ import { Taste } from "./taste.js";
 const VIEWS = { choose: ["Choose", Choose], taste: ["Taste", Taste], draw: ["Model", Draw] };
 const KEYS = { choose: chooseKeys, draw: judgeKeys };
 
-const Saved = () => html`<p class="saved" role="status">
+const Saved = () => html`<p class="saved" role="status" data-unsent=${state.unsent}>
   ${state.trouble ? `${state.unsent} unsaved` : count(clicksSoFar(), "click")}</p>`;
 
 const Notices = () => html`

@@ -55,9 +55,8 @@ export function put(path, body) {
 /** Ids of the pairs whose answers are still unsent; the server may still list these pairs. */
 export const answered = () => new Set(entries.map((entry) => entry.body.pair).filter(Boolean));
 
-/** Clicks that the unsent entries add; an undo takes one away, and a skip is none. */
-export const balance = () =>
-  entries.reduce((sum, { path, body }) => sum + (path === "api/undo" ? -1 : body.choice === "skip" ? 0 : 1), 0);
+/** Clicks that the unsent entries add; an undo takes one away. */
+export const balance = () => entries.reduce((sum, { path }) => sum + (path === "api/undo" ? -1 : 1), 0);
 
 /** Try again now. */
 export function retry() {
