@@ -10,6 +10,7 @@ const BLINK = 150; // milliseconds: nobody has seen a pair sooner, so this is th
 const REMEMBERED = 50; // choices that can be undone without asking the server for the pair
 const past = []; // {id, pair, group}
 let shownAt = performance.now();
+let asked = 0; // groups asked for; only the last one is shown
 
 const said = { left: "Left chosen", right: "Right chosen", tie: "Tie", skip: "Skipped" };
 
@@ -42,7 +43,7 @@ function replied({ clicks, queue, taste }, { path, body }) {
   update({ clicks, taste });
   if (taste && taste.clicks < clicks) catchUp();
   arrange(queue, path === "api/undo" && !body.click);
-  if (path === "api/judgements" || state.group === null) nextGroup();
+  if (state.way !== "pair" && !state.group) nextGroup();
 }
 
 let catchingUp = false;
@@ -103,6 +104,7 @@ export function undo() {
     shownAt = performance.now();
     update({ way: "pair", pairs: [last.pair, ...state.pairs.filter((pair) => pair.id !== last.pair.id)] });
   } else if (last) {
+    asked += 1; // a group that is on its way comes too late
     update({ way: last.group.way || state.way, group: last.group });
   }
   announce("The last click is taken back.");
@@ -117,8 +119,6 @@ export function setWay(way) {
   shownAt = performance.now();
   if (way !== "pair") nextGroup();
 }
-
-let asked = 0;
 
 /** Ask for the next group of pictures of the way that is chosen. */
 export async function nextGroup() {
