@@ -67,7 +67,7 @@ ROOMS = {
     "reward": [
         "__init__ config fitting frozen_prefix inputs library lora posterior verdict",
         "encoders",
-        "against_base card collator taste",
+        "against_base asking card collator taste",
         "cache embedder words",
         "scorer",
         "trainer",
