@@ -78,13 +78,16 @@ def parse(argv: Sequence[str]) -> StudioOptions:
 
 def run(options: StudioOptions) -> None:
     """Open the studio, and serve until interrupted."""
+    import datasets
+
     from bt_hf.studio.security import Guard
     from bt_hf.studio.server import bind, open_studio, serve  # seconds: only once the arguments are known to be right
 
+    datasets.disable_progress_bars()
     listening = bind(options.host, options.port)
     guard = Guard(options.host, listening.getsockname()[1], options.password)
     session = None if options.session is None else Path(options.session)
-    studio = open_studio(options.source, session, guard, options.prompt, options.model)
+    studio = open_studio(options.source, session, guard, options.prompt, options.model, options.pipeline)
     if not guard.local:
         print(
             f"Every machine that reaches this one at {options.host} can ask for the password, over a connection that "

@@ -1,16 +1,23 @@
 """Desk of the studio: answers what the page asks, from the session, the pool and the learner."""
 
+import importlib.util
 import random
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 from bt_hf.data.clicks import FORMAT, Asked, Click
+from bt_hf.studio.errors import RefusedError
+from bt_hf.studio.jobs import Jobs
+from bt_hf.studio.judging import tally, votes_of
 from bt_hf.studio.learner import Learner
 from bt_hf.studio.pictures import encode_shown, encode_thumbnail
 from bt_hf.studio.pool import Pool
 from bt_hf.studio.questions import Questions
 from bt_hf.studio.session import Session
+from bt_hf.studio.sharing import FORMATS, WHAT, Sharing, why_not_published
+from bt_hf.studio.training import Drawing, Workshop, last_drawing
 
 # Images of a group, by the way of judging it.
 GROUP = {"stars": 6, "best": 4, "rank": 5}
@@ -20,30 +27,29 @@ _KEPT = 600  # thumbnails in memory
 _NAMED = 200  # skipped images that are named
 
 
-class RefusedError(Exception):
-    """Request that can't be met.
-
-    Args:
-        status: HTTP status.
-        text: One line with the way out.
-    """
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
 class Desk:
     """Everything that the page can ask for.
 
     Args:
         session, pool, learner: The parts.
         title: What the page calls the images.
+        base: Hub id or folder of the base, to train a reward on.
+        drawing: Pipeline to train; `None` without one.
     """
 
-    def __init__(self, session: Session, pool: Pool, learner: Learner, title: str) -> None:
+    def __init__(
+        self, session: Session, pool: Pool, learner: Learner, title: str, base: str, drawing: Drawing | None = None
+    ) -> None:
         self.session, self.pool, self.learner, self.title = session, pool, learner, title
         self.questions = Questions(session, pool, learner.pick)
+        self.workshop = Workshop(session, pool, self.questions, base, drawing)
+        self.sharing = Sharing(session, pool, learner)
+        works = {
+            "reward": self.workshop.train_reward,
+            "drawing": self.workshop.train_drawing,
+            "publish": self.sharing.publish,
+        }
+        self.jobs = Jobs(works)
         self._lock = threading.RLock()
         self._thumbnails: OrderedDict[tuple[int, int], tuple[bytes, str]] = OrderedDict()
         self._groups: OrderedDict[str, tuple[str, tuple[int, ...]]] = OrderedDict()
@@ -67,9 +73,9 @@ class Desk:
             "note": None if queue else self._why_empty(),
             "taste": self.learner.told(),
             "ways": self._ways(),
-            "can": {"draw": _cannot("later"), "train": _cannot("later"), "publish": _cannot("later")},
-            "job": None,
-            "drawing": None,
+            "can": self._can(),
+            "job": self.jobs.current(),
+            "drawing": last_drawing(self.session.folder),
         }
 
     def click(self, click: str, pair: str, choice: str, seconds: float | None) -> dict[str, Any]:
@@ -182,6 +188,93 @@ class Desk:
                 self._thumbnails.popitem(last=False)
         return found
 
+    # --- Training, drawing, sharing ---
+
+    def start(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Begin a job.
+
+        Raises:
+            RefusedError: It can't be done, or another one is running.
+        """
+        can = self._can()["draw" if kind == "drawing" else "train" if kind == "reward" else "publish"]
+        if not can["ok"]:
+            raise RefusedError(409, can["why"])
+        job = self.jobs.start(kind, options)
+        if job is None:
+            raise RefusedError(409, "a job is running: wait for it, or stop it")
+        return job
+
+    def blind(self) -> dict[str, Any]:
+        """Return the next pair of drawings to compare, or what the votes say.
+
+        Raises:
+            RefusedError: There is nothing to compare.
+        """
+        drawing = last_drawing(self.session.folder)
+        log = self.session.log
+        run = drawing and drawing["run"]
+        pairs = [pair for pair in list(log.asked.values()) if pair.kind == "blind" and pair.of == run]
+        if not pairs:
+            raise RefusedError(409, "there is nothing to compare: train the drawing first")
+        left = [pair for pair in pairs if pair.id not in log.answered]
+        if left:
+            return {**_pair(left[0]), "judged": len(pairs) - len(left), "of": len(pairs)}
+        return {"done": True, "of": len(pairs), **tally(votes_of(log, str(run)))}
+
+    def vote(self, pair: str, choice: str) -> dict[str, Any]:
+        """Write a vote to disk, which is a click on a pair of drawings, and return the next pair.
+
+        Raises:
+            NotSavedError: It is not on the disk.
+            RefusedError: There is no such pair.
+        """
+        with self._lock:
+            asked = self.session.log.asked.get(pair)
+            if asked is None or asked.kind != "blind":
+                raise RefusedError(409, "this pair is not one of the blind comparison: reload the page")
+            if pair not in self.session.log.answered:
+                self.session.append({"click": f"vote-{pair}", "pair": pair, "choice": choice, "seconds": None})
+                self.learner.notice()
+        return self.blind()
+
+    def card(self, what: str | None, show_images: bool) -> dict[str, Any]:
+        """Return the card as it would be published.
+
+        Raises:
+            RefusedError: Nothing is trained yet.
+        """
+        if what is not None and WHAT.get(what) is None:
+            raise RefusedError(400, "what should be drawing or reward")
+        try:
+            return {"markdown": self.sharing.card(what, show_images)}
+        except FileNotFoundError as error:
+            raise RefusedError(409, str(error)) from None
+
+    def export(self, kind: str, path: Path) -> str:
+        """Write the pairs to a file, and return the name that it should have.
+
+        Raises:
+            RefusedError: There are none, or the format is unknown.
+        """
+        if kind not in FORMATS:
+            raise RefusedError(400, f"format should be one of {', '.join(FORMATS)}")
+        try:
+            (self.sharing.parquet if kind == "parquet" else self.sharing.archive)(path)
+        except ValueError as error:
+            raise RefusedError(409, str(error)) from None
+        return "pairs.parquet" if kind == "parquet" else "pairs.zip"
+
+    def _can(self) -> dict[str, dict[str, Any]]:
+        clicked = any(pair.preference != 0.5 for pair in self.session.log.pairs())
+        few = None if clicked else "choose a picture first"
+        draw = few
+        if self.workshop.drawing is None:
+            draw = "start the studio with --pipeline, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        elif importlib.util.find_spec("diffusers") is None:
+            draw = "diffusers is not installed: run `pip install 'bt-hf[diffusion]'`"
+        whys = {"draw": draw, "train": few, "publish": why_not_published()}
+        return {name: {"ok": why is None, "why": why} for name, why in whys.items()}
+
     def _next(self) -> dict[str, Any]:
         queue = [_pair(pair) for pair in self.questions.queue()]
         return {"clicks": len(self.session.log.answers), "queue": queue, "taste": self.learner.told()}
@@ -198,7 +291,3 @@ class Desk:
 
 def _pair(pair: Asked) -> dict[str, Any]:
     return {"id": pair.id, "prompt": pair.prompt, "left": pair.left, "right": pair.right}
-
-
-def _cannot(why: str) -> dict[str, Any]:
-    return {"ok": False, "why": why}

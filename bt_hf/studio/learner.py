@@ -101,6 +101,10 @@ class Learner:
         with self._lock:
             return dict(self._told)
 
+    def ranking(self) -> list[int]:
+        """Return the images by how much they are liked, best first; none before the first fit."""
+        return sorted(self._places, key=self._places.__getitem__)
+
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()

@@ -10,8 +10,8 @@ from bt_hf.data.images import one_line, to_rgb
 from bt_hf.studio.session import Session
 from bt_hf.studio.sources import NO_PROMPT, Source
 
-# Origins of images: the source, drawn by a pipeline, uploaded by the person.
-SOURCE, DRAWN, UPLOADED = "source", "drawn", "upload"
+# Origins of images: the source, drawn by a pipeline, uploaded by the person, drawn to be compared blind.
+SOURCE, DRAWN, UPLOADED, BLIND = "source", "drawn", "upload", "blind"
 _BATCH = 2000
 
 
@@ -23,7 +23,7 @@ class Picture:
         number: Its number, from 0.
         name: Its name where it came from.
         prompt: Its prompt.
-        origin: One of the origins above; "blind" for drawings that are only compared blind.
+        origin: One of the origins above.
     """
 
     number: int

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Callable
 
 from bt_hf.data.clicks import CHOICES, Asked
+from bt_hf.studio.errors import NotSavedError
 from bt_hf.studio.pool import Pool
-from bt_hf.studio.session import NotSavedError, Session
+from bt_hf.studio.session import Session
 
 # Pairs that are ready: the one on the screen and the two after it, which the page decodes in advance.
 AHEAD = 3

@@ -30,8 +30,6 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MAX_BODY = 64 * 1024  # bytes of a JSON request
-MAX_UPLOAD = 20 * 1024 * 1024  # bytes of an uploaded picture
 SHORTEST_PASSWORD = 8
 _WAIT = 1.0  # seconds after a wrong password
 _Scope = MutableMapping[str, Any]

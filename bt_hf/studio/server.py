@@ -16,7 +16,15 @@ from bt_hf.studio.learner import Learner
 from bt_hf.studio.pool import Pool
 from bt_hf.studio.security import Guard
 from bt_hf.studio.session import Session
-from bt_hf.studio.sources import DEFAULT_BASE, Source, open_source
+from bt_hf.studio.sources import (
+    DEFAULT_BASE,
+    DEFAULT_PIPELINE,
+    DEFAULT_SHOWN,
+    Source,
+    default_unseen,
+    open_source,
+)
+from bt_hf.studio.training import Drawing
 
 # Base for images of one's own, where none is named.
 USUAL_BASE = "openai/clip-vit-base-patch32"
@@ -38,6 +46,7 @@ class Studio:
 
     def close(self) -> None:
         """Stop the background work, and let go of the session."""
+        self.desk.jobs.stop(wait=20)
         self.desk.learner.stop()
         self.session.close()
 
@@ -48,6 +57,7 @@ def open_studio(
     guard: Guard,
     prompt: str | None = None,
     model: str | None = None,
+    pipeline: str | None = None,
 ) -> Studio:
     """Open images, session and base.
 
@@ -57,6 +67,7 @@ def open_studio(
         guard: Rules of who may ask.
         prompt: One prompt for all images.
         model: Hub id or folder of the base; default: that of the embedded default for it, else `USUAL_BASE`.
+        pipeline: Hub id or folder of the pipeline to train; default: that of the embedded default for it, else none.
 
     Raises:
         OSError: A folder or the base can't be read or written.
@@ -74,12 +85,26 @@ def open_studio(
             raise ValueError(f"'{source}': only one image found; a comparison takes two")
         base = model or (str(DEFAULT_BASE) if source is None else USUAL_BASE)
         learner = Learner(held, pool, PreferenceScorer.from_pretrained(base))
-        desk = Desk(held, pool, learner, opened.title)
+        desk = Desk(held, pool, learner, opened.title, base, _drawing(source, pipeline))
         learner.start()
     except BaseException:
         held.close()
         raise
     return Studio(held, desk, guard)
+
+
+def _drawing(source: str | None, pipeline: str | None) -> Drawing | None:
+    """Return what is trained to draw; the small pipeline of the default has settings of its own."""
+    if pipeline is not None or source is not None:
+        return None if pipeline is None else Drawing(pipeline)
+    options = {
+        "max_steps": 120,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 16,
+        "validation_inference_steps": 20,
+        "validation_guidance_scale": 3.0,
+    }
+    return Drawing(str(DEFAULT_PIPELINE), DEFAULT_SHOWN, default_unseen(), options)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -15,13 +15,10 @@ from PIL import Image
 from bt_hf.data.atomic import locked, sync, write_file
 from bt_hf.data.clicks import CLICKS, FORMAT, IMAGES, SESSION, ClickLog, image_file, is_session, read_clicks
 from bt_hf.data.clicks import read_session as read_header
+from bt_hf.studio.errors import NotSavedError
 from bt_hf.studio.pictures import encode_shown
 
 POOL = "pool.jsonl"
-
-
-class NotSavedError(OSError):
-    """The disk did not take a line: it is full, or may not be written. Nothing of the line is kept."""
 
 
 class JsonLines:

@@ -25,6 +25,8 @@ _CHECKOUT = Path(__file__).parents[2]  # the repository; an installed package ha
 _EMOJI, _SPLIT = _CHECKOUT / "examples/emoji/emoji64.parquet", _CHECKOUT / "examples/emoji/split.json"
 DEFAULT_BASE = _CHECKOUT / "examples/icons/base"
 DEFAULT_PIPELINE = _CHECKOUT / "examples/emoji/diffusion"
+# Captions that the default's small pipeline draws so that one can see what they are.
+DEFAULT_SHOWN = ("face exhaling", "man running", "prohibited", "woman wearing turban")
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,14 @@ def open_source(source: str | None, prompt: str | None = None) -> Source:
     roles: Any = lambda names: dict.fromkeys(PROMPTS, "text") | {"file_name": "image"}  # noqa: E731
     rows, place, label = open_dataset(source, None, streaming=False, roles=roles)
     return DatasetSource(rows, label, prompt, place)
+
+
+def default_unseen() -> list[str]:
+    """Return captions of the default's other concepts, which the person never clicks on."""
+    concepts = set(json.loads(_SPLIT.read_text())["train"])
+    rows, _, _ = open_dataset(str(_EMOJI), None, streaming=False)
+    pairs = zip(rows["concept"], rows["caption"], strict=True)
+    return list(dict.fromkeys(caption for concept, caption in pairs if concept in concepts))
 
 
 def _is_dataset(folder: Path) -> bool:
