@@ -25,6 +25,17 @@ async function stop() {
   }
 }
 
+/** See anew what can be trained and published: it changes with the clicks. */
+export async function look() {
+  try {
+    const { can, drawing, job } = await get("api/state");
+    update({ can, drawing, job });
+    if (running()) follow();
+  } catch (error) {
+    update({ problem: error.message });
+  }
+}
+
 /** Look at the job until it has ended; the page goes on meanwhile. */
 export async function follow() {
   clearTimeout(timer);
@@ -36,8 +47,8 @@ export async function follow() {
       timer = setTimeout(follow, POLL);
     } else if (job && before && before.state === "running") {
       announce(job.message);
-      const { can, drawing } = await get("api/state");
-      update({ can, drawing, ab: null });
+      update({ ab: null });
+      await look();
     }
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;

@@ -3,7 +3,7 @@ import { keys as chooseKeys, Choose } from "./choose.js";
 import { clicksSoFar, refresh } from "./choosing.js";
 import { Draw } from "./draw.js";
 import { count, html, render } from "./html.js";
-import { follow } from "./jobs.js";
+import { look } from "./jobs.js";
 import { keys as judgeKeys } from "./judge.js";
 import { retry } from "./outbox.js";
 import { state, subscribe, update } from "./store.js";
@@ -48,6 +48,7 @@ function route() {
   const moved = state.view !== name && state.ready;
   update({ view: name in VIEWS ? name : "choose" });
   document.title = `${VIEWS[state.view][0]} · ${state.title || "bt_hf studio"}`;
+  if (state.view === "draw" && state.ready) look();
   if (moved) {
     scrollTo(0, 0);
     document.getElementById("main").focus({ preventScroll: true });
@@ -68,7 +69,6 @@ async function open() {
   try {
     await refresh();
     route();
-    if (state.job && state.job.state === "running") follow();
   } catch (error) {
     update({ problem: error.message });
   }
