@@ -11,6 +11,9 @@ export const percent = (share) => `${Math.round(share * 100)} %`;
 /** Number and noun, `(1, "click")` -> `1 click`, `(3, "click")` -> `3 clicks`. */
 export const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 
+/** Reason of the server as a sentence, `log in first` -> `Log in first.` */
+export const sentence = (text) => (text ? `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}` : "");
+
 /** Say something to screen readers, without moving the focus. */
 export function announce(text) {
   document.getElementById("announcer").textContent = text;

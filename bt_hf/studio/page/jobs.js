@@ -1,6 +1,6 @@
 // Work that runs on the server in the background: start, progress, stop, end.
 import { ApiError, get, post } from "./api.js";
-import { announce, html } from "./html.js";
+import { announce, html, sentence } from "./html.js";
 import { state, update } from "./store.js";
 
 const POLL = 700; // milliseconds between two looks at a running job
@@ -63,7 +63,7 @@ const running = () => state.job && state.job.state === "running";
 export function Job({ kind }) {
   const { job } = state;
   if (!job || job.kind !== kind) return null;
-  if (job.state !== "running") return html`<p class="job job-${job.state}" role=${job.state === "failed" ? "alert" : "status"}>${job.message}</p>`;
+  if (job.state !== "running") return html`<p class="job job-${job.state}" role=${job.state === "failed" ? "alert" : "status"}>${sentence(job.message)}</p>`;
   return html`<div class="job">
     <progress aria-label="Progress" max="1" value=${job.progress}></progress>
     <p>${job.message}</p>
@@ -73,5 +73,5 @@ export function Job({ kind }) {
 /** Button that starts a job, or the reason why it cannot. */
 export const Starter = ({ kind, able, label }) => html`
   <p><button type="button" class="button" disabled=${!able.ok || running()} onClick=${() => start(kind)}>${label}</button>
-    ${!able.ok && html` <span class="hint">${able.why}</span>`}</p>
+    ${!able.ok && html` <span class="hint">${sentence(able.why)}</span>`}</p>
   <${Job} kind=${kind} />`;

@@ -17,7 +17,9 @@ async function take(request) {
   }
 }
 
-const begin = () => take(get("api/ab"));
+async function begin() {
+  if (await take(get("api/ab"))) document.querySelector(".blind")?.scrollIntoView({ block: "center" });
+}
 
 let voting = false;
 
@@ -38,7 +40,7 @@ export function Blind({ ready }) {
       ${!ready && html` <span class="hint">Train the drawing LoRA first.</span>`}</p>`;
   }
   if (ab.done) {
-    return html`<p class="sentence" role="status">${ab.sentence}</p>
+    return html`<p class="sentence">${ab.sentence}</p>
       <dl class="tally"><div><dt>LoRA</dt><dd>${ab.lora}</dd></div><div><dt>Ties</dt><dd>${ab.ties}</dd></div><div><dt>Base</dt><dd>${ab.base}</dd></div></dl>`;
   }
   return html`<div class="blind">

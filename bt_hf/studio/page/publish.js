@@ -1,6 +1,6 @@
 // Publishing on the Hub: the card is read before it goes; private and without the person's pictures unless they say so.
 import { get } from "./api.js";
-import { Component, html } from "./html.js";
+import { Component, html, sentence } from "./html.js";
 import { Job, start } from "./jobs.js";
 import { state } from "./store.js";
 
@@ -32,7 +32,7 @@ export class Publish extends Component {
 
   render({ able }, { open, what, card, repo, base, private: hidden, images, error }) {
     const busy = state.job && state.job.state === "running";
-    if (!able.ok) return html`<p><button type="button" class="button" disabled>Publish on the Hub</button> <span class="hint">${able.why}</span></p>`;
+    if (!able.ok) return html`<p><button type="button" class="button" disabled>Publish on the Hub</button> <span class="hint">${sentence(able.why)}</span></p>`;
     if (!open) return html`<p><button type="button" class="button" onClick=${() => this.preview(state.drawing ? "drawing" : "reward", false)}>
         Publish on the Hub …</button></p><${Job} kind="publish" />`;
     const text = (name) => (event) => this.setState({ [name]: event.target.value });
@@ -50,7 +50,7 @@ export class Publish extends Component {
         <label class="field">Base model on the Hub, if it was a folder of yours
           <input type="text" autocomplete="off" spellcheck=${false} value=${base} onInput=${text("base")} /></label>
         <h3 id="card">The card, as it will stand there</h3>
-        ${error ? html`<p class="notice-start" role="alert">${error}</p>` : html`<pre class="card" tabindex="0" aria-labelledby="card">${card}</pre>`}`}
+        ${error ? html`<p class="notice-start" role="alert">${sentence(error)}</p>` : html`<pre class="card" tabindex="0" aria-labelledby="card">${card}</pre>`}`}
       <p><button type="submit" class="button" disabled=${busy || Boolean(error)}>${hidden ? "Publish privately" : "Publish for everyone"}</button>
         ${" "}<button type="button" class="control" onClick=${() => this.setState({ open: false })}>Cancel</button></p>
       <${Job} kind="publish" />

@@ -26,13 +26,18 @@ def test_stars_by_mouse_and_keys(visit: Callable[..., Any], served: Served) -> N
     save = person.page.get_by_role("button", name="Give stars to two")
     assert save.is_disabled()
     person.page.get_by_role("group", name="Stars for picture 1").get_by_role("radio", name="5 stars").check()
-    second = person.page.get_by_role("group", name="Stars for picture 2").get_by_role("radio", name="1 star", exact=True)
+    second = person.page.get_by_role("group", name="Stars for picture 2").get_by_role(
+        "radio", name="1 star", exact=True
+    )
     second.focus()
     person.page.keyboard.press("Space")
     person.page.keyboard.press("ArrowRight")  # stars have their own use for the arrows
     person.page.get_by_role("button", name="Save").click()
     person.saved(1)
-    assert dict(zip(served.answers[0].images, served.answers[0].values, strict=True)) == {images[0]: 5.0, images[1]: 2.0}
+    assert dict(zip(served.answers[0].images, served.answers[0].values, strict=True)) == {
+        images[0]: 5.0,
+        images[1]: 2.0,
+    }
 
 
 def test_the_best_of_four(visit: Callable[..., Any], served: Served) -> None:
