@@ -52,7 +52,6 @@ class Desk:
         self.jobs = Jobs(works)
         self._lock = threading.RLock()
         self._thumbnails: OrderedDict[tuple[int, int], tuple[bytes, str]] = OrderedDict()
-        self._groups: OrderedDict[str, tuple[str, tuple[int, ...]]] = OrderedDict()
         self._random = random.Random()
 
     def state(self) -> dict[str, Any]:
@@ -90,7 +89,9 @@ class Desk:
             if not log.knows(click):
                 if pair not in log.asked:
                     raise RefusedError(409, f"there is no pair {pair[:40]!r} in this session: reload the page")
-                self.session.append({"click": click, "pair": pair, "choice": choice, "seconds": seconds})
+                model, base = self.learner.predict(log.asked[pair])
+                line = {"click": click, "pair": pair, "choice": choice, "seconds": seconds}
+                self.session.append({**line, "model": model, "base": base})
                 self.learner.notice()
             return self._next()
 
@@ -129,16 +130,13 @@ class Desk:
             kept = tuple(number for number in numbers if self.questions.keep(number))
             if len(kept) >= 2:
                 name = f"g-{self._random.getrandbits(64):016x}"
-                with self._lock:
-                    self._groups[name] = (prompt, kept)
-                    while len(self._groups) > 1000:
-                        self._groups.popitem(last=False)
+                self.session.append({"group": name, "prompt": prompt, "images": list(kept)})
                 return {"id": name, "prompt": prompt, "images": list(kept)}
             groups = self.pool.by_prompt(least=2)
         raise RefusedError(404, "no prompt has two images to compare")
 
     def judge(self, judgement: str, group: str, way: str, values: dict[int, float]) -> dict[str, Any]:
-        """Write a judgement of a group to disk: a value for each of its images, of which the larger is better.
+        """Write a judgement to disk: values of at least two images of a group, of which the larger is better.
 
         Raises:
             NotSavedError: It is not on the disk.
@@ -146,20 +144,19 @@ class Desk:
         """
         with self._lock:
             if not self.session.log.knows(judgement):
-                if group not in self._groups:
-                    raise RefusedError(409, "this group is from before a restart: take the next one")
-                prompt, images = self._groups[group]
-                if set(values) != set(images):
+                if group not in self.session.log.groups:
+                    raise RefusedError(409, f"there is no group {group[:40]!r} in this session: take the next one")
+                prompt, images = self.session.log.groups[group]
+                if len(values) < 2 or not set(values) <= set(images):
                     raise RefusedError(400, f"expected a judgement of the images {', '.join(map(str, images))}")
-                order = [values[number] for number in images]
-                line = {"judged": judgement, "prompt": prompt, "images": list(images), "values": order, "way": way}
-                self.session.append(line)
+                line = {"judged": judgement, "prompt": prompt, "way": way}
+                self.session.append(line | {"images": list(values), "values": list(values.values())})
                 self.learner.notice()
             return self._next()
 
     def images_of(self, group: str) -> tuple[int, ...]:
         """Return the images of a group; none if it is unknown."""
-        return self._groups.get(group, ("", ()))[1]
+        return self.session.log.groups.get(group, ("", ()))[1]
 
     def picture(self, number: int, side: int | None) -> tuple[bytes, str]:
         """Return a picture as (bytes, suffix), encoded anew.

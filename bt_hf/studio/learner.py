@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from bt_hf.data.atomic import write_file
-from bt_hf.data.clicks import CHOICES, Judged, NumberedPair, pairs_of
+from bt_hf.data.clicks import CHOICES, Asked, Judged, NumberedPair, pairs_of
 from bt_hf.data.images import one_line
 from bt_hf.reward.asking import select_pairs
 from bt_hf.reward.posterior import Taste, fit_taste
@@ -133,6 +133,17 @@ class Learner:
             return any_pair(self.pool, self._random)
         left, right = (int(known.numbers[place]) for place in (found[0].left, found[0].right))
         return left, right, "random" if found[0].random else "asked"
+
+    def predict(self, pair: Asked) -> tuple[float | None, float | None]:
+        """Return the margins, left minus right, that the taste so far and the base predict; `None` without one."""
+        if not (self._knows(pair.left) and self._knows(pair.right)):
+            return None, None
+        embedded = self._embedded([NumberedPair(pair.prompt, pair.left, pair.right, 1.0, 1.0)])
+        difference = embedded.chosen - embedded.rejected
+        base = self._scale * (embedded.text * difference).sum(1)
+        taste = self._taste
+        model = None if taste is None else float(taste.margins(embedded.text, difference, base))
+        return model, float(base)
 
     def _comparable(self) -> "_Comparable":
         """Return the embedded images of prompts with several; remembered until images come or go."""
