@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bt_hf.data.clicks import FORMAT, Asked, Click
+from bt_hf.data.images import one_line, to_rgb
+from bt_hf.studio.drawer import Drawer
 from bt_hf.studio.errors import RefusedError
 from bt_hf.studio.jobs import Jobs
 from bt_hf.studio.judging import tally, votes_of
 from bt_hf.studio.learner import Learner
 from bt_hf.studio.pictures import encode_shown, encode_thumbnail
-from bt_hf.studio.pool import Pool
+from bt_hf.studio.pool import UPLOADED, Pool
 from bt_hf.studio.questions import Questions
 from bt_hf.studio.session import Session
 from bt_hf.studio.sharing import FORMATS, WHAT, Sharing, why_not_published
@@ -23,6 +25,7 @@ from bt_hf.studio.training import Drawing, Workshop, last_drawing
 GROUP = {"stars": 6, "best": 4, "rank": 5}
 WAYS = ("pair", *GROUP)
 SIDES = (64, 128, 256, 512)  # sides of thumbnails
+MOST_UPLOADS = 10_000
 _KEPT = 600  # thumbnails in memory
 _NAMED = 200  # skipped images that are named
 
@@ -35,11 +38,24 @@ class Desk:
         title: What the page calls the images.
         base: Hub id or folder of the base, to train a reward on.
         drawing: Pipeline to train; `None` without one.
+        uploads: Take images from the page.
+
+    Attributes:
+        drawer: Draws candidates; set by whoever starts one.
     """
 
     def __init__(
-        self, session: Session, pool: Pool, learner: Learner, title: str, base: str, drawing: Drawing | None = None
+        self,
+        session: Session,
+        pool: Pool,
+        learner: Learner,
+        title: str,
+        base: str,
+        drawing: Drawing | None = None,
+        uploads: bool = False,
     ) -> None:
+        self.uploads = uploads
+        self.drawer: Drawer | None = None
         self.session, self.pool, self.learner, self.title = session, pool, learner, title
         self.questions = Questions(session, pool, learner.pick)
         self.workshop = Workshop(session, pool, self.questions, base, drawing)
@@ -185,6 +201,25 @@ class Desk:
                 self._thumbnails.popitem(last=False)
         return found
 
+    def upload(self, content: bytes, name: str, prompt: str) -> dict[str, Any]:
+        """Take in an image, of which the pixels alone are kept.
+
+        Raises:
+            NotSavedError: It is not on the disk.
+            RefusedError: Uploads are off, there are too many, or it is not an image.
+        """
+        if not self.uploads:
+            raise RefusedError(403, "uploads are off: start the studio with --uploads")
+        if len(self.pool.pictures) >= MOST_UPLOADS:
+            raise RefusedError(409, f"a session takes at most {MOST_UPLOADS} images")
+        try:
+            picture = to_rgb(content)
+        except ValueError as error:
+            raise RefusedError(400, one_line(error)) from None
+        number = self.pool.add(picture, name, prompt, UPLOADED)
+        self.learner.notice()
+        return {"image": number, "images": len(self.pool)}
+
     # --- Training, drawing, sharing ---
 
     def start(self, kind: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +304,8 @@ class Desk:
             draw = "start the studio with --pipeline, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         elif importlib.util.find_spec("diffusers") is None:
             draw = "diffusers is not installed: run `pip install 'bt-hf[diffusion]'`"
-        whys = {"draw": draw, "train": few, "publish": why_not_published()}
+        upload = None if self.uploads else "start the studio with --uploads"
+        whys = {"draw": draw, "train": few, "publish": why_not_published(), "upload": upload}
         return {name: {"ok": why is None, "why": why} for name, why in whys.items()}
 
     def _next(self) -> dict[str, Any]:
@@ -281,9 +317,13 @@ class Desk:
         return list(WAYS) if several else ["pair"]
 
     def _why_empty(self) -> str:
-        if not len(self.pool):
-            return "There are no images yet."
-        return "No prompt has two images to compare: give one prompt for all of them with --prompt."
+        if self.drawer is not None:
+            return self.drawer.problem or "The first pictures are being drawn."
+        if len(self.pool) < 2 and self.uploads:
+            return "Add pictures to choose between."
+        if not self.pool.by_prompt(least=2):
+            return "No prompt has two images to compare: give one prompt for all of them with --prompt."
+        return "You have compared every pair there is."
 
 
 def _pair(pair: Asked) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class Learner:
         """Choose a pair to ask about: one that teaches most, or by chance; by chance while few images are embedded."""
         known = self._comparable()
         if len(known.numbers) < min(ENOUGH, 0.9 * known.usable):
-            return any_pair(self.pool, self._random)
+            return any_pair(self.pool, self.session.log, self._random)
         answered, weight = self._answered(known)
         with self._lock:
             vectors = self._vectors[known.numbers]
@@ -130,7 +130,7 @@ class Learner:
         except ValueError:  # no two images share a prompt, or all that are left are alike
             found = []
         if not found:
-            return any_pair(self.pool, self._random)
+            return any_pair(self.pool, self.session.log, self._random)
         left, right = (int(known.numbers[place]) for place in (found[0].left, found[0].right))
         return left, right, "random" if found[0].random else "asked"
 
