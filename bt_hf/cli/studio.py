@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bt_hf.cli.options import parse_options
+from bt_hf.cli.pairs import read_prompts
 
 _DESCRIPTION = """Open a page on which you choose between two pictures, and watch a model learn your taste.
 
@@ -15,6 +16,7 @@ _EPILOG = """examples:
   bt-hf studio                                        # emoji drawn by five houses of artists
   bt-hf studio my-photos/ --prompt "a photo of my garden"
   bt-hf studio my-photos/ --session my-clicks --port 8001
+  bt-hf studio --prompts prompts.txt --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5
   bt-hf studio my-photos/ --host 0.0.0.0 --password "a long one"   # for other machines, such as your phone
 
 Captions stand in metadata.jsonl (file_name, prompt) or in x.txt beside x.png; else file names group the images
@@ -51,8 +53,17 @@ class StudioOptions:
         },
     )
     pipeline: str | None = field(
-        default=None, metadata={"metavar": "ID", "help": "Hub id or folder of the pipeline that draws."}
+        default=None,
+        metadata={"metavar": "ID", "help": "Hub id or folder of a pipeline, to train it to draw your way."},
     )
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "FILE",
+            "help": "Text file, one prompt a line, which the pipeline draws while you click; instead of images.",
+        },
+    )
+    uploads: bool = field(default=False, metadata={"help": "Take images from the page, too."})
     host: str = field(
         default="127.0.0.1",
         metadata={"help": "Address to listen at; any but loopback lets others in and asks for a password."},
@@ -86,8 +97,18 @@ def run(options: StudioOptions) -> None:
     datasets.disable_progress_bars()
     listening = bind(options.host, options.port)
     guard = Guard(options.host, listening.getsockname()[1], options.password)
+    prompts = None if options.prompts is None else read_prompts(options.prompts, None, "prompt", None)
     session = None if options.session is None else Path(options.session)
-    studio = open_studio(options.source, session, guard, options.prompt, options.model, options.pipeline)
+    studio = open_studio(
+        options.source,
+        session,
+        guard,
+        prompt=options.prompt,
+        model=options.model,
+        pipeline=options.pipeline,
+        prompts=prompts,
+        uploads=options.uploads,
+    )
     if not guard.local:
         print(
             f"Every machine that reaches this one at {options.host} can ask for the password, over a connection that "

@@ -5,6 +5,7 @@ pictures that were shown, by number. Lines of the log are
 
     {"asked": "p7", "prompt": "a cat", "left": 3, "right": 5, "kind": "random"}     a pair that was put
     {"click": "5f0c...", "pair": "p7", "choice": "left", "seconds": 1.2}            its answer: left, right, tie, skip
+    {"group": "g4", "prompt": "a cat", "images": [3, 5, 8]}                         images that were put together
     {"judged": "77ab...", "prompt": "a cat", "images": [3, 5], "values": [5, 2]}    larger is better
     {"undo": "5f0c...", "id": "9e1d..."}                                            nothing is erased
 
@@ -54,12 +55,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class Click:
-    """Answer to a pair: "left", "right", "tie" or "skip", after some seconds."""
+    """Answer to a pair.
+
+    Attributes:
+        id: Made by whoever clicks, so that a click that comes twice counts once.
+        asked: The pair.
+        choice: "left", "right", "tie" or "skip".
+        seconds: Time that it took.
+        model, base: Margins, left minus right, that the taste so far and the base predicted; `None` without one.
+    """
 
     id: str
     asked: Asked
     choice: str
     seconds: float | None = None
+    model: float | None = None
+    base: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,7 @@ class ClickLog:
 
     Attributes:
         asked: Pairs, by their ids.
+        groups: Prompt and images of what was put to be judged together, by its id.
         answers: Clicks and judgements that stand, by their ids, in their order.
         undone: Ids of those that were taken back.
         undos: Ids of the undoings themselves.
@@ -98,6 +110,7 @@ class ClickLog:
     """
 
     asked: dict[str, Asked] = field(default_factory=dict)
+    groups: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     answers: dict[str, Click | Judged] = field(default_factory=dict)
     undone: set[str] = field(default_factory=set)
     undos: set[str] = field(default_factory=set)
@@ -128,12 +141,21 @@ class ClickLog:
             )
             self.asked[pair.id] = pair
         elif "click" in line:
-            click = Click(str(line["click"]), self.asked[line["pair"]], str(line["choice"]), line.get("seconds"))
+            click = Click(
+                str(line["click"]),
+                self.asked[line["pair"]],
+                str(line["choice"]),
+                line.get("seconds"),
+                line.get("model"),
+                line.get("base"),
+            )
             if click.choice not in CHOICES:
                 raise ValueError(f"unknown choice {click.choice!r}")
             if not self.knows(click.id):
                 self.answers[click.id] = click
                 self.answered[click.asked.id] = self.answered.get(click.asked.id, 0) + 1
+        elif "group" in line:
+            self.groups[str(line["group"])] = (str(line["prompt"]), tuple(map(int, line["images"])))
         elif "judged" in line:
             images, values = tuple(map(int, line["images"])), tuple(map(float, line["values"]))
             if len(images) != len(values):

@@ -20,17 +20,21 @@ from bt_hf.data.clicks import CHOICES
 from bt_hf.studio.desk import GROUP, Desk
 from bt_hf.studio.errors import NotSavedError, RefusedError
 from bt_hf.studio.fields import (
+    MAX_UPLOAD,
     Fields,
     job_options,
     name_of,
     number_of,
     one_of,
     posted,
+    read_body,
     read_form,
     seconds_of,
+    text_of,
     values_of,
 )
 from bt_hf.studio.security import Gate, Guard, problem
+from bt_hf.studio.sources import NO_PROMPT
 
 PAGE = Path(__file__).parent / "page"
 _TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
@@ -71,6 +75,13 @@ def build_app(desk: Desk, guard: Guard) -> Starlette:
         content, suffix = await run_in_threadpool(desk.picture, request.path_params["number"], side)
         headers = {"Cache-Control": "private, max-age=31536000, immutable"}
         return Response(content, media_type=_TYPES[suffix], headers=headers)
+
+    async def upload(request: Request) -> Response:
+        if not request.headers.get("content-type", "").startswith("image/"):
+            raise RefusedError(415, "expected Content-Type: image/png, or that of another image")
+        name, prompt = text_of(request, "name", "upload"), text_of(request, "prompt", NO_PROMPT)
+        content = await read_body(request, MAX_UPLOAD)
+        return JSONResponse(await run_in_threadpool(desk.upload, content, name, prompt))
 
     async def click(fields: Fields) -> Any:
         choice = one_of(fields, "choice", CHOICES)
@@ -134,6 +145,7 @@ def build_app(desk: Desk, guard: Guard) -> Starlette:
         Route("/login", login, methods=["POST"]),
         Route("/api/state", state),
         Route("/api/images/{number:int}", image),
+        Route("/api/images", upload, methods=["POST"]),
         Route("/api/drawings/{number:int}", image),
         Route("/api/clicks", posted(click), methods=["POST"]),
         Route("/api/undo", posted(undo), methods=["POST"]),

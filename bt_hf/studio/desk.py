@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from bt_hf.data.clicks import FORMAT, Asked, Click
+from bt_hf.data.images import one_line, to_rgb
+from bt_hf.studio.drawer import Drawer
 from bt_hf.studio.errors import RefusedError
 from bt_hf.studio.jobs import Jobs
 from bt_hf.studio.judging import tally, votes_of
 from bt_hf.studio.learner import Learner
 from bt_hf.studio.pictures import encode_shown, encode_thumbnail
-from bt_hf.studio.pool import Pool
+from bt_hf.studio.pool import UPLOADED, Pool
 from bt_hf.studio.questions import Questions
 from bt_hf.studio.session import Session
 from bt_hf.studio.sharing import FORMATS, WHAT, Sharing, why_not_published
@@ -23,6 +25,7 @@ from bt_hf.studio.training import Drawing, Workshop, last_drawing
 GROUP = {"stars": 6, "best": 4, "rank": 5}
 WAYS = ("pair", *GROUP)
 SIDES = (64, 128, 256, 512)  # sides of thumbnails
+MOST_UPLOADS = 10_000
 _KEPT = 600  # thumbnails in memory
 _NAMED = 200  # skipped images that are named
 
@@ -35,11 +38,24 @@ class Desk:
         title: What the page calls the images.
         base: Hub id or folder of the base, to train a reward on.
         drawing: Pipeline to train; `None` without one.
+        uploads: Take images from the page.
+
+    Attributes:
+        drawer: Draws candidates; set by whoever starts one.
     """
 
     def __init__(
-        self, session: Session, pool: Pool, learner: Learner, title: str, base: str, drawing: Drawing | None = None
+        self,
+        session: Session,
+        pool: Pool,
+        learner: Learner,
+        title: str,
+        base: str,
+        drawing: Drawing | None = None,
+        uploads: bool = False,
     ) -> None:
+        self.uploads = uploads
+        self.drawer: Drawer | None = None
         self.session, self.pool, self.learner, self.title = session, pool, learner, title
         self.questions = Questions(session, pool, learner.pick)
         self.workshop = Workshop(session, pool, self.questions, base, drawing)
@@ -52,7 +68,6 @@ class Desk:
         self.jobs = Jobs(works)
         self._lock = threading.RLock()
         self._thumbnails: OrderedDict[tuple[int, int], tuple[bytes, str]] = OrderedDict()
-        self._groups: OrderedDict[str, tuple[str, tuple[int, ...]]] = OrderedDict()
         self._random = random.Random()
 
     def state(self) -> dict[str, Any]:
@@ -90,7 +105,9 @@ class Desk:
             if not log.knows(click):
                 if pair not in log.asked:
                     raise RefusedError(409, f"there is no pair {pair[:40]!r} in this session: reload the page")
-                self.session.append({"click": click, "pair": pair, "choice": choice, "seconds": seconds})
+                model, base = self.learner.predict(log.asked[pair])
+                line = {"click": click, "pair": pair, "choice": choice, "seconds": seconds}
+                self.session.append({**line, "model": model, "base": base})
                 self.learner.notice()
             return self._next()
 
@@ -129,16 +146,13 @@ class Desk:
             kept = tuple(number for number in numbers if self.questions.keep(number))
             if len(kept) >= 2:
                 name = f"g-{self._random.getrandbits(64):016x}"
-                with self._lock:
-                    self._groups[name] = (prompt, kept)
-                    while len(self._groups) > 1000:
-                        self._groups.popitem(last=False)
+                self.session.append({"group": name, "prompt": prompt, "images": list(kept)})
                 return {"id": name, "prompt": prompt, "images": list(kept)}
             groups = self.pool.by_prompt(least=2)
         raise RefusedError(404, "no prompt has two images to compare")
 
     def judge(self, judgement: str, group: str, way: str, values: dict[int, float]) -> dict[str, Any]:
-        """Write a judgement of a group to disk: a value for each of its images, of which the larger is better.
+        """Write a judgement to disk: values of at least two images of a group, of which the larger is better.
 
         Raises:
             NotSavedError: It is not on the disk.
@@ -146,20 +160,19 @@ class Desk:
         """
         with self._lock:
             if not self.session.log.knows(judgement):
-                if group not in self._groups:
-                    raise RefusedError(409, "this group is from before a restart: take the next one")
-                prompt, images = self._groups[group]
-                if set(values) != set(images):
+                if group not in self.session.log.groups:
+                    raise RefusedError(409, f"there is no group {group[:40]!r} in this session: take the next one")
+                prompt, images = self.session.log.groups[group]
+                if len(values) < 2 or not set(values) <= set(images):
                     raise RefusedError(400, f"expected a judgement of the images {', '.join(map(str, images))}")
-                order = [values[number] for number in images]
-                line = {"judged": judgement, "prompt": prompt, "images": list(images), "values": order, "way": way}
-                self.session.append(line)
+                line = {"judged": judgement, "prompt": prompt, "way": way}
+                self.session.append(line | {"images": list(values), "values": list(values.values())})
                 self.learner.notice()
             return self._next()
 
     def images_of(self, group: str) -> tuple[int, ...]:
         """Return the images of a group; none if it is unknown."""
-        return self._groups.get(group, ("", ()))[1]
+        return self.session.log.groups.get(group, ("", ()))[1]
 
     def picture(self, number: int, side: int | None) -> tuple[bytes, str]:
         """Return a picture as (bytes, suffix), encoded anew.
@@ -187,6 +200,25 @@ class Desk:
             while len(self._thumbnails) > _KEPT:
                 self._thumbnails.popitem(last=False)
         return found
+
+    def upload(self, content: bytes, name: str, prompt: str) -> dict[str, Any]:
+        """Take in an image, of which the pixels alone are kept.
+
+        Raises:
+            NotSavedError: It is not on the disk.
+            RefusedError: Uploads are off, there are too many, or it is not an image.
+        """
+        if not self.uploads:
+            raise RefusedError(403, "uploads are off: start the studio with --uploads")
+        if len(self.pool.pictures) >= MOST_UPLOADS:
+            raise RefusedError(409, f"a session takes at most {MOST_UPLOADS} images")
+        try:
+            picture = to_rgb(content)
+        except ValueError as error:
+            raise RefusedError(400, one_line(error)) from None
+        number = self.pool.add(picture, name, prompt, UPLOADED)
+        self.learner.notice()
+        return {"image": number, "images": len(self.pool)}
 
     # --- Training, drawing, sharing ---
 
@@ -272,7 +304,8 @@ class Desk:
             draw = "start the studio with --pipeline, such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         elif importlib.util.find_spec("diffusers") is None:
             draw = "diffusers is not installed: run `pip install 'bt-hf[diffusion]'`"
-        whys = {"draw": draw, "train": few, "publish": why_not_published()}
+        upload = None if self.uploads else "start the studio with --uploads"
+        whys = {"draw": draw, "train": few, "publish": why_not_published(), "upload": upload}
         return {name: {"ok": why is None, "why": why} for name, why in whys.items()}
 
     def _next(self) -> dict[str, Any]:
@@ -284,9 +317,13 @@ class Desk:
         return list(WAYS) if several else ["pair"]
 
     def _why_empty(self) -> str:
-        if not len(self.pool):
-            return "There are no images yet."
-        return "No prompt has two images to compare: give one prompt for all of them with --prompt."
+        if self.drawer is not None:
+            return self.drawer.problem or "The first pictures are being drawn."
+        if len(self.pool) < 2 and self.uploads:
+            return "Add pictures to choose between."
+        if not self.pool.by_prompt(least=2):
+            return "No prompt has two images to compare: give one prompt for all of them with --prompt."
+        return "You have compared every pair there is."
 
 
 def _pair(pair: Asked) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from bt_hf.hub.contract import check_repo_id
 from bt_hf.studio.errors import RefusedError
 
 MAX_BODY = 64 * 1024  # bytes of a JSON request
+MAX_UPLOAD = 20 * 1024 * 1024  # bytes of an uploaded picture
 _LONGEST_ID, _LONGEST_TEXT = 80, 200
 Fields = dict[str, Any]
 Answer = Callable[[Fields], Awaitable[Any]]
@@ -37,6 +38,9 @@ def posted(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
 
 async def read_body(request: Request, limit: int) -> bytes:
     """Read a body as it comes, and no more than the limit of it."""
+    told = request.headers.get("content-length", "0")
+    if not told.isdecimal() or int(told[:20]) > limit:
+        raise RefusedError(413, f"expected at most {limit} bytes")
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -65,6 +69,14 @@ def one_of(fields: Fields, name: str, known: Any) -> str:
     if not isinstance(value, str) or value not in known:
         raise RefusedError(400, f"{name} should be one of {', '.join(known)}")
     return value
+
+
+def text_of(request: Request, name: str, default: str) -> str:
+    """Return a text of a query, on one line."""
+    value = " ".join(request.query_params.get(name, "").split())
+    if len(value) > _LONGEST_TEXT or not value.isprintable():
+        raise RefusedError(400, f"{name} should be a text of at most {_LONGEST_TEXT} letters")
+    return value or default
 
 
 def seconds_of(fields: Fields) -> float | None:

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from bt_hf.data.atomic import write_file
-from bt_hf.data.clicks import NumberedPair
+from bt_hf.data.clicks import CHOICES, Asked, Judged, NumberedPair, pairs_of
 from bt_hf.data.images import one_line
+from bt_hf.reward.asking import select_pairs
 from bt_hf.reward.posterior import Taste, fit_taste
 from bt_hf.reward.scorer import PreferenceScorer
 from bt_hf.reward.taste import EmbeddedPairs
@@ -33,7 +35,28 @@ _CHUNK, _SAVE = 16, 2048
 # Pairs that were put last, whose images are embedded before others.
 _LATEST = 64
 SHOWN = 60  # images of the ranking
+# Embedded images from which on pairs are chosen, though not all are embedded yet.
+ENOUGH = 500
 _WORDS = 5
+
+
+@dataclass(frozen=True)
+class _Comparable:
+    """Embedded images that have company under their prompt.
+
+    Attributes:
+        version: Changes with the images.
+        usable: How many there are, embedded or not.
+        numbers: (M,) their numbers in the pool.
+        prompts: M prompts.
+        places: Number -> place.
+    """
+
+    version: tuple[int, int]
+    usable: int
+    numbers: np.ndarray
+    prompts: list[str]
+    places: dict[int, int]
 
 
 class Learner:
@@ -50,6 +73,8 @@ class Learner:
         self._lock, self._model = threading.RLock(), threading.Lock()
         self._wake, self._more, self._stopped = threading.Event(), threading.Event(), threading.Event()
         self._random = random.Random()
+        self._seed = int.from_bytes(session.id.encode()[:7], "big")
+        self._images: _Comparable | None = None
         self._digest, self._scale = scorer._digest(), float(scorer.scale)
         self._vectors = torch.zeros(0, scorer.embed_texts(["a"]).shape[1])  # (images, D), zeros where not embedded
         self._known = np.zeros(0, dtype=bool)
@@ -93,8 +118,65 @@ class Learner:
         self._wake.set()
 
     def pick(self) -> tuple[int, int, str] | None:
-        """Choose a pair to ask about."""
-        return any_pair(self.pool, self._random)
+        """Choose a pair to ask about: one that teaches most, or by chance; by chance while few images are embedded."""
+        known = self._comparable()
+        if len(known.numbers) < min(ENOUGH, 0.9 * known.usable):
+            return any_pair(self.pool, self.session.log, self._random)
+        answered, weight = self._answered(known)
+        with self._lock:
+            vectors = self._vectors[known.numbers]
+        try:
+            found = select_pairs(vectors, known.prompts, answered, weight=weight, seed=self._seed)
+        except ValueError:  # no two images share a prompt, or all that are left are alike
+            found = []
+        if not found:
+            return any_pair(self.pool, self.session.log, self._random)
+        left, right = (int(known.numbers[place]) for place in (found[0].left, found[0].right))
+        return left, right, "random" if found[0].random else "asked"
+
+    def predict(self, pair: Asked) -> tuple[float | None, float | None]:
+        """Return the margins, left minus right, that the taste so far and the base predict; `None` without one."""
+        if not (self._knows(pair.left) and self._knows(pair.right)):
+            return None, None
+        embedded = self._embedded([NumberedPair(pair.prompt, pair.left, pair.right, 1.0, 1.0)])
+        difference = embedded.chosen - embedded.rejected
+        base = self._scale * (embedded.text * difference).sum(1)
+        taste = self._taste
+        model = None if taste is None else float(taste.margins(embedded.text, difference, base))
+        return model, float(base)
+
+    def _comparable(self) -> "_Comparable":
+        """Return the embedded images of prompts with several; remembered until images come or go."""
+        version = (self.pool.version, int(self._known.sum()))
+        known = self._images
+        if known is None or known.version != version:
+            groups = self.pool.by_prompt(least=2)
+            usable = sum(map(len, groups.values()))
+            found = [(number, prompt) for prompt, group in groups.items() for number in group if self._knows(number)]
+            numbers = np.array([number for number, _ in found], dtype=int)
+            places = {number: place for place, (number, _) in enumerate(found)}
+            known = _Comparable(version, usable, numbers, [prompt for _, prompt in found], places)
+            self._images = known
+        return known
+
+    def _answered(self, known: "_Comparable") -> tuple[list[tuple[int, int, float | None]], list[float]]:
+        """Return what was asked so far, as `select_pairs` takes it."""
+        answered: list[tuple[int, int, float | None]] = []
+        weight = []
+        with self.session.reading():
+            log = self.session.log
+            choices = {click.asked.id: CHOICES[click.choice] for click in log.clicks}
+            judged = [pair for one in log.answers.values() if isinstance(one, Judged) for pair in pairs_of(one)]
+            asked = [pair for pair in log.asked.values() if pair.kind != "blind"]
+        for pair in judged:
+            if pair.chosen in known.places and pair.rejected in known.places:
+                answered.append((known.places[pair.chosen], known.places[pair.rejected], pair.preference))
+                weight.append(pair.weight)
+        for put in asked:
+            if put.left in known.places and put.right in known.places:
+                answered.append((known.places[put.left], known.places[put.right], choices.get(put.id)))
+                weight.append(1.0)
+        return answered, weight
 
     def told(self) -> dict[str, Any]:
         """Return what is known so far, as the page shows it."""

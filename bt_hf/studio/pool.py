@@ -42,12 +42,14 @@ class Pool:
     Attributes:
         pictures: All images by number, also those that are gone.
         skipped: Name -> reason, for images that are left out.
+        version: Counts changes of what is usable.
     """
 
     def __init__(self, session: Session, source: Source | None) -> None:
         self.session, self.source = session, source
         self.pictures: list[Picture] = []
         self.skipped: dict[str, str] = {}
+        self.version = 0
         self._usable: dict[str, list[int]] = defaultdict(list)
         self._lock = threading.RLock()
         known = self._recall()
@@ -107,6 +109,7 @@ class Pool:
             self.pictures.append(Picture(number, name, prompt, origin))
             if origin in (DRAWN, UPLOADED):
                 self._usable[prompt].append(number)
+                self.version += 1
             return number
 
     def read(self, number: int) -> Image.Image:
@@ -135,6 +138,7 @@ class Pool:
         picture = self.pictures[number]
         with self._lock:
             self.skipped[picture.name] = reason
+            self.version += 1
             if number in self._usable.get(picture.prompt, ()):
                 self._usable[picture.prompt].remove(number)
                 if not self._usable[picture.prompt]:

@@ -1,11 +1,12 @@
 """Questions that are put: the next pairs, and now and then an old one with its sides swapped."""
 
+import itertools
 import random
 import secrets
 import threading
 from collections.abc import Callable
 
-from bt_hf.data.clicks import CHOICES, Asked
+from bt_hf.data.clicks import CHOICES, Asked, ClickLog
 from bt_hf.studio.errors import NotSavedError
 from bt_hf.studio.pool import Pool
 from bt_hf.studio.session import Session
@@ -124,10 +125,18 @@ class Questions:
         return True
 
 
-def any_pair(pool: Pool, generator: random.Random) -> tuple[int, int, str] | None:
-    """Pick two images of one prompt by chance."""
+def any_pair(pool: Pool, log: ClickLog, generator: random.Random) -> tuple[int, int, str] | None:
+    """Pick two images of one prompt by chance that were not put together before; `None` if there are no others."""
     groups = pool.by_prompt(least=2)
-    if not groups:
-        return None
-    left, right = generator.sample(groups[generator.choice(list(groups))], 2)
-    return left, right, "random"
+    asked = {frozenset((pair.left, pair.right)) for pair in list(log.asked.values())}
+    prompts = list(groups)
+    for _ in range(_TRIES if prompts else 0):
+        left, right = generator.sample(groups[generator.choice(prompts)], 2)
+        if frozenset((left, right)) not in asked:
+            return left, right, "random"
+    generator.shuffle(prompts)
+    for prompt in prompts:  # few are left
+        others = [pair for pair in itertools.combinations(groups[prompt], 2) if frozenset(pair) not in asked]
+        if others:
+            return (*generator.choice(others), "random")
+    return None

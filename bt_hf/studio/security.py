@@ -36,12 +36,14 @@ _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>bt_hf studio</title><main><h1>bt_hf studio</h1>{text}</main></html>"""
+_LOGIN = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>bt_hf studio</title>
+<link rel="stylesheet" href="/page/base.css"></head>
+<body><main class="empty"><h1>bt_hf studio</h1>{text}</main></body></html>"""
 _OPEN_URL = "<p>Open the address that <code>bt-hf studio</code> has printed: it holds the key to this page.</p>"
 _PASSWORD = """{problem}<form method="post" action="/login"><label>Password
 <input type="password" name="password" autocomplete="current-password" autofocus required></label>
-<button>Open</button></form>"""
+<button class="button">Open</button></form>"""
 
 
 @dataclass
@@ -192,6 +194,8 @@ class Gate:
             return problem(403, "this request comes from another page than the studio's")
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             return problem(403, "this request comes from another page than the studio's")
+        if request.url.path.startswith("/page/"):  # files of the page itself, which hold nothing of the person
+            return None
         if request.url.path == "/login" and request.method == "POST" and guard.password is not None:
             return None
         token = request.query_params.get("token")

@@ -3,7 +3,7 @@
 import errno
 import socket
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import uvicorn
 from bt_hf.reward.scorer import PreferenceScorer
 from bt_hf.studio.app import build_app
 from bt_hf.studio.desk import Desk
+from bt_hf.studio.drawer import Drawer
 from bt_hf.studio.learner import Learner
 from bt_hf.studio.pool import Pool
 from bt_hf.studio.security import Guard
@@ -20,7 +21,6 @@ from bt_hf.studio.sources import (
     DEFAULT_BASE,
     DEFAULT_PIPELINE,
     DEFAULT_SHOWN,
-    Source,
     default_unseen,
     open_source,
 )
@@ -47,6 +47,8 @@ class Studio:
     def close(self) -> None:
         """Stop the background work, and let go of the session."""
         self.desk.jobs.stop(wait=20)
+        if self.desk.drawer is not None:
+            self.desk.drawer.stop()
         self.desk.learner.stop()
         self.session.close()
 
@@ -58,6 +60,8 @@ def open_studio(
     prompt: str | None = None,
     model: str | None = None,
     pipeline: str | None = None,
+    prompts: Sequence[str] | None = None,
+    uploads: bool = False,
 ) -> Studio:
     """Open images, session and base.
 
@@ -68,34 +72,51 @@ def open_studio(
         prompt: One prompt for all images.
         model: Hub id or folder of the base; default: that of the embedded default for it, else `USUAL_BASE`.
         pipeline: Hub id or folder of the pipeline to train; default: that of the embedded default for it, else none.
+        prompts: Draw candidates of these with the pipeline, instead of a source.
+        uploads: Take images from the page; without a source or prompts, begin without any.
 
     Raises:
         OSError: A folder or the base can't be read or written.
         ValueError: There are no images, or the session is of another kind.
     """
-    opened: Source = open_source(source, prompt)
-    folder = session if session is not None else Path(f"{opened.title.replace('/', '-')}-clicks")
-    held = Session(folder, opened.title)
+    if prompts is not None and (pipeline is None or source is not None):
+        raise ValueError("--prompts: needs a --pipeline that draws them, and no folder or dataset")
+    default = source is None and prompts is None and not uploads
+    opened = open_source(source, prompt) if source is not None or default else None
+    title = opened.title if opened is not None else "drawings" if prompts is not None else "pictures"
+    base = model or (str(DEFAULT_BASE) if default else USUAL_BASE)
+    held = Session(session if session is not None else Path(f"{title.replace('/', '-')}-clicks"), title)
     try:
         pool = Pool(held, opened)
-        if not len(pool):
-            left_out = f", and {len(pool.skipped)} were left out" if pool.skipped else ""
-            raise ValueError(f"'{source}': no images found{left_out}; name a folder that holds PNG or JPEG files")
-        if len(pool) < 2:
-            raise ValueError(f"'{source}': only one image found; a comparison takes two")
-        base = model or (str(DEFAULT_BASE) if source is None else USUAL_BASE)
+        if opened is not None and not uploads:
+            _check_enough(pool, source or title)
         learner = Learner(held, pool, PreferenceScorer.from_pretrained(base))
-        desk = Desk(held, pool, learner, opened.title, base, _drawing(source, pipeline))
+        desk = Desk(held, pool, learner, title, base, _drawing(default, pipeline), uploads)
         learner.start()
+        if prompts is not None and pipeline is not None:
+            desk.drawer = Drawer(pool, prompts, pipeline, busy=lambda: desk.jobs.busy)
+            desk.drawer.start()
     except BaseException:
         held.close()
         raise
     return Studio(held, desk, guard)
 
 
-def _drawing(source: str | None, pipeline: str | None) -> Drawing | None:
+def _check_enough(pool: Pool, source: str) -> None:
+    """Raise a `ValueError` unless there are two images."""
+    left_out = ""
+    if pool.skipped:
+        name, reason = next(iter(pool.skipped.items()))
+        left_out = f" ({len(pool.skipped)} left out, such as {name}: {reason})"
+    if not len(pool):
+        raise ValueError(f"'{source}': no images found{left_out}; name a folder that holds PNG or JPEG files")
+    if len(pool) < 2:
+        raise ValueError(f"'{source}': only one image found{left_out}; a comparison takes two")
+
+
+def _drawing(default: bool, pipeline: str | None) -> Drawing | None:
     """Return what is trained to draw; the small pipeline of the default has settings of its own."""
-    if pipeline is not None or source is not None:
+    if pipeline is not None or not default:
         return None if pipeline is None else Drawing(pipeline)
     options = {
         "max_steps": 120,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback
 
 from bt_hf.data.atomic import write_file
 from bt_hf.data.pairs import load_preference_pairs
@@ -83,6 +84,7 @@ class Workshop:
         handle.say("Learning your taste", 0.5)
         trainer = BradleyTerryTrainer(self.base, config, train_dataset=pairs)
         trainer.verdict = verdict
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(handle.callback("Learning your taste", 0.5, 0.95))
         trainer.train()
         handle.say("Saving", 0.95)
@@ -107,6 +109,7 @@ class Workshop:
             **{"validation_images": 1, **_QUIET, **self.drawing.options, **given},
         )
         trainer = PreferenceLoRATrainer(self.drawing.pipeline, config, train_dataset=pairs)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(handle.callback("Learning to draw your way", 0.1, 0.9))
         trainer.train()
         handle.say("Saving, and looking at what it draws now", 0.95)
@@ -132,10 +135,7 @@ class Workshop:
         run = secrets.token_hex(4)
         prompts = [*shown, *unseen]
         numbers = [
-            [
-                self.pool.add(row[0], f"drawing {run}", prompt, "blind")
-                for row, prompt in zip(rows, prompts, strict=True)
-            ]
+            [self.pool.add(row[0], f"drawing {run}", prompt, BLIND) for row, prompt in zip(rows, prompts, strict=True)]
             for rows in (before, after)
         ]
         result = {
