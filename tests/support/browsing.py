@@ -49,10 +49,10 @@ def warm_and_cold(folder: Path, prompts: int = 4) -> Path:
     return folder
 
 
-def warmth(image: Image.Image) -> float:
-    """Mean of red minus mean of blue."""
-    means = np.asarray(image.convert("RGB"), dtype=float).mean((0, 1))
-    return float(means[0] - means[2])
+def colourfulness(image: Image.Image) -> float:
+    """Mean over the pixels of the largest minus the smallest of red, green and blue."""
+    pixels = np.asarray(image.convert("RGB"), dtype=float)
+    return float((pixels.max(2) - pixels.min(2)).mean())
 
 
 @dataclass
@@ -72,9 +72,9 @@ class Served:
         """Clicks and judgements that the server holds."""
         return list(self.studio.session.log.answers.values())
 
-    def warmth(self, number: int) -> float:
-        """Warmth of an image."""
-        return warmth(self.studio.desk.pool.read(number))
+    def colourfulness(self, number: int) -> float:
+        """Colourfulness of an image."""
+        return colourfulness(self.studio.desk.pool.read(number))
 
 
 @contextmanager
@@ -130,7 +130,7 @@ class Visitor:
     def pair(self, page: Page | None = None) -> tuple[int, int]:
         """Numbers of the two images on the page, once both are shown."""
         page = page or self.page
-        page.wait_for_function("document.querySelectorAll('.stage .picture-frame img').length === 2")
+        page.wait_for_function("() => document.querySelectorAll('.stage .picture-frame img').length === 2")
         urls = page.eval_on_selector_all(".stage .picture-frame img", "all => all.map(one => one.src)")
         left, right = (int(url.split("/api/images/")[1].split("?")[0]) for url in urls)
         return left, right
