@@ -181,7 +181,7 @@ class ClickLog:
     @property
     def clicks(self) -> list[Click]:
         """Clicks that stand, in their order."""
-        return [answer for answer in self.answers.values() if isinstance(answer, Click)]
+        return [answer for answer in list(self.answers.values()) if isinstance(answer, Click)]
 
     def pairs(self) -> list[NumberedPair]:
         """Return the pairs that the answers make, as rows of the contract; a skipped pair makes none.
@@ -193,7 +193,7 @@ class ClickLog:
             >>> log.pairs()
             [NumberedPair(prompt='a cat', chosen=5, rejected=3, preference=1.0, weight=1.0)]
         """
-        return [pair for answer in self.answers.values() for pair in pairs_of(answer)]
+        return [pair for answer in list(self.answers.values()) for pair in pairs_of(answer)]
 
 
 def pairs_of(answer: Click | Judged) -> Iterator[NumberedPair]:

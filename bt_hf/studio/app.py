@@ -10,7 +10,6 @@ from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -50,8 +49,8 @@ class _Page(StaticFiles):
         return response
 
 
-def build_app(desk: Desk, guard: Guard) -> Starlette:
-    """Return the application.
+def build_app(desk: Desk, guard: Guard) -> Gate:
+    """Return the application behind its gate.
 
     Args:
         desk: Answers.
@@ -167,4 +166,4 @@ def build_app(desk: Desk, guard: Guard) -> Starlette:
         HTTPException: lambda request, error: problem(error.status_code, error.detail),
         Exception: lambda request, error: problem(500, f"unexpected {type(error).__name__}: see the terminal"),
     }
-    return Starlette(routes=routes, middleware=[Middleware(Gate, guard=guard)], exception_handlers=handlers)
+    return Gate(Starlette(routes=routes, exception_handlers=handlers), guard)

@@ -317,8 +317,10 @@ class Desk:
         return list(WAYS) if several else ["pair"]
 
     def _why_empty(self) -> str:
-        if self.drawer is not None:
-            return self.drawer.problem or "The first pictures are being drawn."
+        if self.drawer is not None and self.drawer.problem is not None:
+            return self.drawer.problem[0].upper() + self.drawer.problem[1:]
+        if self.drawer is not None and self.drawer.drawing:
+            return "The next pictures are being drawn."
         if len(self.pool) < 2 and self.uploads:
             return "Add pictures to choose between."
         if not self.pool.by_prompt(least=2):

@@ -54,6 +54,11 @@ class Drawer:
         if self._thread.is_alive():
             self._thread.join(timeout=30)
 
+    @property
+    def drawing(self) -> bool:
+        """True while there is more to draw."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         try:
             self._draw()

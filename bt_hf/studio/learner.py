@@ -78,6 +78,7 @@ class Learner:
         self._digest, self._scale = scorer._digest(), float(scorer.scale)
         self._vectors = torch.zeros(0, scorer.embed_texts(["a"]).shape[1])  # (images, D), zeros where not embedded
         self._known = np.zeros(0, dtype=bool)
+        self._failed: set[int] = set()
         self._texts: dict[str, torch.Tensor] = {}
         self._vocabulary: tuple[list[str], torch.Tensor] | None = None
         self._taste: Taste | None = None
@@ -198,37 +199,37 @@ class Learner:
     # --- Embeddings ---
 
     def _embed_all(self) -> None:
-        """Embed the images that are not known, those of the earlier run first."""
+        """Embed the images that are not known, those that were put to the person first."""
         self._load()
         while not self._stopped.is_set():
-            missing = [
-                number
-                for numbers in self.pool.by_prompt().values()
-                for number in numbers
-                if number >= len(self._known) or not self._known[number]
-            ]
-            if not missing:
-                self._more.wait(timeout=1.0)
-                self._more.clear()
-                continue
+            usable = self.pool.by_prompt().values()
+            missing = [number for numbers in usable for number in numbers if self._lacks(number)]
             fresh = 0
-            for start in range(0, len(missing), _CHUNK):
+            for start in range(0, max(1, len(missing)), _CHUNK):
                 if self._stopped.is_set():
                     break
                 first = self._shown()
-                rest = [one for one in missing[start : start + _CHUNK] if not self._knows(one) and one not in first]
+                rest = [one for one in missing[start : start + _CHUNK] if self._lacks(one) and one not in first]
                 fresh += self._embed(first + rest)
                 if fresh >= _SAVE:
                     self._save()
                     fresh = 0
-            self._save()
+            if fresh:
+                self._save()
+            version = self.pool.version
+            while self.pool.version == version and not self._shown() and not self._stopped.is_set():
+                self._more.wait(timeout=1.0)
+                self._more.clear()
+
+    def _lacks(self, number: int) -> bool:
+        return number not in self._failed and not self._knows(number)
 
     def _shown(self) -> list[int]:
-        """Return images that were put to the person and are not embedded: these come first."""
+        """Return images that were put to the person and are not embedded."""
         with self.session.reading():
             latest = list(itertools.islice(reversed(self.session.log.asked.values()), _LATEST))
         numbers = dict.fromkeys(number for pair in latest for number in (pair.left, pair.right))
-        return [number for number in numbers if not self._knows(number)]
+        return [number for number in numbers if self._lacks(number)]
 
     def _embed(self, numbers: list[int]) -> int:
         pictures = {}
@@ -236,7 +237,7 @@ class Learner:
             try:
                 pictures[number] = self.pool.read(number)
             except (LookupError, ValueError):  # it is left out from now on
-                continue
+                self._failed.add(number)
         if pictures:
             with self._model:
                 found = self.scorer.embed_images(list(pictures.values()))

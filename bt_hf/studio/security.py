@@ -98,8 +98,8 @@ class Guard:
 
     def knows_host(self, header: str) -> bool:
         """True if the `Host` of a request is one of ours: a name of an attacker that leads here is not."""
-        found = urlsplit(f"//{header}")
         try:
+            found = urlsplit(f"//{header}")
             name, port = found.hostname, found.port
         except ValueError:
             return False
@@ -121,7 +121,10 @@ class Guard:
 
     def same_origin(self, headers: Headers) -> bool:
         """True if a request that changes something comes from our own page."""
-        origin = urlsplit(headers.get("origin", ""))
+        try:
+            origin = urlsplit(headers.get("origin", ""))
+        except ValueError:
+            return False
         return origin.scheme in ("http", "https") and origin.netloc.lower() == headers.get("host", "").lower()
 
     def has_key(self, request: Request) -> bool:
@@ -209,5 +212,5 @@ class Gate:
 
 
 def problem(status: int, text: str) -> Response:
-    """Return an error as JSON."""
-    return JSONResponse({"error": text}, status_code=status)
+    """Return an error as JSON; one about a body that is too large also ends the connection, which may bring more."""
+    return JSONResponse({"error": text}, status_code=status, headers={"Connection": "close"} if status == 413 else None)
