@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+
 from browsing import Served, Visitor
 
 # WCAG 2.2 A and AA, and what axe-core holds for good practice.

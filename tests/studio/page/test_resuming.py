@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from browsing import Visitor, warm_and_cold
-
 from bt_hf.data.clicks import Click, read_clicks
 
 

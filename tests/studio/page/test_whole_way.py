@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import Served, Visitor, serve
 
+from browsing import Served, Visitor, serve
 from bt_hf import load_preference_pairs
 
 CLICKS = 30
