@@ -201,9 +201,7 @@ def test_errors_do_not_repeat_markup_as_html(page: Client) -> None:
 
 
 def upload(page: Client, content: bytes, kind: str = "image/png", query: str = "") -> "object":
-    return page.request(
-        "POST", f"/api/images{query}", content, {"Origin": f"http://{page.host}", "Content-Type": kind}
-    )
+    return page.request("POST", f"/api/images{query}", content, {"Origin": f"http://{page.host}", "Content-Type": kind})
 
 
 def test_an_upload_is_encoded_anew(page: Client, tmp_path: Path) -> None:
