@@ -57,7 +57,7 @@ ROOMS = {
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [
-        "__init__ config fitting frozen_prefix inputs library lora posterior verdict",
+        "__init__ config fitting frozen_prefix inputs library lora posterior running verdict",
         "encoders",
         "against_base asking card collator taste",
         "cache embedder words",
