@@ -70,7 +70,7 @@ class RunningAccuracy:
         >>> running = RunningAccuracy(Prediction(*click) for click in clicks)
         >>> share = running.now
         >>> share.n, round(share.model, 2), round(share.low, 2), round(share.high, 2), round(share.base, 2)
-        (3, 0.83, 0.29, 0.98, 0.33)
+        (3, 0.83, 0.31, 0.98, 0.33)
     """
 
     def __init__(self, predictions: Iterable[Prediction]) -> None:
@@ -102,7 +102,7 @@ class RunningAccuracy:
     @property
     def verdict(self) -> str:
         """Sentence about the taste against the base on random pairs, as of `metrics.verdict_sentence`."""
-        # How many more pairs would tell is left to `worth`: a random pair takes several clicks.
+        # The number of further pairs that would tell is left to `worth`, as a random pair takes several clicks.
         found, cut, _ = verdict_sentence(self._right, self._base_right, alpha=ALPHA).partition("; about ")
         return found + "." if cut else found
 

@@ -196,7 +196,7 @@ def test_images_that_hardly_differ_are_not_asked_about() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_one_image_that_differs_is_found(share: float) -> None:
-    """Of 199 images that are one and the same and one other, 199 pairs in 19,900 differ."""
+    """All images but one are the same, so that 199 of 19,900 pairs differ."""
     embeddings = np.tile(images(1), (200, 1))
     embeddings[7] *= -1
     pairs = select_pairs(embeddings, ["one"] * 200, count=4, random_share=share, candidates=10)
