@@ -289,7 +289,8 @@ class _Model:
         root = torch.linalg.cholesky(self.rows @ self.rows.T + torch.diag(1 / self.curvature))
         known = torch.linalg.solve_triangular(root, self.rows @ rows.T, upper=False)  # (N, P)
         variance = rows.square().sum(1) - known.square().sum(0)
-        covariance = rows @ rows[:REFERENCE_PAIRS].T - known.T @ known[:, :REFERENCE_PAIRS]
+        short, short_known = rows.float(), known.float()  # most of the time goes into these two products
+        covariance = short @ short[:REFERENCE_PAIRS].T - short_known.T @ short_known[:, :REFERENCE_PAIRS]
         return rows @ (self.rows.T @ self.dual), variance, covariance
 
     def scores(self, difference: torch.Tensor) -> np.ndarray:
@@ -301,7 +302,7 @@ class _Model:
         """
         margin, variance, covariance = self.predict(difference)
         curvature = _curvature(margin)
-        gain = covariance.square() @ curvature[:REFERENCE_PAIRS]
+        gain = covariance.square() @ curvature[:REFERENCE_PAIRS].float()
         return (curvature * gain / (1 + curvature * variance)).numpy()
 
     def expect(self, difference: torch.Tensor) -> None:

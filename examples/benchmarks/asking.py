@@ -145,7 +145,7 @@ def _accuracy(margins: torch.Tensor) -> float:
 def accuracy(report: Report, bench: Bench, args: argparse.Namespace) -> None:
     """Compare asked with random pairs, and the running accuracy with the one on other concepts."""
     found: dict[float, dict[str, list[Any]]] = {wrong: defaultdict(list) for wrong in WRONG}
-    jobs = [(wrong, kind, number) for wrong in WRONG for kind in args.kinds for number in range(args.people)]
+    jobs = [(wrong, kind, number) for number in range(args.people) for wrong in WRONG for kind in args.kinds]
     for wrong, kind, number in tqdm(jobs, mininterval=10):
         people = [person for person in people_of(kind) if args.split in person.splits]
         if not people:

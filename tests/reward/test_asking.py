@@ -86,7 +86,7 @@ def test_the_score_is_the_variance_that_a_click_takes_off_the_others() -> None:
         after = model(embeddings, answered)
         after.expect(candidates[number : number + 1])
         expected = (win * (1 - win)) @ (variance - after.predict(candidates)[1])
-        assert scores[number] == pytest.approx(float(expected))
+        assert scores[number] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_an_expected_answer_is_a_rank_one_update() -> None:
@@ -98,8 +98,8 @@ def test_an_expected_answer_is_a_rank_one_update() -> None:
     found.expect(pairs[:1])
     after_margin, after, _ = found.predict(pairs)
     torch.testing.assert_close(after_margin, margin)
-    expected = variance - covariance[:, 0] ** 2 * curvature / (1 + curvature * variance[0])
-    torch.testing.assert_close(after, expected)
+    expected = variance - covariance[:, 0].double() ** 2 * curvature / (1 + curvature * variance[0])
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_pair_of_the_highest_score_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_answers_without_weight_and_skipped_ones_do_not_teach() -> None:
     embeddings = images(30)
     asked = differences(embeddings, [(4, 5), (6, 7)])
     one = model(embeddings, [(0, 1, 1.0), (2, 3, 0.0)], [1.0, 0.0]).predict(asked)
-    torch.testing.assert_close(one, model(embeddings, [(0, 1, 1.0)]).predict(asked))
+    torch.testing.assert_close(one, model(embeddings, [(0, 1, 1.0)]).predict(asked))  # mean, variance, covariance
     margin, *_ = model(embeddings, [(0, 1, None)]).predict(asked)
     assert not margin.any()
 
