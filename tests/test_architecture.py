@@ -65,7 +65,7 @@ ROOMS = {
     "metrics": ["columns", "intervals", "comparison scores", "__init__"],
     "plots": ["style", "curves sheet", "__init__"],
     "reward": [
-        "__init__ config fitting frozen_prefix inputs library lora posterior verdict",
+        "__init__ config fitting frozen_prefix inputs library lora posterior running verdict",
         "encoders",
         "against_base asking card collator taste",
         "cache embedder words",
@@ -74,7 +74,7 @@ ROOMS = {
         "cross_validation",
     ],
     "studio": [
-        "__init__ errors jobs judging page pictures sources",
+        "__init__ errors jobs judging page pictures sources telling",
         "fields security session",
         "pool",
         "questions",

@@ -1,9 +1,10 @@
 """Choose the pairs of images that teach most about a person's taste.
 
-A Bayesian logistic model of the clicks so far, linear in differences of image embeddings, tells how sure it is of any
-pair: p, the probability that the left image is preferred, and v, the posterior variance of the margin. A click teaches
-most where p (1 - p) v is largest, which is the greedy step of a D-optimal design for logistic models. A pair whose
-answer is sure scores low, and so does one whose images differ in nothing.
+A Bayesian logistic model of the clicks so far, linear in differences of image embeddings, tells for any pair p, the
+probability that the left image is preferred, and v, the posterior variance of its margin. A click on it adds p (1 - p)
+to the precision along its difference. So it teaches most, for its own sake, where p (1 - p) v is largest, the greedy
+step of a D-optimal design; but such pairs are outliers often, from which little follows for others. What is looked for
+is the pair whose click lowers most the variance of other pairs' margins (V-optimal design).
 
 Chosen pairs are hard by choice, so how often they are predicted rightly says little about other pairs. A part of all
 pairs is drawn at random instead, and marked: accuracy is judged by these (`running.py`).
@@ -26,6 +27,10 @@ STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 READ_PAIRS = 256
 # Images nearer to each other than this part of the typical squared distance are taken for the same.
 NEAR, TYPICAL_PAIRS = 0.02, 500
+# A random pair is the first of this many that differ.
+RANDOM_CANDIDATES = 100
+# The variance of this many of the candidates is to be lowered.
+REFERENCE_PAIRS = 300
 # Factors of the score for each time that one of the images, or the prompt, was shown before.
 SHOWN_IMAGE, SHOWN_PROMPT = 0.7, 0.7
 # Pools of up to this many pairs are listed; of larger ones, candidates are drawn.
@@ -54,7 +59,7 @@ def select_pairs(
     weight: Sequence[float] | None = None,
     seed: int = 0,
     random_share: float = 0.25,
-    candidates: int = 2000,
+    candidates: int = 1000,
 ) -> list[AskedPair]:
     """Choose the next pairs to ask a person about: those that teach most, and a part at random.
 
@@ -82,8 +87,9 @@ def select_pairs(
             images of one prompt, or no two images share a prompt.
 
     Source:
-        D-optimal design for logistic models of preferences: https://arxiv.org/abs/2502.04354. That random pairs are
-        hard to beat: https://arxiv.org/abs/2604.02766.
+        Variance reduction for logistic regression: Schein and Ungar 2007, https://doi.org/10.1007/s10994-007-5019-5,
+        after Cohn, Ghahramani and Jordan, https://arxiv.org/abs/cs/9603104. D-optimal designs for preferences:
+        https://arxiv.org/abs/2502.04354; that random pairs are hard to beat: https://arxiv.org/abs/2604.02766.
 
     Example:
         >>> import numpy as np
@@ -112,19 +118,18 @@ def select_pairs(
     model: _Model | None = None
     found: list[AskedPair] = []
     for turn in range(len(answered), len(answered) + count):
-        drawn = pool.draw(candidates, rng)
+        random = math.floor((turn + 1) * random_share + phase) > math.floor(turn * random_share + phase)
+        drawn, difference = pool.draw(RANDOM_CANDIDATES if random else candidates, rng)
         if not len(drawn):
             break
-        random = math.floor((turn + 1) * random_share + phase) > math.floor(turn * random_share + phase)
-        if random:
-            pick = drawn[:1]
-        else:
-            model = model or _Model(embeddings, answers, drawn)
-            best = int((model.scores(drawn) * pool.spread(drawn)).argmax())
-            pick = drawn[best : best + 1]
+        best = 0
+        if not random:
+            model = model or _Model(embeddings, answers, difference)
+            best = int((model.scores(difference) * pool.spread(drawn)).argmax())
+        pick = drawn[best : best + 1]
         pool.show(pick)
         if model is not None:
-            model.expect(pick)
+            model.expect(difference[best : best + 1])
         left, right = rng.permutation(pick[0]).tolist()
         found.append(AskedPair(left, right, random))
     return found
@@ -184,12 +189,18 @@ class _Pool:
     def _code(self, pairs: np.ndarray) -> np.ndarray:
         return pairs.min(axis=1) * len(self.prompt) + pairs.max(axis=1)
 
-    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Draw up to `count` pairs (P, 2) that were not asked: each prompt alike, and each pair of a prompt alike."""
-        pairs = self._candidates(count, rng)
-        return pairs[(_differences(self.embeddings, pairs).square().sum(1) > self.near).numpy()]
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, torch.Tensor]:
+        """Draw up to `count` pairs (P, 2) that differ and were not asked, and the differences (P, D)."""
+        for drawn in (count, LISTED_PAIRS):  # where the first ones hardly differ, look further
+            pairs = self._candidates(drawn, rng)
+            difference = _differences(self.embeddings, pairs)
+            differ = difference.square().sum(1) > self.near
+            if differ.any():
+                break
+        return pairs[differ.numpy()], difference[differ]
 
     def _candidates(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw up to `count` pairs (P, 2) that were not asked: each prompt alike, and each pair of a prompt alike."""
         if self.listed is not None:
             pairs = self.listed[~np.isin(self._code(self.listed), self.asked)]
             size = self.size[self.prompt[pairs[:, 0]]]
@@ -251,41 +262,52 @@ class _Model:
     Args:
         embeddings: (M, D).
         answers: What was answered. Pairs without an answer count as design points, at the answer that is expected.
-        drawn: (P, 2) candidates, which tell a typical difference where there is no answer.
+        candidates: (P, D) differences, which tell a typical one where there is no answer.
     """
 
-    def __init__(self, embeddings: torch.Tensor, answers: _Answers, drawn: np.ndarray) -> None:
-        self.embeddings = embeddings
+    def __init__(self, embeddings: torch.Tensor, answers: _Answers, candidates: torch.Tensor) -> None:
         pairs, preference, weight = (values[-READ_PAIRS:] for values in answers)
         known = ~np.isnan(preference) & (weight > 0)
         rows = _differences(embeddings, pairs[known])
-        typical = rows if len(rows) else _differences(embeddings, drawn)
+        typical = rows if len(rows) else candidates
         unit = typical.square().sum(1).mean().clamp(min=1e-12).sqrt()
         self.strength, self.dual, self.curvature = _fit(
             rows / unit, torch.as_tensor(preference[known]), torch.as_tensor(weight[known])
         )
         self.scale = float(self.strength / unit)  # rows in units of the prior: margins are w·row with w ~ N(0, 1)
         self.rows = self.scale * rows
-        self.expect(pairs[np.isnan(preference)])
+        self.expect(_differences(embeddings, pairs[np.isnan(preference)]))
 
-    def predict(self, pairs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean and the variance of the posterior margins of pairs, (P,) each."""
-        rows = self.scale * _differences(self.embeddings, pairs)
-        kernel = rows @ self.rows.T  # (P, N)
-        variance = rows.square().sum(1)
-        if len(self.rows):
-            root = torch.linalg.cholesky(self.rows @ self.rows.T + torch.diag(1 / self.curvature))
-            variance = variance - torch.linalg.solve_triangular(root, kernel.T, upper=False).square().sum(0)
-        return kernel @ self.dual, variance
+    def predict(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Describe the posterior of the margins of P differences (P, D), of which the first R are the reference.
 
-    def scores(self, pairs: np.ndarray) -> np.ndarray:
-        """Return p (1 - p) times the posterior variance of the margin, (P,)."""
-        margin, variance = self.predict(pairs)
-        return (_curvature(margin) * variance).numpy()
+        Returns:
+            Mean (P,), variance (P,), and covariance (P, R) with those of the reference, `REFERENCE_PAIRS` or fewer.
+        """
+        rows = self.scale * difference
+        # L^-1 X rows^T with L L^T = X X^T + W^-1: the squares of a column are the variance that the clicks took.
+        root = torch.linalg.cholesky(self.rows @ self.rows.T + torch.diag(1 / self.curvature))
+        known = torch.linalg.solve_triangular(root, self.rows @ rows.T, upper=False)  # (N, P)
+        variance = rows.square().sum(1) - known.square().sum(0)
+        short, short_known = rows.float(), known.float()  # most of the time goes into these two products
+        covariance = short @ short[:REFERENCE_PAIRS].T - short_known.T @ short_known[:, :REFERENCE_PAIRS]
+        return rows @ (self.rows.T @ self.dual), variance, covariance
 
-    def expect(self, pairs: np.ndarray) -> None:
-        """Count pairs (P, 2) as answered as expected: margins stay, and what is like them gets surer."""
-        rows = self.scale * _differences(self.embeddings, pairs)
+    def scores(self, difference: torch.Tensor) -> np.ndarray:
+        """Return how much a click on each candidate is expected to teach about the others, (P,).
+
+        With c = p (1 - p), a click on pair i takes c_i cov(i, j)^2 / (1 + c_i v_i) off the variance of the margin of
+        pair j. Of that it is the sum over the reference, weighted by c_j: the change of a probability with its margin,
+        which is largest where the answer is open.
+        """
+        margin, variance, covariance = self.predict(difference)
+        curvature = _curvature(margin)
+        gain = covariance.square() @ curvature[:REFERENCE_PAIRS].float()
+        return (curvature * gain / (1 + curvature * variance)).numpy()
+
+    def expect(self, difference: torch.Tensor) -> None:
+        """Count pairs as answered as expected: margins stay, and what is like them gets surer."""
+        rows = self.scale * difference
         self.curvature = torch.cat([self.curvature, _curvature(rows @ self.rows.T @ self.dual)])
         self.dual = torch.cat([self.dual, torch.zeros(len(rows), dtype=torch.double)])
         self.rows = torch.cat([self.rows, rows])
@@ -314,4 +336,4 @@ def _curvature(margin: torch.Tensor) -> torch.Tensor:
 def _differences(embeddings: torch.Tensor, pairs: np.ndarray) -> torch.Tensor:
     """Return embeddings of left minus right images, (P, D) float64."""
     left, right = torch.as_tensor(pairs).unbind(1)
-    return embeddings[left].double() - embeddings[right].double()
+    return (embeddings[left] - embeddings[right]).double()

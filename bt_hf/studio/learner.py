@@ -26,6 +26,7 @@ from bt_hf.reward.words import explain_pairs, known_looks
 from bt_hf.studio.pool import Pool
 from bt_hf.studio.questions import any_pair
 from bt_hf.studio.session import Session
+from bt_hf.studio.telling import tell
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +92,7 @@ class Learner:
         return {
             "clicks": 0,
             "embedded": 0,
-            "accuracy": None,
-            "self": None,
-            "verdict": "Nothing to judge by yet: each click is predicted before it is learnt from.",
-            "worth": None,
+            **tell([]),
             "words": {"towards": [], "away": []},
             "ranking": [],
             "fitted_ms": None,
@@ -297,9 +295,9 @@ class Learner:
         began = time.perf_counter()
         log = self.session.log
         with self.session.reading():
-            answers, pairs = len(log.answers), log.pairs()
+            answers, pairs, clicks = len(log.answers), log.pairs(), log.clicks
         known = [pair for pair in pairs if self._knows(pair.chosen) and self._knows(pair.rejected)]
-        found: dict[str, Any] = {"clicks": answers}
+        found: dict[str, Any] = {"clicks": answers, **tell(clicks)}
         if any(pair.preference != 0.5 for pair in known):
             embedded = self._embedded(known)
             taste = fit_taste(

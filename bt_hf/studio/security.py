@@ -213,4 +213,6 @@ class Gate:
 
 def problem(status: int, text: str) -> Response:
     """Return an error as JSON; one about a body that is too large also ends the connection, which may bring more."""
-    return JSONResponse({"error": text}, status_code=status, headers={"Connection": "close"} if status == 413 else None)
+    return JSONResponse(
+        {"error": text}, status_code=status, headers={"Connection": "close"} if status == 413 else None
+    )

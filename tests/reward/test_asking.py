@@ -33,7 +33,12 @@ def click_all(embeddings: np.ndarray, prompts: list[str], clicks: int, taste: np
 def model(embeddings: np.ndarray, answered: list[Any], weight: list[float] | None = None) -> asking._Model:
     tensor = torch.as_tensor(embeddings)
     pool = asking._Pool(tensor, ["one"] * len(embeddings))
-    return asking._Model(tensor, asking._Answers.check(answered, weight, pool), np.array([[0, 1]]))
+    return asking._Model(tensor, asking._Answers.check(answered, weight, pool), differences(embeddings, [(0, 1)]))
+
+
+def differences(embeddings: np.ndarray, pairs: Any) -> torch.Tensor:
+    left, right = np.array(pairs).T
+    return torch.as_tensor(embeddings[left] - embeddings[right])
 
 
 def some_answers(rng: np.random.Generator) -> list[Any]:
@@ -59,40 +64,47 @@ def test_posterior_against_the_dense_hessian_and_scikit_learn(
     fitted.fit(rows, preference.astype(int), sample_weight=weight)
     win = 1 / (1 + np.exp(-rows @ fitted.coef_[0]))
     hessian = np.eye(8) / prior + (rows * (weight * win * (1 - win))[:, None]).T @ rows
-    asked = np.array(list(itertools.combinations(range(30), 2)))
-    others = embeddings[asked[:, 0]] - embeddings[asked[:, 1]]
-    margin, variance = found.predict(asked)
+    others = differences(embeddings, list(itertools.combinations(range(30), 2)))
+    margin, variance, found_covariance = found.predict(others)
+    others = others.numpy()
     np.testing.assert_allclose(margin.numpy(), others @ fitted.coef_[0], atol=1e-3)
     expected = ((others @ np.linalg.inv(hessian)) * others).sum(1)
     np.testing.assert_allclose(variance.numpy(), expected, rtol=1e-4)
-    chance = 1 / (1 + np.exp(-others @ fitted.coef_[0]))
-    np.testing.assert_allclose(found.scores(asked), chance * (1 - chance) * expected, rtol=1e-3)
+    covariance = others @ np.linalg.inv(hessian) @ others[:20].T
+    np.testing.assert_allclose(found_covariance[:, :20].numpy(), covariance, rtol=1e-4, atol=1e-4)
+
+
+def test_the_score_is_the_variance_that_a_click_takes_off_the_others() -> None:
+    """A click on each of 15 candidates is expected in a model of its own; variances are weighted by p (1 - p)."""
+    embeddings, answered = images(30), some_answers(np.random.default_rng(3))
+    candidates = differences(embeddings, list(itertools.combinations(range(6), 2)))
+    found = model(embeddings, answered)
+    margin, variance, _ = found.predict(candidates)
+    win = torch.sigmoid(margin)
+    scores = found.scores(candidates)
+    for number in range(len(candidates)):
+        after = model(embeddings, answered)
+        after.expect(candidates[number : number + 1])
+        expected = (win * (1 - win)) @ (variance - after.predict(candidates)[1])
+        assert scores[number] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_an_expected_answer_is_a_rank_one_update() -> None:
     embeddings, rng = images(30), np.random.default_rng(2)
     found = model(embeddings, some_answers(rng))
-    asked = np.array(list(itertools.combinations(range(12), 2)))
-    pick, rest = asked[:1], asked[1:]
-    margin, variance = found.predict(rest)
-    picked_margin, picked_variance = (float(value[0]) for value in found.predict(pick))
-    curvature = 1 / (2 + np.exp(picked_margin) + np.exp(-picked_margin))
-    # Covariance by the parallelogram: Var(a + b) - Var(a - b) = 4 Cov(a, b), of rows in the units of the prior.
-    kernel = found.scale**2 * (embeddings[rest[:, 0]] - embeddings[rest[:, 1]]) @ (embeddings[0] - embeddings[1])
-    rows = found.rows.numpy()
-    gram = rows @ rows.T + np.diag(1 / found.curvature.numpy())
-    to_rest = found.scale * (embeddings[rest[:, 0]] - embeddings[rest[:, 1]]) @ rows.T
-    to_pick = found.scale * (embeddings[0] - embeddings[1]) @ rows.T
-    covariance = kernel - to_rest @ np.linalg.solve(gram, to_pick)
-    found.expect(pick)
-    after_margin, after = found.predict(rest)
+    pairs = differences(embeddings, list(itertools.combinations(range(12), 2)))
+    margin, variance, covariance = found.predict(pairs)
+    curvature = torch.sigmoid(margin[0]) * torch.sigmoid(-margin[0])
+    found.expect(pairs[:1])
+    after_margin, after, _ = found.predict(pairs)
     torch.testing.assert_close(after_margin, margin)
-    expected = variance.numpy() - covariance**2 * curvature / (1 + curvature * picked_variance)
-    np.testing.assert_allclose(after.numpy(), expected, rtol=1e-6)
+    expected = variance - covariance[:, 0].double() ** 2 * curvature / (1 + curvature * variance[0])
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_pair_of_the_highest_score_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty images of one prompt have 190 pairs, which are all candidates."""
+    monkeypatch.setattr(asking, "REFERENCE_PAIRS", 10_000)
     monkeypatch.setattr(asking, "SHOWN_IMAGE", 1.0)
     monkeypatch.setattr(asking, "SHOWN_PROMPT", 1.0)
     embeddings = images(20)
@@ -100,7 +112,7 @@ def test_the_pair_of_the_highest_score_is_chosen(monkeypatch: pytest.MonkeyPatch
     (pair,) = select_pairs(embeddings, ["one"] * 20, answered, random_share=0.0)
     asked = {frozenset(answer[:2]) for answer in answered}
     others = np.array([pair for pair in itertools.combinations(range(20), 2) if frozenset(pair) not in asked])
-    best = others[int(model(embeddings, answered).scores(others).argmax())]
+    best = others[int(model(embeddings, answered).scores(differences(embeddings, others)).argmax())]
     assert {pair.left, pair.right} == set(best.tolist())
 
 
@@ -154,7 +166,7 @@ def test_random_pairs_are_fair_over_prompts() -> None:
     for listed in (pool.listed, None):
         pool.listed = listed
         rng = np.random.default_rng(0)
-        firsts = [pool.prompt[pool.draw(40, rng)[0, 0]] for _ in range(1200)]
+        firsts = [pool.prompt[pool.draw(40, rng)[0][0, 0]] for _ in range(1200)]
         counts = np.bincount(firsts, minlength=6)
         assert ((counts - 200) ** 2 / 200).sum() < 20.5, counts  # chi-squared of 5 degrees, p = 0.001
 
@@ -182,6 +194,16 @@ def test_images_that_hardly_differ_are_not_asked_about() -> None:
     assert select_pairs(embeddings[:2], ["one"] * 2) == []
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_one_image_that_differs_is_found(share: float) -> None:
+    """All images but one are the same, so that 199 of 19,900 pairs differ."""
+    embeddings = np.tile(images(1), (200, 1))
+    embeddings[7] *= -1
+    pairs = select_pairs(embeddings, ["one"] * 200, count=4, random_share=share, candidates=10)
+    assert len(pairs) == 4
+    assert all(7 in pair[:2] for pair in pairs)
+
+
 def test_a_batch_and_a_queue_are_not_alike() -> None:
     """Pairs of a batch and pairs that wait for an answer keep new ones from asking the same."""
     axis = np.zeros((40, 8))
@@ -205,10 +227,10 @@ def test_the_choice_depends_on_the_arguments_alone() -> None:
 
 def test_answers_without_weight_and_skipped_ones_do_not_teach() -> None:
     embeddings = images(30)
-    asked = np.array([[4, 5], [6, 7]])
+    asked = differences(embeddings, [(4, 5), (6, 7)])
     one = model(embeddings, [(0, 1, 1.0), (2, 3, 0.0)], [1.0, 0.0]).predict(asked)
-    torch.testing.assert_close(one, model(embeddings, [(0, 1, 1.0)]).predict(asked))
-    margin, _ = model(embeddings, [(0, 1, None)]).predict(asked)
+    torch.testing.assert_close(one, model(embeddings, [(0, 1, 1.0)]).predict(asked))  # mean, variance, covariance
+    margin, *_ = model(embeddings, [(0, 1, None)]).predict(asked)
     assert not margin.any()
 
 

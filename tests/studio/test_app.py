@@ -119,7 +119,9 @@ def test_undo_brings_the_pair_back(client: Client, tmp_path: Path) -> None:
 def test_stars_best_and_ranking_become_pairs(client: Client, tmp_path: Path) -> None:
     stars = client.get("/api/group?way=stars")
     given = {str(number): 5 - place for place, number in enumerate(stars["images"][:3])}
-    assert client.post("/api/judgements", {"id": "s", "group": stars["id"], "way": "stars", "stars": given}).status == 200
+    assert (
+        client.post("/api/judgements", {"id": "s", "group": stars["id"], "way": "stars", "stars": given}).status == 200
+    )
     best = client.get("/api/group?way=best")
     answer = {"id": "b", "group": best["id"], "way": "best", "best": best["images"][2]}
     assert client.post("/api/judgements", answer).json["clicks"] == 2

@@ -144,7 +144,8 @@ def test_every_answer_binds_the_browser(page: Client, path: str) -> None:
 
 TRAVERSALS = [
     "../secret.txt", "..%2fsecret.txt", "%2e%2e/%2e%2e/secret.txt", "....//secret.txt", "..%5csecret.txt",
-    "%2e%2e%2f%2e%2e%2f%2e%2e%2fetc/passwd", "/etc/passwd", "//etc/passwd", "..%00/secret.txt", "%252e%252e/secret.txt",
+    "%2e%2e%2f%2e%2e%2f%2e%2e%2fetc/passwd", "/etc/passwd", "//etc/passwd", "..%00/secret.txt",
+    "%252e%252e/secret.txt",
     "0/../../secret.txt", "0%00", "0.png", "-1", "1e1", "٣", "99999999999999999999", "session.json", "clicks.jsonl",
 ]  # fmt: skip
 
@@ -201,7 +202,9 @@ def test_errors_do_not_repeat_markup_as_html(page: Client) -> None:
 
 
 def upload(page: Client, content: bytes, kind: str = "image/png", query: str = "") -> "object":
-    return page.request("POST", f"/api/images{query}", content, {"Origin": f"http://{page.host}", "Content-Type": kind})
+    return page.request(
+        "POST", f"/api/images{query}", content, {"Origin": f"http://{page.host}", "Content-Type": kind}
+    )
 
 
 def test_an_upload_is_encoded_anew(page: Client, tmp_path: Path) -> None:
