@@ -36,7 +36,7 @@ def click(served: Served, person: Visitor, count: int) -> None:
 def shoot(person: Visitor, path: Path) -> None:
     """Write what the window shows, as a small WebP."""
     person.page.wait_for_timeout(1000)  # thumbnails, and the fading in of pictures
-    Image.open(io.BytesIO(person.page.screenshot())).convert("RGB").save(path, quality=60, method=6)
+    Image.open(io.BytesIO(person.page.screenshot())).convert("RGB").save(path, quality=54, method=6)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -1,7 +1,7 @@
 // The running accuracy as a curve: model with its interval, base beside it. SVG, so that it follows the theme and scales.
 import { html, percent } from "./html.js";
 
-const LEFT = 50, RIGHT = 84, TOP = 12, BOTTOM = 28; // margins for the labels
+const LEFT = 50, RIGHT = 94, TOP = 12, BOTTOM = 28; // margins for the labels
 
 /** Points of a polyline; a gap where the value is not known yet. */
 function path(points, x, y, value) {
