@@ -2,8 +2,8 @@
 
     python docs/draw_studio.py
 
-Writes `docs/images/studio.webp` (choosing, with what is learnt beside it). It needs chromium and the development
-tools; `tests/support/browsing.py` opens the page.
+Writes `docs/images/studio.webp` (choosing, with what is learnt beside it) and `studio-taste.webp` (the taste). It
+needs chromium and the development tools; `tests/support/browsing.py` opens the page.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "support"))
-from browsing import Served, Visitor, open_browser, serve  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from browsing import Served, Visitor, open_browser, serve
 
-SIZE = {"width": 1240, "height": 760}
+IMAGES = Path(__file__).parent / "images"
+SIZE = {"width": 1240, "height": 800}
 
 
 def click(served: Served, person: Visitor, count: int) -> None:
@@ -36,14 +36,14 @@ def click(served: Served, person: Visitor, count: int) -> None:
 def shoot(person: Visitor, path: Path) -> None:
     """Write what the window shows, as a small WebP."""
     person.page.wait_for_timeout(1000)  # thumbnails, and the fading in of pictures
-    Image.open(io.BytesIO(person.page.screenshot())).convert("RGB").save(path, quality=72, method=6)
+    Image.open(io.BytesIO(person.page.screenshot())).convert("RGB").save(path, quality=54, method=6)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clicks", type=int, default=40)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--output_dir", type=Path, default=IMAGES)
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -59,7 +59,7 @@ def main() -> None:
             time.sleep(0.1)
         shoot(person, args.output_dir / "studio.webp")
         person.page.get_by_role("link", name="Taste").click()
-        person.page.set_viewport_size({"width": 900, "height": 1300})
+        person.page.set_viewport_size({"width": 900, "height": 1180})
         shoot(person, args.output_dir / "studio-taste.webp")
         person.close()
 

@@ -73,6 +73,10 @@ class StudioOptions:
         default=None,
         metadata={"help": f"Password of the page; better in the environment variable {PASSWORD}."},
     )
+    public_name: str | None = field(
+        default=None,
+        metadata={"metavar": "HOST", "help": "Name of a proxy with TLS before the page; default: that of a Space."},
+    )
     no_browser: bool = field(default=False, metadata={"help": "Do not open the page in a browser."})
 
     def __post_init__(self) -> None:
@@ -95,23 +99,23 @@ def run(options: StudioOptions) -> None:
     from bt_hf.studio.server import bind, open_studio, serve  # seconds: only once the arguments are known to be right
 
     datasets.disable_progress_bars()
-    listening = bind(options.host, options.port)
-    guard = Guard(options.host, listening.getsockname()[1], options.password)
     prompts = None if options.prompts is None else read_prompts(options.prompts, None, "prompt", None)
-    session = None if options.session is None else Path(options.session)
-    studio = open_studio(
-        options.source,
-        session,
-        guard,
-        prompt=options.prompt,
-        model=options.model,
-        pipeline=options.pipeline,
-        prompts=prompts,
-        uploads=options.uploads,
-    )
-    if not guard.local:
-        print(
-            f"Every machine that reaches this one at {options.host} can ask for the password, over a connection that "
-            "is not encrypted."
+    names = tuple(name.lower() for name in (options.public_name, os.environ.get("SPACE_HOST")) if name)
+    with bind(options.host, options.port) as listening:
+        guard = Guard(options.host, listening.getsockname()[1], options.password, names)
+        studio = open_studio(
+            options.source,
+            None if options.session is None else Path(options.session),
+            guard,
+            prompt=options.prompt,
+            model=options.model,
+            pipeline=options.pipeline,
+            prompts=prompts,
+            uploads=options.uploads,
         )
-    serve(studio, listening, not options.no_browser, lambda text: print(text, flush=True))
+        if not guard.local:
+            print(
+                f"Every machine that reaches this one at {options.host} can ask for the password, over a connection "
+                "that is not encrypted."
+            )
+        serve(studio, listening, not options.no_browser, lambda text: print(text, flush=True))

@@ -14,6 +14,7 @@ and each ends with a line break, without which it was cut.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import re
 from collections.abc import Iterator
@@ -263,8 +264,15 @@ def image_file(folder: Path, number: int) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def same_picture(one: Path | None, other: Path | None) -> bool:
+    """True if two pictures that were shown are equal."""
+    return one is not None and other is not None and filecmp.cmp(one, other, shallow=False)
+
+
 def rows_of_session(folder: Path) -> list[dict[str, Any]]:
     """Return the pairs of a session as rows of the contract, with images as paths in its folder.
+
+    Pairs of two equal pictures are left out: there was nothing to prefer.
 
     Raises:
         ValueError: The session is of another version.
@@ -273,6 +281,8 @@ def rows_of_session(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for pair in read_clicks(folder).pairs():
         files = {"chosen": image_file(folder, pair.chosen), "rejected": image_file(folder, pair.rejected)}
+        if same_picture(*files.values()):
+            continue
         names = {name: None if file is None else f"{IMAGES}/{file.name}" for name, file in files.items()}
         rows.append({"prompt": pair.prompt, **names, "preference": pair.preference, "weight": pair.weight})
     return rows

@@ -310,6 +310,7 @@ class Desk:
 
     def _next(self) -> dict[str, Any]:
         queue = [_pair(pair) for pair in self.questions.queue()]
+        self.learner.look()
         return {"clicks": len(self.session.log.answers), "queue": queue, "taste": self.learner.told()}
 
     def _ways(self) -> list[str]:

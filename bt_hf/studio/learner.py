@@ -113,8 +113,12 @@ class Learner:
 
     def notice(self) -> None:
         """Fit anew: the log or the pool has changed."""
-        self._more.set()
+        self.look()
         self._wake.set()
+
+    def look(self) -> None:
+        """Look for pairs that were put since: they come first."""
+        self._more.set()
 
     def pick(self) -> tuple[int, int, str] | None:
         """Choose a pair to ask about: one that teaches most, or by chance; by chance while few images are embedded."""
@@ -135,7 +139,8 @@ class Learner:
 
     def predict(self, pair: Asked) -> tuple[float | None, float | None]:
         """Return the margins, left minus right, that the taste so far and the base predict; `None` without one."""
-        if not (self._knows(pair.left) and self._knows(pair.right)):
+        # Nothing is embedded here: the answer to a click does not wait for it.
+        if not (self._knows(pair.left) and self._knows(pair.right) and pair.prompt in self._texts):
             return None, None
         embedded = self._embedded([NumberedPair(pair.prompt, pair.left, pair.right, 1.0, 1.0)])
         difference = embedded.chosen - embedded.rejected
@@ -206,6 +211,7 @@ class Learner:
             for start in range(0, max(1, len(missing)), _CHUNK):
                 if self._stopped.is_set():
                     break
+                self._embed_prompts()
                 first = self._shown()
                 rest = [one for one in missing[start : start + _CHUNK] if self._lacks(one) and one not in first]
                 fresh += self._embed(first + rest)
@@ -216,17 +222,24 @@ class Learner:
                 self._save()
             version = self.pool.version
             while self.pool.version == version and not self._shown() and not self._stopped.is_set():
+                self._embed_prompts()
                 self._more.wait(timeout=1.0)
                 self._more.clear()
 
     def _lacks(self, number: int) -> bool:
         return number not in self._failed and not self._knows(number)
 
+    def _latest(self) -> list[Asked]:
+        with self.session.reading():
+            return list(itertools.islice(reversed(self.session.log.asked.values()), _LATEST))
+
+    def _embed_prompts(self) -> None:
+        """Embed the prompts of what was put to the person."""
+        self._text([pair.prompt for pair in self._latest()])
+
     def _shown(self) -> list[int]:
         """Return images that were put to the person and are not embedded."""
-        with self.session.reading():
-            latest = list(itertools.islice(reversed(self.session.log.asked.values()), _LATEST))
-        numbers = dict.fromkeys(number for pair in latest for number in (pair.left, pair.right))
+        numbers = dict.fromkeys(number for pair in self._latest() for number in (pair.left, pair.right))
         return [number for number in numbers if self._lacks(number)]
 
     def _embed(self, numbers: list[int]) -> int:
@@ -332,7 +345,7 @@ class Learner:
         if missing:
             with self._model:
                 self._texts |= dict(zip(missing, self.scorer.embed_texts(missing), strict=True))
-        return torch.stack([self._texts[prompt] for prompt in prompts])
+        return torch.stack([self._texts[prompt] for prompt in prompts]) if prompts else self._vectors[:0]
 
     def _rank(self, taste: Taste) -> list[dict[str, Any]]:
         """Return the images that the person would like best, with the places that each has moved."""

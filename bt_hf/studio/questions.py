@@ -6,7 +6,7 @@ import secrets
 import threading
 from collections.abc import Callable
 
-from bt_hf.data.clicks import CHOICES, Asked, ClickLog
+from bt_hf.data.clicks import CHOICES, Asked, ClickLog, same_picture
 from bt_hf.studio.errors import NotSavedError
 from bt_hf.studio.pool import Pool
 from bt_hf.studio.session import Session
@@ -91,7 +91,9 @@ class Questions:
             left, right, kind = found
             if self._random.random() < 0.5:
                 left, right = right, left
-            if self.keep(left) and self.keep(right):
+            if not (self.keep(left) and self.keep(right)):
+                continue
+            if not same_picture(self.session.picture_file(left), self.session.picture_file(right)):
                 return self.put(self.pool.pictures[left].prompt, left, right, kind)
         return None
 

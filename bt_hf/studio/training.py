@@ -121,7 +121,7 @@ class Workshop:
     def _prompts(self) -> tuple[list[str], list[str]]:
         """Return the prompts to show, and those to compare."""
         assert self.drawing is not None
-        clicked = list(dict.fromkeys(pair.prompt for pair in self.session.log.asked.values()))
+        clicked = list(dict.fromkeys(click.asked.prompt for click in self.session.log.clicks))
         rest = [prompt for prompt in self.pool.by_prompt() if prompt not in clicked]
         shown = list(self.drawing.shown) or clicked[-_SHOWN:]
         unseen = [prompt for prompt in self.drawing.unseen or rest if prompt not in clicked and prompt not in shown]
@@ -145,8 +145,10 @@ class Workshop:
             "after": numbers[1][: len(shown)],
         }
         for place in range(len(shown), len(prompts)):
-            adapted = secrets.choice(("left", "right"))
             sides = (numbers[1][place], numbers[0][place])
+            if before[place][0].tobytes() == after[place][0].tobytes():
+                continue  # there is nothing to prefer
+            adapted = secrets.choice(("left", "right"))
             left, right = sides if adapted == "left" else sides[::-1]
             self.questions.put(prompts[place], left, right, "blind", of=run, adapted=adapted)
         write_file(self.session.folder / DRAWING, json.dumps(result, ensure_ascii=False).encode())

@@ -100,6 +100,14 @@ def test_a_session_is_a_dataset_of_pairs(tmp_path: Path) -> None:
     assert pairs[0]["chosen"].tobytes() == picture((100, 90, 90), seed=5).tobytes()
 
 
+def test_two_equal_pictures_prefer_nothing(tmp_path: Path) -> None:
+    other = {"asked": "p2", "prompt": "a dog", "left": 8, "right": 3, "kind": "asked"}
+    clicks = [{"click": "a", "pair": "p1", "choice": "right"}, {"click": "b", "pair": "p2", "choice": "left"}]
+    folder = write_session(tmp_path / "session", ASKED, other, *clicks)
+    (folder / IMAGES / "5.png").write_bytes((folder / IMAGES / "3.png").read_bytes())
+    assert load_preference_pairs(folder)["prompt"][:] == ["a dog"]
+
+
 def test_a_session_of_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = write_session(tmp_path / "session", ASKED, version="bt_hf studio 2")
     with pytest.raises(PreferenceDataError, match=r"format 'bt_hf studio 2', and this version reads") as error:

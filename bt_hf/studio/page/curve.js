@@ -1,7 +1,7 @@
 // The running accuracy as a curve: model with its interval, base beside it. SVG, so that it follows the theme and scales.
 import { html, percent } from "./html.js";
 
-const LEFT = 44, RIGHT = 84, TOP = 12, BOTTOM = 28; // margins for the labels
+const LEFT = 50, RIGHT = 94, TOP = 12, BOTTOM = 28; // margins for the labels
 
 /** Points of a polyline; a gap where the value is not known yet. */
 function path(points, x, y, value) {
@@ -26,8 +26,8 @@ export function step(last) {
 
 /** Sentence with the numbers of the last point, for those who don't see the curve. */
 export function inWords({ n, model, low, high, base }) {
-  const versus = base === null || base === undefined ? "" : `; the base model, on ${percent(base)}`;
-  return `Over ${n} clicks that were predicted before they were used, the model was right on ${percent(model)} (${percent(low)} to ${percent(high)})${versus}.`;
+  const versus = base === null || base === undefined ? "" : `; the base, on ${percent(base)}`;
+  return `Of ${n} pairs drawn at random, each predicted before its click was used, the model was right on ${percent(model)} (${percent(low)} to ${percent(high)})${versus}.`;
 }
 
 /** Curve of a size in pixels; narrower places scale it down. */

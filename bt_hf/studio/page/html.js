@@ -5,8 +5,11 @@ import htm from "./vendor/htm.mjs";
 export const html = htm.bind(h);
 export { Component, render };
 
-/** Share of one as a percentage, `0.834` -> `83 %`. */
-export const percent = (share) => `${Math.round(share * 100)} %`;
+/** Share of one as a percentage, `0.834` -> `83 %`, with a space that does not break. */
+export const percent = (share) => `${Math.round(share * 100)}\u00a0%`;
+
+/** Text of the server without a line break before a sign: in `(p = 0.04)`, in `86 %`. */
+export const unbroken = (text) => (text || "").replace(/ ([=%])/g, "\u00a0$1").replace(/= /g, "=\u00a0");
 
 /** Number and noun, `(1, "click")` -> `1 click`, `(3, "click")` -> `3 clicks`. */
 export const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;

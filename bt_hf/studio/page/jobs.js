@@ -9,7 +9,7 @@ let timer = 0;
 /** Start a job, and follow it to its end. */
 export async function start(kind, options = {}) {
   try {
-    update({ job: await post("api/jobs", { kind, ...options }), problem: "" });
+    update({ job: await post("api/jobs", { kind, ...options }), stopping: false, problem: "" });
     follow();
   } catch (error) {
     update({ problem: error.message });
@@ -17,6 +17,7 @@ export async function start(kind, options = {}) {
 }
 
 async function stop() {
+  update({ stopping: true });
   try {
     await post("api/jobs/stop");
     follow();
@@ -46,7 +47,7 @@ export async function follow() {
     if (job && job.state === "running") {
       timer = setTimeout(follow, POLL);
     } else if (job && before && before.state === "running") {
-      announce(job.message);
+      announce(sentence(job.message)); // on whatever part of the page the person is
       update({ ab: null });
       await look();
     }
@@ -63,15 +64,15 @@ const running = () => state.job && state.job.state === "running";
 export function Job({ kind }) {
   const { job } = state;
   if (!job || job.kind !== kind) return null;
-  if (job.state !== "running") return html`<p class="job job-${job.state}" role=${job.state === "failed" ? "alert" : "status"}>${sentence(job.message)}</p>`;
+  if (job.state !== "running") return html`<p class="job job-${job.state}">${sentence(job.message)}</p>`;
   return html`<div class="job">
     <progress aria-label="Progress" max="1" value=${job.progress}></progress>
     <p>${job.message}</p>
-    <button type="button" class="control" onClick=${stop}>Stop</button></div>`;
+    <button type="button" class="control" disabled=${state.stopping} onClick=${stop}>${state.stopping ? "Stopping …" : "Stop"}</button></div>`;
 }
 
 /** Button that starts a job, or the reason why it cannot. */
 export const Starter = ({ kind, able, label }) => html`
-  <p><button type="button" class="button" disabled=${!able.ok || running()} onClick=${() => start(kind)}>${label}</button>
+  <p class="action"><button type="button" class="button" disabled=${!able.ok || running()} onClick=${() => start(kind)}>${label}</button>
     ${!able.ok && html` <span class="hint">${sentence(able.why)}</span>`}</p>
   <${Job} kind=${kind} />`;

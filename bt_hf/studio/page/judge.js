@@ -1,6 +1,6 @@
 // The blind test: a drawing of the base beside one of the LoRA, sides hidden; the votes become clicks.
 import { get, post } from "./api.js";
-import { announce, html, uuid } from "./html.js";
+import { announce, html, unbroken, uuid } from "./html.js";
 import { drawingUrl, load } from "./pictures.js";
 import { KeyButton, Stage } from "./stage.js";
 import { state, update } from "./store.js";
@@ -36,11 +36,11 @@ export function Blind({ ready }) {
   const { ab } = state;
   if (!ab) {
     return html`<p>Base against LoRA on prompts that it was not trained on, with the sides hidden. It ends with a win rate and its interval.</p>
-      <p><button type="button" class="button" disabled=${!ready} onClick=${begin}>Begin the blind test</button>
+      <p class="action"><button type="button" class="button" disabled=${!ready} onClick=${begin}>Begin the blind test</button>
       ${!ready && html` <span class="hint">Train the drawing LoRA first.</span>`}</p>`;
   }
   if (ab.done) {
-    return html`<p class="sentence">${ab.sentence}</p>
+    return html`<p class="sentence">${unbroken(ab.sentence)}</p>
       <dl class="tally"><div><dt>LoRA</dt><dd>${ab.lora}</dd></div><div><dt>Ties</dt><dd>${ab.ties}</dd></div><div><dt>Base</dt><dd>${ab.base}</dd></div></dl>`;
   }
   return html`<div class="blind">

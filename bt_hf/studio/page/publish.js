@@ -32,7 +32,7 @@ export class Publish extends Component {
 
   render({ able }, { open, what, card, repo, base, private: hidden, images, error }) {
     const busy = state.job && state.job.state === "running";
-    if (!able.ok) return html`<p><button type="button" class="button" disabled>Publish on the Hub</button> <span class="hint">${sentence(able.why)}</span></p>`;
+    if (!able.ok) return html`<p class="action"><button type="button" class="button" disabled>Publish on the Hub</button> <span class="hint">${sentence(able.why)}</span></p>`;
     if (!open) return html`<p><button type="button" class="button" onClick=${() => this.preview(state.drawing ? "drawing" : "reward", false)}>
         Publish on the Hub …</button></p><${Job} kind="publish" />`;
     const text = (name) => (event) => this.setState({ [name]: event.target.value });

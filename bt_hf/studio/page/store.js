@@ -7,11 +7,11 @@ export const state = {
   clicks: 0,
   pairs: [], // the pair that is shown, then those that come next
   way: "pair", group: null, groupError: "",
-  taste: null, job: null,
+  taste: null, job: null, stopping: false,
   unsent: 0, trouble: "", // clicks that the server has not confirmed, and why
   lost: "", // a click that the server refused for good
   view: "choose",
-  ab: null, card: null, problem: "",
+  drawing: null, ab: null, problem: "",
 };
 
 const listeners = new Set();

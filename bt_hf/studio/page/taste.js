@@ -1,5 +1,5 @@
 // What was learnt: the verdict, the running accuracy, words, and the pictures in the order of this taste.
-import { count, html, percent } from "./html.js";
+import { count, html, percent, unbroken } from "./html.js";
 import { Curve, inWords } from "./curve.js";
 import { imageUrl } from "./pictures.js";
 import { state } from "./store.js";
@@ -44,9 +44,9 @@ export function Aside() {
       <p class="hint">Each click teaches. After a few of them, what was learnt about your taste stands here.</p></aside>`;
   }
   return html`<aside class="aside" aria-label="What is learnt">
-    <p class="aside-verdict">${taste.verdict}</p>
+    <p class="aside-verdict">${unbroken(taste.verdict)}</p>
     ${curved(taste) && html`<${Curve} accuracy=${taste.accuracy} width=${304} height=${150} />`}
-    ${known(taste.words) && html`<p class="aside-words">${taste.words.towards.slice(0, 5).join(", ")}</p>`}
+    ${known(taste.words) && html`<p class="aside-words"><b>Towards</b> ${taste.words.towards.join(", ") || "nothing that has a word yet"}</p>`}
     ${taste.ranking.length > 0 && html`<h2>As you would rank them</h2><${Ranking} ranking=${taste.ranking} most=${9} />`}
     <p><a href="#taste">All of it</a></p>
   </aside>`;
@@ -61,7 +61,7 @@ export function Taste() {
   }
   const { accuracy } = taste;
   return html`<article class="taste">
-    <header><p class="eyebrow">After ${count(taste.clicks, "click")}</p><h1>${taste.verdict}</h1>
+    <header><p class="eyebrow">After ${count(taste.clicks, "click")}</p><h1>${unbroken(taste.verdict)}</h1>
       ${taste.worth && html`<p class="lead">${taste.worth}</p>`}</header>
     <section aria-labelledby="accuracy"><h2 id="accuracy">How often it is right</h2>
       ${curved(taste)
