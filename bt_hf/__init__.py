@@ -23,6 +23,7 @@ _MODULES = {
     "load_preference_pairs": "bt_hf.data.pairs",
     "pull_adapter": "bt_hf.hub.pull",
     "push_adapter": "bt_hf.hub.push",
+    "select_pairs": "bt_hf.reward.asking",
 }
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "load_preference_pairs",
     "pull_adapter",
     "push_adapter",
+    "select_pairs",
 ]
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from bt_hf.hub.pull import pull_adapter
     from bt_hf.hub.push import push_adapter
     from bt_hf.losses import bradley_terry_loss
+    from bt_hf.reward.asking import select_pairs
     from bt_hf.reward.config import BradleyTerryConfig
     from bt_hf.reward.cross_validation import cross_validate
     from bt_hf.reward.library import ImageLibrary

@@ -99,7 +99,7 @@ def test_learns_what_the_base_does_not_know(family: str, warm_start: bool, tmp_p
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_strength_of_the_fit_at_any_logit_scale(family: str, tmp_path: Path) -> None:
-    """What few clicks say is as sure on a model that was trained to 10 as on one that was trained to 112."""
+    """Few clicks are as sure on a model that was trained to 10 as on one that was trained to 112."""
     typical = []
     pairs = red_pairs(16)
     for scale in (10.0, 112.0):
