@@ -92,6 +92,18 @@ def test_predictions_of_separately_trained_trainers(options: dict, tmp_path: Pat
     assert np.abs(result.margins - result.base_margins).max() > 0.1
 
 
+def test_folds_share_what_the_base_says_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same in all of them: words for looks and of the vocabulary are embedded once each."""
+    calls = []
+    embed = BradleyTerryTrainer._embed_batches
+    monkeypatch.setattr(
+        BradleyTerryTrainer, "_embed_batches", lambda self, *args: calls.append(1) or embed(self, *args)
+    )
+    base, processor = build()
+    cross_validate(base, red_pairs(6), config(tmp_path), folds=3, processing_class=processor, progress=False)
+    assert len(calls) == 2
+
+
 def test_result(tmp_path: Path) -> None:
     preference = [1.0, 0.0, 0.5, 1.0, 0.7, 1.0, 0.0, 1.0, 1.0, 1.0]
     pairs = red_pairs(10, preference=preference, weight=[1.0 + i % 2 for i in range(10)])
