@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bt_hf.reward.inputs import check_count, list_texts
-from bt_hf.reward.posterior import leave_out, newton
+from bt_hf.reward.laplace import leave_out, newton
 
 # Standard deviations of a typical margin under the prior; the likeliest of them is taken.
 STRENGTHS = (1.0, 2.0, 4.0, 8.0)
