@@ -18,6 +18,7 @@ COMMANDS = {
     "push": "publish an adapter on the Hub, after checks",
     "reward": "train a reward: adapt CLIP and its kin to one person's clicks",
     "score": "score images with a reward, and rank them",
+    "studio": "open a page to click on, and watch a model learn your taste",
 }
 _EPILOG = """commands:
 {commands}

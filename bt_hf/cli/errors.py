@@ -4,7 +4,14 @@ import argparse
 from typing import NoReturn
 
 # Optional modules: name -> the extra of ours that installs it.
-_EXTRAS = {"diffusers": "diffusion", "matplotlib": "plots", "sklearn": "demo", "resvg_py": "emoji"}
+_EXTRAS = {
+    "diffusers": "diffusion",
+    "matplotlib": "plots",
+    "sklearn": "demo",
+    "resvg_py": "emoji",
+    "starlette": "studio",
+    "uvicorn": "studio",
+}
 
 
 class OneLineErrors(argparse.ArgumentParser):

@@ -87,7 +87,8 @@ class _CommandParser(OptionParser):
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
         metadata = {name: value for name, value in field.metadata.items() if name != "positional"}
         if "positional" in field.metadata:
-            nargs = "+" if field.type == list[str] else None
+            optional = field.default is None
+            nargs = "+" if field.type == list[str] else "?" if optional else None
             parser.add_argument(field.name, nargs=nargs, **metadata)
         elif field.type is bool:  # with a value, a flag would swallow the positional after it
             names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))

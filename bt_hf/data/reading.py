@@ -12,6 +12,7 @@ import datasets
 from datasets import Dataset, Features, IterableDataset, ReadInstruction, Value, concatenate_datasets
 
 from bt_hf.data.archives import load_archives
+from bt_hf.data.clicks import is_session, rows_of_session
 from bt_hf.data.formats import NOTES, PreferenceDataError, roles
 from bt_hf.data.images import is_address, one_line, short
 from bt_hf.data.judged_folders import judged_splits, read_judged_folder, with_judgements_of_folders
@@ -111,6 +112,8 @@ def _load(
     part = "train"
     place = Place.folder(path if path.is_dir() else path.parent, allow_urls)
     if path.is_dir():
+        if is_session(path):
+            return _slice(_read_session(path, label), split, part), place
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             loaded: Any = datasets.load_from_disk(str(path))
             return _pick(loaded if isinstance(loaded, dict) else {split or "train": loaded}, split, label), place
@@ -173,6 +176,13 @@ def _read_table(path: Path, split: str | None, name: str, label: str, roles: Rol
     except ValueError as error:
         raise PreferenceDataError(f"{path.name}: cannot be read ({one_line(error)})") from error
     return _slice(with_judgements_of_folders(table), split, name)
+
+
+def _read_session(folder: Path, label: str) -> Dataset:
+    rows = rows_of_session(folder)
+    if not rows:
+        raise PreferenceDataError(f"{label}: is a session without a click that prefers an image; click first")
+    return Dataset.from_list(rows)
 
 
 def _pick(loaded: Any, split: str | None, label: str) -> Any:

@@ -38,6 +38,7 @@ _PUBLISHED = "- base, when this was published: "
 _TITLE = re.compile(r"^# .{0,2000}$", re.MULTILINE)
 _CAPTIONS = {
     "before_after.png": "Images before and after training, with the same seeds",
+    "favourites.png": "Images that the person likes most and least, shown with their consent",
     "reliability.png": "How often it is right, for how sure it is",
     "training_curve.png": "Loss and accuracy at each step of the training",
 }

@@ -19,7 +19,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 MODEL_CONFIG = "config.json"
 MODEL_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-PICTURES = ("before_after.png", "reliability.png", "training_curve.png")  # shown by the card
+FAVOURITES = "favourites.png"  # images of the person who clicked; there only if they allowed it
+PICTURES = ("before_after.png", FAVOURITES, "reliability.png", "training_curve.png")  # shown by the card
 # Words of a tokenizer.
 VOCABULARIES = frozenset({"added_tokens.json", "merges.txt", "tokenizer.json", "vocab.json", "vocab.txt"})
 # Files that a trainer writes for others, besides `MODEL_WEIGHTS` and `INTERFACE_WEIGHTS`. Anything else stays.

@@ -3,8 +3,8 @@
 A Bayesian logistic model of the clicks so far, linear in differences of image embeddings, tells for any pair p, the
 probability that the left image is preferred, and v, the posterior variance of its margin. A click on it adds p (1 - p)
 to the precision along its difference. So it teaches most, for its own sake, where p (1 - p) v is largest, the greedy
-step of a D-optimal design; but such pairs are outliers often, from which little follows for others. What is looked for
-is the pair whose click lowers most the variance of other pairs' margins (V-optimal design).
+step of a D-optimal design; but such pairs are often outliers, from which little follows for others. So the pair is
+chosen whose click lowers the variance of all other pairs' margins most (V-optimal design).
 
 Chosen pairs are hard by choice, so how often they are predicted rightly says little about other pairs. A part of all
 pairs is drawn at random instead, and marked: accuracy is judged by these (`running.py`).
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bt_hf.reward.inputs import check_count, list_texts
-from bt_hf.reward.posterior import leave_out, newton
+from bt_hf.reward.laplace import leave_out, newton
 
 # Standard deviations of a typical margin under the prior; the likeliest of them is taken.
 STRENGTHS = (1.0, 2.0, 4.0, 8.0)
@@ -27,6 +27,8 @@ STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 READ_PAIRS = 256
 # Images nearer to each other than this part of the typical squared distance are taken for the same.
 NEAR, TYPICAL_PAIRS = 0.02, 500
+# A random pair is the first of this many that differ.
+RANDOM_CANDIDATES = 100
 # The variance of this many of the candidates is to be lowered.
 REFERENCE_PAIRS = 300
 # Factors of the score for each time that one of the images, or the prompt, was shown before.
@@ -57,7 +59,7 @@ def select_pairs(
     weight: Sequence[float] | None = None,
     seed: int = 0,
     random_share: float = 0.25,
-    candidates: int = 2000,
+    candidates: int = 1000,
 ) -> list[AskedPair]:
     """Choose the next pairs to ask a person about: those that teach most, and a part at random.
 
@@ -116,13 +118,15 @@ def select_pairs(
     model: _Model | None = None
     found: list[AskedPair] = []
     for turn in range(len(answered), len(answered) + count):
-        drawn, difference = pool.draw(candidates, rng)
+        random = math.floor((turn + 1) * random_share + phase) > math.floor(turn * random_share + phase)
+        drawn, difference = pool.draw(RANDOM_CANDIDATES if random else candidates, rng)
         if not len(drawn):
             break
-        random = math.floor((turn + 1) * random_share + phase) > math.floor(turn * random_share + phase)
         best = 0
         if not random:
-            model = model or _Model(embeddings, answers, difference)
+            if model is None:
+                model = _Model(embeddings, answers, difference)
+                model.expect(_differences(embeddings, np.array([pair[:2] for pair in found], dtype=int)))
             best = int((model.scores(difference) * pool.spread(drawn)).argmax())
         pick = drawn[best : best + 1]
         pool.show(pick)
@@ -189,9 +193,12 @@ class _Pool:
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, torch.Tensor]:
         """Draw up to `count` pairs (P, 2) that differ and were not asked, and the differences (P, D)."""
-        pairs = self._candidates(count, rng)
-        difference = _differences(self.embeddings, pairs)
-        differ = difference.square().sum(1) > self.near
+        for drawn in (count, LISTED_PAIRS):  # where the first ones hardly differ, look further
+            pairs = self._candidates(drawn, rng)
+            difference = _differences(self.embeddings, pairs)
+            differ = difference.square().sum(1) > self.near
+            if differ.any():
+                break
         return pairs[differ.numpy()], difference[differ]
 
     def _candidates(self, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -273,33 +280,31 @@ class _Model:
         self.rows = self.scale * rows
         self.expect(_differences(embeddings, pairs[np.isnan(preference)]))
 
-    def predict(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean and the variance of the posterior margins, (P,) each, of differences (P, D)."""
+    def predict(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Describe the posterior of the margins of P differences (P, D), of which the first R are the reference.
+
+        Returns:
+            Mean (P,), variance (P,), and covariance (P, R) with those of the reference, `REFERENCE_PAIRS` or fewer.
+        """
         rows = self.scale * difference
-        variance = rows.square().sum(1) - self._whitened(rows).square().sum(0)
-        return rows @ (self.rows.T @ self.dual), variance
-
-    def covariance(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """Return the posterior covariance (P, Q) of the margins of differences (P, D) and (Q, D)."""
-        one, other = self.scale * one, self.scale * other
-        return one @ other.T - self._whitened(one).T @ self._whitened(other)
-
-    def _whitened(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return L^-1 X rows^T, (N, P), with L L^T = X X^T + W^-1; its squares are the variance that clicks took."""
+        # L^-1 X rows^T with L L^T = X X^T + W^-1: the squares of a column are the variance that the clicks took.
         root = torch.linalg.cholesky(self.rows @ self.rows.T + torch.diag(1 / self.curvature))
-        return torch.linalg.solve_triangular(root, self.rows @ rows.T, upper=False)
+        known = torch.linalg.solve_triangular(root, self.rows @ rows.T, upper=False)  # (N, P)
+        variance = rows.square().sum(1) - known.square().sum(0)
+        short, short_known = rows.float(), known.float()  # most of the time goes into these two products
+        covariance = short @ short[:REFERENCE_PAIRS].T - short_known.T @ short_known[:, :REFERENCE_PAIRS]
+        return rows @ (self.rows.T @ self.dual), variance, covariance
 
     def scores(self, difference: torch.Tensor) -> np.ndarray:
         """Return how much a click on each candidate is expected to teach about the others, (P,).
 
         With c = p (1 - p), a click on pair i takes c_i cov(i, j)^2 / (1 + c_i v_i) off the variance of the margin of
-        pair j. Of that it is the sum over the first `REFERENCE_PAIRS`, weighted by c_j: the change of a probability
-        with its margin, which is largest where the answer is open.
+        pair j. Of that it is the sum over the reference, weighted by c_j: the change of a probability with its margin,
+        which is largest where the answer is open.
         """
-        margin, variance = self.predict(difference)
+        margin, variance, covariance = self.predict(difference)
         curvature = _curvature(margin)
-        covariance = self.covariance(difference, difference[:REFERENCE_PAIRS])
-        gain = covariance.square() @ curvature[:REFERENCE_PAIRS]
+        gain = covariance.square() @ curvature[:REFERENCE_PAIRS].float()
         return (curvature * gain / (1 + curvature * variance)).numpy()
 
     def expect(self, difference: torch.Tensor) -> None:
@@ -332,5 +337,5 @@ def _curvature(margin: torch.Tensor) -> torch.Tensor:
 
 def _differences(embeddings: torch.Tensor, pairs: np.ndarray) -> torch.Tensor:
     """Return embeddings of left minus right images, (P, D) float64."""
-    left, right = torch.as_tensor(pairs).unbind(1)
+    left, right = torch.as_tensor(pairs.reshape(-1, 2)).unbind(1)
     return (embeddings[left] - embeddings[right]).double()

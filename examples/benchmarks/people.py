@@ -158,9 +158,21 @@ class Person:
 
     def test(self, split: str, seed: int, n: int = 400) -> Dataset:
         """Return up to `n` pairs of the concepts that `pairs` leaves alone at this seed, none of them wrong."""
-        rng = random.Random(f"{self.name}/{split}/{seed}/test")
-        pairs = self._draw(split, seed, half=1, n=n, rng=rng, at_most=True)
+        pairs = self.test_rows(split, seed, n)
         return self._dataset(split, [(*pair, 1.0) for pair in pairs], with_preference=False)
+
+    def test_rows(self, split: str, seed: int, n: int = 400) -> list[tuple[int, int]]:
+        """Return the pairs of `test` as rows of the pool, the preferred drawing first."""
+        rng = random.Random(f"{self.name}/{split}/{seed}/test")
+        return self._draw(split, seed, half=1, n=n, rng=rng, at_most=True)
+
+    def drawings(self, split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of the pool that `pairs` draws from at this seed, and this person's utility of each."""
+        pool, value = load_pool(self.pool, split), _utility(self, split)
+        concepts = _halves(pool, seed)[0]
+        rows = np.array([row for row, concept in enumerate(pool.concepts) if concept in concepts])
+        rows = rows[~np.isnan(value[rows])]
+        return rows, value[rows]
 
     def _draw(
         self,
@@ -178,11 +190,8 @@ class Person:
         for row, concept in enumerate(pool.concepts):
             if not np.isnan(value[row]):
                 rows_of.setdefault(concept, []).append(row)
-        # The halves depend on the seed alone, so that all people of a pool share them.
-        concepts = sorted(set(pool.concepts))
-        random.Random(seed).shuffle(concepts)
         options = []
-        for concept in concepts[half::2]:
+        for concept in _halves(pool, seed)[half]:
             rows = rows_of.get(concept, [])
             pairs = [(a, b) for a in rows for b in rows if a != b]
             rng.shuffle(pairs)
@@ -211,6 +220,13 @@ class Person:
         if not with_preference:
             del columns["preference"]
         return Dataset.from_dict(columns, features=Features({name: FEATURES[name] for name in columns}))
+
+
+def _halves(pool: Pool, seed: int) -> tuple[dict[str, None], dict[str, None]]:
+    """Return two halves of the concepts, for clicks and for tests; all people of a pool share them."""
+    concepts = sorted(set(pool.concepts))
+    random.Random(seed).shuffle(concepts)
+    return dict.fromkeys(concepts[::2]), dict.fromkeys(concepts[1::2])
 
 
 @lru_cache(maxsize=64)

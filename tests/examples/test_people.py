@@ -105,3 +105,27 @@ def test_what_pretraining_left_out_is_not_tuned_on(people: ModuleType) -> None:
         people.PEOPLE["warm"].pairs("test", 4, seed=0)
     with pytest.raises(ValueError, match=r"'noto' has \d+ pairs of this sort in 'held_out', but `n` asks for 9999"):
         people.PEOPLE["noto"].pairs("held_out", 9999, seed=0)
+
+
+def test_drawings_to_ask_about_are_of_the_half_that_is_clicked_on(people: ModuleType) -> None:
+    for name in ("warm", "three houses"):  # one has an opinion of everything, one of some groups
+        person = people.PEOPLE[name]
+        pool = people.load_pool(person.pool, "held_out")
+        rows, utility = person.drawings("held_out", seed=1)
+        concepts = {pool.concepts[row] for row in rows}
+        assert set(person.pairs("held_out", 40, seed=1)["concept"]) <= concepts
+        assert not concepts & {pool.concepts[row] for pair in person.test_rows("held_out", seed=1) for row in pair}
+        assert len(rows) == len(utility)
+        assert not np.isnan(utility).any()
+        test = person.test("held_out", seed=1)
+        assert test["concept"] == [pool.concepts[better] for better, _ in person.test_rows("held_out", seed=1)]
+
+
+def test_clicks_that_asking_saves(people: ModuleType) -> None:
+    import asking
+
+    assert asking.CHECKED == (10, 20, 30, 45, 60)
+    assert asking.saved_clicks(np.array([0.6, 0.7, 0.8, 0.85, 0.9]), 0.75) == "35"  # reached after 25
+    assert asking.saved_clicks(np.array([0.6, 0.7, 0.8, 0.85, 0.9]), 0.9) == "0"
+    assert asking.saved_clicks(np.array([0.6, 0.7, 0.8, 0.85, 0.9]), 0.55) == "50 or more"
+    assert asking.saved_clicks(np.array([0.6, 0.7, 0.8, 0.85, 0.9]), 0.95) == "none"
