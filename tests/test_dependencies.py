@@ -18,7 +18,10 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Extras that each part of bt_hf may import from, beside the dependencies: the others do without.
 OPTIONAL = {"plots": ["plots"], "diffusion": ["diffusion"], "cli": ["diffusion"], "studio": ["studio"]}
 # Tools that `make floor` does without: no version of theirs meets a user.
-TOOLS = {"build", "mypy", "ruff", "resvg-py", "mkdocs", "mkdocs-material", "mkdocstrings", "sentence-transformers"}
+TOOLS = {
+    *("build", "mypy", "ruff", "resvg-py", "mkdocs", "mkdocs-material", "mkdocstrings", "sentence-transformers"),
+    *("axe-playwright-python", "playwright"),
+}
 
 
 def declared(requirements: list[str]) -> dict[str, Requirement]:

@@ -84,7 +84,7 @@ def test_prompts_need_a_pipeline(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 
 def test_the_documents_name_options_that_exist() -> None:
-    text = (ROOT / "docs" / "studio.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / "studio.md").read_text(encoding="utf-8")
     found = re.findall(r"bt-hf studio[^`\n|]*", text)
     assert len(found) > 6
     for command in found:
