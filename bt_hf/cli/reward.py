@@ -21,7 +21,7 @@ from bt_hf.cli.training import (
 )
 from bt_hf.reward import encoders, verdict
 from bt_hf.reward.config import BradleyTerryConfig
-from bt_hf.reward.cross_validation import CrossValidation, cross_validate
+from bt_hf.reward.cross_validation import CrossValidation, cross_validate, find_prompts
 from bt_hf.reward.trainer import BradleyTerryTrainer
 from bt_hf.training.saving import check_output_dir
 
@@ -136,10 +136,8 @@ def _reason_against_folds(model: nn.Module, processor: ProcessorMixin, pairs: Da
         return "the model has an adapter already, which may have seen these pairs"
     if isinstance(pairs, IterableDataset):
         return "the pairs are a stream"
-    tokenizer = getattr(processor, "tokenizer", processor)
-    prompts = verdict.number_prompts(tokenizer, list(pairs["prompt"]), encoders.context_length(processor))
-    if prompts.max(initial=0) < 1:
-        return "all pairs have the same prompt, and it may not be trained on and tested on"
+    if not find_prompts(processor, pairs).any() and not verdict.number_pairs(pairs).any():
+        return "all clicks are on one and the same pair, and it may not be trained on and tested on"
     return None
 
 

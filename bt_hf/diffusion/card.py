@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, Size
+from bt_hf.diffusion.interfaces import find_interface_name
 from bt_hf.hub.card_sections import plain_line
 from bt_hf.hub.cards import card_metadata, eval_result, write_card
 from bt_hf.hub.facts import Evaluation, Option, RunFacts, schedule_options
@@ -37,6 +38,7 @@ class LoRAFacts(RunFacts):
         loss: Loss type.
         beta: Beta in words; `None` for a loss without one.
         prompts: Validation prompts, quoted for Markdown.
+        interface_file: Name of the file for ComfyUI, A1111 and Forge; `None` without one.
     """
 
     family: str
@@ -45,6 +47,7 @@ class LoRAFacts(RunFacts):
     loss: str
     beta: str | None
     prompts: Sequence[str]
+    interface_file: str | None = None
 
 
 def lora_facts(
@@ -94,6 +97,9 @@ def lora_facts(
         loss=args.loss_type,
         beta=beta_in_words,
         prompts=[_quoted(prompt) for prompt in args.validation_prompts or ()],
+        interface_file=find_interface_name(
+            family, trainer.accelerator.unwrap_model(trainer.model), Path(args.output_dir).resolve().name
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from bt_hf.training.option_checks import check_bounds
 _POSITIVE = [
     "num_noise_samples",
     "num_eval_noise_samples",
+    "validation_batch_size",
     "validation_images",
     "validation_inference_steps",
     "resolution",
@@ -17,6 +18,7 @@ _POSITIVE = [
     "desirable_weight",
     "undesirable_weight",
 ]
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -67,7 +69,7 @@ class PreferenceLoRAConfig(PreferenceConfig):
         metadata={
             "help": "How much a difference of errors counts. auto: by the spread of the base's error differences, so "
             "that it means the same for every model. published: the published one for the kind of model, 2000 for "
-            "Stable Diffusion, 5000 for SDXL, 100 for flow models (SD3, FLUX, Sana). Or a number, with the 1/2 of the "
+            "Stable Diffusion, 5000 for SDXL, 100 for flow models (all others). Or a number, with the 1/2 of the "
             "formula: scripts without it, such as those of diffusers, mean twice as much by theirs."
         },
     )
@@ -102,6 +104,13 @@ class PreferenceLoRAConfig(PreferenceConfig):
         default=8,
         metadata={"help": "Samples of noise and timestep for each held-out pair, the same at every evaluation."},
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={
+            "help": "Numbers in which a pipeline given by its name is loaded. bfloat16 halves the memory of the base; "
+            "the LoRA is trained in float32 all the same."
+        },
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
     )
@@ -128,6 +137,10 @@ class PreferenceLoRAConfig(PreferenceConfig):
         default=None, metadata={"help": "Prompts to draw before, at every evaluation and after, with fixed seeds."}
     )
     validation_images: int = field(default=4, metadata={"help": "Images for each validation prompt."})
+    validation_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Validation images drawn at once, such as 1 to save memory; by default all of a prompt."},
+    )
     validation_inference_steps: int = field(default=25, metadata={"help": "Denoising steps of a validation image."})
     validation_guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance of validation images; by default the pipeline's."}
@@ -158,6 +171,8 @@ class PreferenceLoRAConfig(PreferenceConfig):
                 _positive(name, getattr(self, name))
         amount = (0, 1e300, "a finite number of at least 0")
         check_bounds(self, {"safeguard_mu": (0, 1, "in [0, 1]"), "validation_guidance_scale": amount})
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"`dtype` should be one of {', '.join(_DTYPES)}, but got {self.dtype!r}.")
         self._check_effects()
 
     def _check_effects(self) -> None:
@@ -172,6 +187,7 @@ class PreferenceLoRAConfig(PreferenceConfig):
                 "undesirable_weight": kto,
                 "label_smoothing": (self.loss_type != "kto", "a loss of pairs, and not `loss_type='kto'`"),
                 "safeguard_mu": (self.safeguard, "`safeguard=True`"),
+                "validation_batch_size": drawn,
                 "validation_guidance_scale": drawn,
                 "validation_images": drawn,
                 "validation_inference_steps": drawn,

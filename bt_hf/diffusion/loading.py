@@ -24,12 +24,12 @@ from bt_hf.training.arguments import check_datasets, check_kind
 from bt_hf.training.lora_options import check_adapter_options
 
 
-def load_family(model: str | Path | DiffusionPipeline) -> tuple[Family, str | None]:
+def load_family(model: str | Path | DiffusionPipeline, dtype: str = "float32") -> tuple[Family, str | None]:
     """Load a pipeline and wrap it in its family.
 
     Args:
-        model: Hub id or folder of a pipeline or of a preference LoRA, which are loaded in float32, or a loaded
-            `DiffusionPipeline`, of any dtype.
+        model: Hub id or folder of a pipeline or of a preference LoRA, or a loaded `DiffusionPipeline`.
+        dtype: Numbers in which a pipeline is loaded by its name; one that is loaded keeps its own. Default "float32".
 
     Returns:
         The family around the pipeline, which has no safety checker, and whose denoiser is a `PeftModel` if `model` is
@@ -39,10 +39,12 @@ def load_family(model: str | Path | DiffusionPipeline) -> tuple[Family, str | No
     Raises:
         OSError: The pipeline, or the adapter's base, can't be found.
         TypeError: It is not a text-to-image pipeline that is supported.
-        ValueError: The adapter doesn't say what its base is, or doesn't fit it.
+        ValueError: A dtype is asked of a loaded pipeline, or the adapter doesn't say what its base is, or doesn't fit.
     """
     if isinstance(model, str | Path):
-        return _load_by_name(str(model))
+        return _load_by_name(str(model), getattr(torch, dtype))
+    if dtype != "float32":
+        raise ValueError(f"`dtype={dtype!r}` is for a pipeline given by its name: this one keeps the dtype it has.")
     if not isinstance(model, DiffusionPipeline):
         raise TypeError(
             f"`model` should be a Hub id, a folder or a loaded `DiffusionPipeline`, but got {type(model).__name__}: "
@@ -56,11 +58,11 @@ def load_family(model: str | Path | DiffusionPipeline) -> tuple[Family, str | No
     return find_family(pipeline), known_name(pipeline)
 
 
-def _load_by_name(name: str) -> tuple[Family, str]:
+def _load_by_name(name: str, dtype: torch.dtype) -> tuple[Family, str]:
     """Load a pipeline, or the base of a preference LoRA and the LoRA onto its denoiser."""
     config = find_adapter_config(name)
     if config is None:
-        return find_family(_without_safety_checker(from_pretrained(name))), name
+        return find_family(_without_safety_checker(from_pretrained(name, dtype))), name
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
@@ -68,7 +70,7 @@ def _load_by_name(name: str) -> tuple[Family, str]:
             "denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and pass the pipeline."
         )
     try:
-        pipeline = from_pretrained(base)
+        pipeline = from_pretrained(base, dtype)
     except OSError as error:
         raise OSError(
             f"The base {base!r} of the adapter {name!r} can't be loaded; if it has moved, load its pipeline from "

@@ -25,11 +25,15 @@ _VARIANT = re.compile(r".+\.(?P<variant>\w+?)(-\d+-of-\d+)?\.safetensors")
 _ROUNDED = (torch.float16, torch.bfloat16)
 
 
-def from_pretrained(name_or_path: str) -> DiffusionPipeline:
-    """Load a pipeline in float32, also from files of half precision alone (`variant="fp16"`).
+def from_pretrained(name_or_path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Load a pipeline in one dtype, also from files of half precision alone (`variant="fp16"`).
 
     Without a dtype, diffusers takes float32 for its own models, but leaves a text encoder in the dtype that it was
     saved in (transformers 5), and the two then don't go together.
+
+    Args:
+        name_or_path: Hub id or folder of a pipeline.
+        dtype: Numbers of all its models. Default float32.
 
     Raises:
         OSError: There is no pipeline of this name; says what is there instead.
@@ -39,7 +43,7 @@ def from_pretrained(name_or_path: str) -> DiffusionPipeline:
     variants = _variants(folder) if folder.is_dir() else [None, "fp16"]
     for variant in variants:
         try:
-            return load_pretrained(DiffusionPipeline, name_or_path, dtype=torch.float32, variant=variant)
+            return load_pretrained(DiffusionPipeline, name_or_path, dtype=dtype, variant=variant)
         except LOAD_ERRORS as error:
             if "asks to run code" in str(error):
                 raise

@@ -25,6 +25,7 @@ from bt_hf.diffusion.collator import Batch, DiffusionCollator
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
+from bt_hf.diffusion.interfaces import save_for_interfaces
 from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
 from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.validation_images import Validation
@@ -98,7 +99,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         loading.check_rows(args.loss_type, train_dataset, eval_dataset)
         prepare_run(args)
         self.data_digest = digest_rows(train_dataset)
-        self.family, self.base_name = loading.load_family(model)
+        self.family, self.base_name = loading.load_family(model, args.dtype)
         self.pipeline = self.family.pipeline
         self.size = loading.training_size(self.family, args.resolution)
         self.denoising = Denoising(self.family, self.size, args)
@@ -337,7 +338,9 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         return [sentence for guard in self.guards for sentence in guard.said]
 
     def save_beside_adapter(self, folder: Path) -> None:
-        self.family.save_lora(self.accelerator.unwrap_model(self.model), folder)
+        model = self.accelerator.unwrap_model(self.model)
+        self.family.save_lora(model, folder)
+        save_for_interfaces(self.family, model, folder, Path(self.args.output_dir).resolve().name, self.base_name)
 
     def save_beside_checkpoint(self, folder: Path) -> None:
         for guard in self.guards:

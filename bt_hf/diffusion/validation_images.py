@@ -1,7 +1,7 @@
 """Draw the same prompts with the same seeds before and after, to see what training does to the images."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Validation:
     def __init__(self, encoder: PairEncoder, args: PreferenceLoRAConfig) -> None:
         self.pipeline = encoder.pipeline
         self.size = encoder.collator.size
-        self._options = dict(encoder.family.call_options)
+        self.family = encoder.family
         self.args = args
         self.prompts = list(args.validation_prompts or [])
         self.wanted = bool(self.prompts) and args.process_index == 0
@@ -42,10 +42,7 @@ class Validation:
         self._drawn_at = -1
         if self.wanted:
             self._conditions = encoder.encode_prompts(self.prompts)
-            parameters = inspect.signature(self.pipeline.__call__).parameters
-            # As the pipeline where it is given no negative prompt.
-            negative = {f"negative_{name}": value for name, value in encoder.family.encode_negative([""]).items()}
-            self._negative = {name: value for name, value in negative.items() if name in parameters}
+            self._negative = encoder.family.encode_negative([""])  # as the pipeline where it is given none
 
     def check_sharding(self, sharded: bool) -> None:
         """Raise a `ValueError` if images are asked for, but the weights are `sharded` among processes."""
@@ -86,22 +83,28 @@ class Validation:
     @torch.no_grad()
     def _draw(self) -> list[list[Image.Image]]:
         """Draw images for each prompt, each with a seed of its own that never changes."""
-        pipeline, count = self.pipeline, self.args.validation_images
-        negative = {name: value.expand(count, *value.shape[1:]) for name, value in self._negative.items()}
-        options: dict[str, Any] = {"num_inference_steps": self.args.validation_inference_steps, **self._options}
+        pipeline, family, count = self.pipeline, self.family, self.args.validation_images
+        known = inspect.signature(pipeline.__call__).parameters
+        together = min(self.args.validation_batch_size or count, count)
+        options: dict[str, Any] = {"num_inference_steps": self.args.validation_inference_steps, **family.call_options}
         if self.args.validation_guidance_scale is not None:
-            options["guidance_scale"] = self.args.validation_guidance_scale
+            options[family.guidance_option] = self.args.validation_guidance_scale
         options["height"], options["width"] = self.size
         bars = getattr(pipeline, "_progress_bar_config", {})
         pipeline.set_progress_bar_config(disable=True)
-        images = []
+        images: list[list[Image.Image]] = []
         try:
             for index in range(len(self.prompts)):
-                rows = self._conditions.items()
-                conditions = {name: value[index].expand(count, *value.shape[1:]) for name, value in rows}
-                seeds = [self.args.seed + index * count + image for image in range(count)]
-                options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-                images.append(pipeline(**conditions, **negative, **options).images)
+                images.append([])
+                for start in range(0, count, together):
+                    some = range(start, min(start + together, count))
+                    conditions = family.call_arguments(_repeated(self._conditions, index, len(some)))
+                    negative = family.call_arguments(_repeated(self._negative, 0, len(some)))
+                    negative = {f"negative_{name}": value for name, value in negative.items()}
+                    negative = {name: value for name, value in negative.items() if name in known}
+                    seeds = [self.args.seed + index * count + image for image in some]
+                    options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+                    images[-1] += pipeline(**conditions, **negative, **options).images
         finally:
             pipeline.set_progress_bar_config(**bars)
         return images
@@ -126,6 +129,11 @@ class Validation:
             wandb = getattr(callback, "_wandb", None)
             if wandb is not None and getattr(wandb, "run", None) is not None:
                 wandb.log({"validation": wandb.Image(self.sheet()), "train/global_step": step})
+
+
+def _repeated(conditions: Mapping[str, torch.Tensor], index: int, count: int) -> dict[str, torch.Tensor]:
+    """Return the conditions of one prompt, as often as there are images of it."""
+    return {name: value[index].expand(count, *value.shape[1:]) for name, value in conditions.items()}
 
 
 def mean_pairwise_distance(images: list[list[Image.Image]]) -> float:

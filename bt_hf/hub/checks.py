@@ -16,11 +16,14 @@ from bt_hf.hub.contract import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
+    INTERFACE_WEIGHTS,
     LORA_WEIGHTS,
     Content,
     read_content,
     weights_metadata,
 )
+from bt_hf.hub.interfaces import interface_tensors, is_plain
+from bt_hf.hub.patterns import check_patterns
 from bt_hf.hub.peft_configs import check_config, read_config, shown
 from bt_hf.hub.tensors import Shapes, check_names
 
@@ -54,7 +57,11 @@ def check_weights(files: Mapping[str, Content], kind: str, source: str) -> dict[
     shapes = {key: tuple(tensor.shape) for key, tensor in adapter.items()}
     if kind == "lora":
         _check_same_training(adapter, loaded[LORA_WEIGHTS], source)
-        check_lora_metadata(read_config(files[ADAPTER_CONFIG], source), files[LORA_WEIGHTS], source)
+        config = read_config(files[ADAPTER_CONFIG], source)
+        check_lora_metadata(config, files[LORA_WEIGHTS], source)
+        denoiser = next(iter(loaded[LORA_WEIGHTS])).partition(".")[0]
+        for name in filter(INTERFACE_WEIGHTS.fullmatch, loaded):
+            _check_interfaces(name, loaded[name], adapter, config, denoiser, source)
     if kind == "reward" and not any(part in key for key in shapes for part in _DUAL_ENCODER):
         raise ValueError(
             f"{source} is an adapter for another kind of model: its tensors ({next(iter(shapes))}, ...) are not those "
@@ -110,6 +117,26 @@ def _check_same_training(adapter: Mapping[str, torch.Tensor], lora: Mapping[str,
     if not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise ValueError(
             f"{ADAPTER_WEIGHTS} and {LORA_WEIGHTS} of {source} are not of the same training: save the LoRA again."
+        )
+
+
+def _check_interfaces(
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    adapter: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    denoiser: str,
+    source: str,
+) -> None:
+    """Raise a `ValueError` unless the file for ComfyUI, A1111 and Forge is what the LoRA is converted to."""
+    expected: Mapping[str, torch.Tensor] = {}
+    if is_plain(config):
+        layers = sorted({key.removeprefix("base_model.model.").partition(".lora_")[0] for key in adapter})
+        check_patterns(config, layers, source)
+        expected = interface_tensors(adapter, config, denoiser)
+    if expected.keys() != tensors.keys() or not all(torch.equal(expected[key], tensors[key]) for key in expected):
+        raise ValueError(
+            f"{name} of {source} is not of the same training as {ADAPTER_WEIGHTS}: take it out, or save again."
         )
 
 

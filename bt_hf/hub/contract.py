@@ -23,12 +23,14 @@ FAVOURITES = "favourites.png"  # images of the person who clicked; there only if
 PICTURES = ("before_after.png", FAVOURITES, "reliability.png", "training_curve.png")  # shown by the card
 # Words of a tokenizer.
 VOCABULARIES = frozenset({"added_tokens.json", "merges.txt", "tokenizer.json", "vocab.json", "vocab.txt"})
-# Files that a trainer writes for others, besides shards of `MODEL_WEIGHTS`. Anything else in a folder stays there.
+# Files that a trainer writes for others, besides `MODEL_WEIGHTS` and `INTERFACE_WEIGHTS`. Anything else stays.
 CONTRACT_FILES = VOCABULARIES.union(
     PICTURES,
     (CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, LORA_WEIGHTS, MODEL_CONFIG, "model.safetensors.index.json"),
     ("preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer_config.json"),
 )
+# A LoRA in the names of ComfyUI, A1111 and Forge. They list LoRAs by file name, so it begins with the run's.
+INTERFACE_WEIGHTS = re.compile(r"[A-Za-z0-9][\w.-]{0,95}_comfyui\.safetensors", re.ASCII)
 PAIRS = "pairs.parquet"  # published only on request, and never fetched
 KINDS = {"reward": "a reward adapter", "lora": "a preference LoRA", "model": "a whole model"}
 
@@ -62,7 +64,7 @@ def check_revision(revision: str) -> None:
 
 def in_contract(name: str) -> bool:
     """True if a file of this name is published and fetched."""
-    return name in CONTRACT_FILES or MODEL_WEIGHTS.fullmatch(name) is not None
+    return name in CONTRACT_FILES or any(form.fullmatch(name) for form in (MODEL_WEIGHTS, INTERFACE_WEIGHTS))
 
 
 def contract_files(folder: str | Path, links: bool = False) -> dict[str, Path]:

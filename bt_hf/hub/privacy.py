@@ -14,6 +14,7 @@ from PIL import Image
 
 from bt_hf.hub.contract import (
     ADAPTER_CONFIG,
+    INTERFACE_WEIGHTS,
     LORA_WEIGHTS,
     VOCABULARIES,
     Content,
@@ -21,6 +22,7 @@ from bt_hf.hub.contract import (
     read_content,
     weights_metadata,
 )
+from bt_hf.hub.interfaces import with_named_base
 from bt_hf.hub.peft_configs import read_config, shown
 
 # Every repetition is bounded: none of these takes more than linear time, whatever the text.
@@ -218,6 +220,7 @@ def with_base(files: Mapping[str, Content], base_model: str | None, source: str)
         result[ADAPTER_CONFIG] = (json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n").encode()
     if LORA_WEIGHTS in files:
         result[LORA_WEIGHTS] = _without_base(files[LORA_WEIGHTS])
+    result |= {name: with_named_base(files[name], base) for name in files if INTERFACE_WEIGHTS.fullmatch(name)}
     return result, base
 
 

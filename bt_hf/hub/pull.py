@@ -152,7 +152,7 @@ def _check_kind(found: str, wanted: str | None, source: str) -> None:
 def _from_cache(repo_id: str, revision: str, cache: Path) -> Path:
     """Find the files of a revision in the cache, without asking the Hub."""
     try:
-        names = [*sorted(CONTRACT_FILES), "model*.safetensors"]
+        names = [*sorted(CONTRACT_FILES), "model*.safetensors", "*_comfyui.safetensors"]
         return Path(
             snapshot_download(repo_id, revision=revision, cache_dir=cache, allow_patterns=names, local_files_only=True)
         )

@@ -163,6 +163,7 @@ def verdict_sentence(
     alpha: float = 0.05,
     weight: ArrayLike | None = None,
     cluster: ArrayLike | None = None,
+    cluster_name: str = "prompts",
 ) -> str:
     """One plain sentence: is the model better than the other, worse, or is it too early to tell?
 
@@ -172,7 +173,8 @@ def verdict_sentence(
         other: What to call the latter. Default `"the base"`.
         alpha: Significance level. Default 0.05.
         weight: (N,) as in `mcnemar_test`; the accuracies are weighted, too.
-        cluster: (N,) as in `mcnemar_test`; the sentence calls clusters prompts.
+        cluster: (N,) as in `mcnemar_test`.
+        cluster_name: What the sentence calls clusters, in the plural. Default `"prompts"`.
 
     Returns:
         The sentence. From 20 clusters on, where neither model is significantly better than a coin, it says that the
@@ -192,7 +194,7 @@ def verdict_sentence(
     groups = len(np.unique(cluster))
     pairs_text = "1 pair" if len(a) == 1 else f"{len(a)} pairs"
     if groups < len(a):
-        pairs_text += f" of {groups} prompts" if groups > 1 else " of 1 prompt"
+        pairs_text += f" of {groups} {cluster_name if groups > 1 else cluster_name.removesuffix('s')}"
     rates = [float(np.average(values, weights=weight)) for values in (a, b)]
     facts = f"{rates[0]:.0%} against {rates[1]:.0%} on the same {pairs_text} ({p_text})".replace("%", " %")
     if p < alpha:
@@ -207,7 +209,7 @@ def verdict_sentence(
     more = pairs_needed(better, worse, groups, alpha=alpha)
     if more is None:
         return f"Not enough evidence yet: {facts}; no better than {other} so far."
-    unit = "pairs" if groups == len(a) else "prompts"
+    unit = "pairs" if groups == len(a) else cluster_name
     return f"Not enough evidence yet: {facts}; about {_two_digits(more)} more {unit} would tell."
 
 

@@ -3,8 +3,8 @@
 A Bayesian logistic model of the clicks so far, linear in differences of image embeddings, tells for any pair p, the
 probability that the left image is preferred, and v, the posterior variance of its margin. A click on it adds p (1 - p)
 to the precision along its difference. So it teaches most, for its own sake, where p (1 - p) v is largest, the greedy
-step of a D-optimal design; but such pairs are outliers often, from which little follows for others. What is looked for
-is the pair whose click lowers most the variance of other pairs' margins (V-optimal design).
+step of a D-optimal design; but such pairs are often outliers, from which little follows for others. So the pair is
+chosen whose click lowers the variance of all other pairs' margins most (V-optimal design).
 
 Chosen pairs are hard by choice, so how often they are predicted rightly says little about other pairs. A part of all
 pairs is drawn at random instead, and marked: accuracy is judged by these (`running.py`).
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bt_hf.reward.inputs import check_count, list_texts
-from bt_hf.reward.posterior import leave_out, newton
+from bt_hf.reward.laplace import leave_out, newton
 
 # Standard deviations of a typical margin under the prior; the likeliest of them is taken.
 STRENGTHS = (1.0, 2.0, 4.0, 8.0)
@@ -124,7 +124,9 @@ def select_pairs(
             break
         best = 0
         if not random:
-            model = model or _Model(embeddings, answers, difference)
+            if model is None:
+                model = _Model(embeddings, answers, difference)
+                model.expect(_differences(embeddings, np.array([pair[:2] for pair in found], dtype=int)))
             best = int((model.scores(difference) * pool.spread(drawn)).argmax())
         pick = drawn[best : best + 1]
         pool.show(pick)
@@ -335,5 +337,5 @@ def _curvature(margin: torch.Tensor) -> torch.Tensor:
 
 def _differences(embeddings: torch.Tensor, pairs: np.ndarray) -> torch.Tensor:
     """Return embeddings of left minus right images, (P, D) float64."""
-    left, right = torch.as_tensor(pairs).unbind(1)
+    left, right = torch.as_tensor(pairs.reshape(-1, 2)).unbind(1)
     return (embeddings[left] - embeddings[right]).double()

@@ -40,6 +40,7 @@ class FeatureCache:
 
     Attributes:
         computed: How many prompts and images have been computed so far.
+        words: What the base says of many words, by their tokens; kept by trainers that share the cache.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self.batch_size = batch_size
         self.computed = 0
+        self.words: dict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.bytes = 0
         self.text_prefix = FrozenPrefix.find(self.base, "text_model")
         self.image_prefix = FrozenPrefix.find(self.base, "vision_model")

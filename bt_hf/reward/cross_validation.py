@@ -27,7 +27,14 @@ from bt_hf.reward.collator import PreferenceCollator
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.lora import add_adapter
 from bt_hf.reward.trainer import BradleyTerryTrainer
-from bt_hf.reward.verdict import CrossValidation, count_contradictions, judge, number_prompts, probe_margins
+from bt_hf.reward.verdict import (
+    CrossValidation,
+    count_contradictions,
+    judge,
+    number_pairs,
+    number_prompts,
+    probe_margins,
+)
 from bt_hf.training.adapters import Untouched, unwrapped
 from bt_hf.training.arguments import check_arguments, check_kind
 
@@ -47,14 +54,18 @@ def cross_validate(
     Thirty pairs can't spare a test set, and here every pair is trained on and tested on. The folds share the cache of
     frozen features, so this costs seconds.
 
+    A fold holds whole prompts, so that the verdict is about new prompts. Where all pairs have one prompt, such as the
+    default one of `load_preference_pairs`, it holds whole pairs, copies and swapped ones together, and the verdict
+    says that it is about more pairs like those.
+
     Args:
         model: Hub id or folder of a dual encoder, or a loaded one, without an adapter.
         dataset: Pairs in the row contract, N rows.
         args: Options of each training; default `BradleyTerryConfig`. Nothing is written to its `output_dir`.
-        folds: How many folds; at most one for each distinct prompt.
+        folds: How many folds; at most one for each distinct prompt or, of one prompt, for each distinct pair.
         processing_class: Processor; default: the one saved beside the model.
         peft_config: As in `BradleyTerryTrainer`.
-        seed: Which prompts share a fold.
+        seed: Which prompts or pairs share a fold.
         progress: Show a progress bar.
 
     Returns:
@@ -62,8 +73,8 @@ def cross_validate(
 
     Raises:
         TypeError: `dataset` is a stream, or `args` are not a `BradleyTerryConfig`.
-        ValueError: Fewer than two folds or two distinct prompts, `model` has an adapter, which may have been trained
-            on these pairs, or FSDP or DeepSpeed is on.
+        ValueError: Fewer than two folds or two distinct pairs, `model` has an adapter, which may have been trained on
+            these pairs, or FSDP or DeepSpeed is on.
 
     Example:
         ```python
@@ -91,9 +102,10 @@ def cross_validate(
             "its base, or use held-out pairs and `evaluate`."
         )
     processor = encoders.find_processor(source, base, processing_class)
-    limit = encoders.context_length(processor)
-    prompts = number_prompts(getattr(processor, "tokenizer", processor), list(dataset["prompt"]), limit)
-    assignment = assign_folds(prompts.tolist(), folds, seed)
+    prompts = find_prompts(processor, dataset)
+    by_prompt = len(np.unique(prompts)) > 1
+    groups = prompts if by_prompt else number_pairs(dataset)
+    assignment = assign_folds(groups.tolist(), folds, seed)
     args = _quiet(args)
     untouched = Untouched(base)
     pairs: Any = dataset
@@ -136,8 +148,16 @@ def cross_validate(
         weight,
         assignment,
         prompts,
+        groups,
+        by_prompt,
         count_contradictions(dataset, prompts),
     )
+
+
+def find_prompts(processor: ProcessorMixin, dataset: Dataset) -> np.ndarray:
+    """Number the prompts of a dataset, (N,) int: those that the model can't tell apart are one."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return number_prompts(tokenizer, list(dataset["prompt"]), encoders.context_length(processor))
 
 
 @torch.no_grad()
@@ -162,29 +182,33 @@ def _check_map_style(dataset: Any) -> None:
     check_columns(dataset)
 
 
-def assign_folds(prompts: Sequence[Hashable], folds: int, seed: int = 0) -> np.ndarray:
-    """Assign each row to a fold, (N,) int: all rows of a prompt share one, and folds are about equally large.
+def assign_folds(groups: Sequence[Hashable], folds: int, seed: int = 0) -> np.ndarray:
+    """Assign each row to a fold, (N,) int: all rows of a group share one, and folds are about equally large.
+
+    Args:
+        groups: Prompt or pair of each row.
+        folds: How many folds, at most.
+        seed: Which groups share a fold.
 
     Raises:
-        ValueError: Fewer than two folds or two distinct prompts.
+        ValueError: Fewer than two folds or two distinct groups.
     """
-    counts = Counter(prompts)
+    counts = Counter(groups)
     folds = min(folds, len(counts))
     if folds < 2:
         raise ValueError(
-            f"Cross-validation needs at least 2 folds and 2 different prompts, but got {len(counts)} prompts that the "
-            "model can tell apart: collect pairs for other prompts too, since the same prompt may not be trained on "
-            "and tested on."
+            f"Cross-validation needs at least 2 folds, and 2 prompts or pairs that the model can tell apart, but got "
+            f"{len(counts)}: collect more, since what is trained on may not be tested on."
         )
     order = sorted(counts, key=str)
     random.Random(seed).shuffle(order)
     sizes = [0] * folds
     fold_of: dict[Hashable, int] = {}
     # The largest first, each into the emptiest fold.
-    for prompt in sorted(order, key=lambda prompt: -counts[prompt]):
-        fold_of[prompt] = sizes.index(min(sizes))
-        sizes[fold_of[prompt]] += counts[prompt]
-    return np.array([fold_of[prompt] for prompt in prompts])
+    for group in sorted(order, key=lambda group: -counts[group]):
+        fold_of[group] = sizes.index(min(sizes))
+        sizes[fold_of[group]] += counts[group]
+    return np.array([fold_of[group] for group in groups])
 
 
 def _column(dataset: Dataset, name: str) -> list[float]:

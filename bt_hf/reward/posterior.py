@@ -12,7 +12,9 @@ section 3.4).
 Few pairs say little about how free the weights may be. A tight prior gives the mean difference of the embeddings,
 which bears wrong clicks best; a loose one learns attributes that overlap. So many settings are fitted, and averaged by
 how well each predicts the pairs that it has not seen. These leave-one-out predictions need no further fits (Opper and
-Winther, Neural Computation 12, 2000), and they choose the strength, too: the temperature at which they are likeliest.
+Winther, Neural Computation 12, 2000), and they weigh strengths, too: temperatures of each fit. An average of
+probabilities is less sure than an average of margins, but a linear taste has the latter; so it is brought to the
+temperature at which it says of the pairs left out what the average of probabilities says.
 """
 
 import math
@@ -22,6 +24,8 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+
+from bt_hf.reward.laplace import leave_out, newton
 
 # Standard deviation of a typical margin under the prior. The first gives, in effect, the mean difference.
 STRENGTHS = (0.03, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
@@ -36,7 +40,9 @@ FEATURE_SHARE = 0.5
 WRONG_CLICKS = {0.0: 0.0, 0.02: 0.0, 0.05: -0.3, 0.1: -0.7, 0.2: -1.5, 0.3: -2.5}
 # Typical size of a margin: candidates, and the log-normal prior's median and standard deviation.
 TEMPERATURES = torch.exp(torch.linspace(math.log(0.05), math.log(60.0), 40, dtype=torch.double))
-TYPICAL_MARGIN, TYPICAL_SPREAD = 2.0, 0.7
+TYPICAL_MARGIN, TYPICAL_SPREAD = 1.5, 1.2
+# Factors by which the average margin may be less or more sure than the average probability.
+FACTORS = torch.exp(torch.linspace(math.log(0.05), math.log(2.0), 80, dtype=torch.double))
 # Nats that a freer fit or a wrong click in ten costs more, see `_penalty`.
 NATS_PER_WRONG_CLICK = 40.0
 NATS_OF_PROMPTS = 1.7
@@ -136,7 +142,8 @@ def fit_taste(
 ) -> Taste:
     """Fit a linear taste to pairs; settings of the prior are averaged by their leave-one-out likelihood.
 
-    Pairs of one prompt are left out together, so copies of a pair don't vouch for each other.
+    Pairs of one prompt are left out together, so copies of a pair don't vouch for each other. Where all pairs have the
+    same prompt, copies of a pair are, either way round.
 
     Args:
         text, chosen, rejected: (N, D) normalised base embeddings.
@@ -181,7 +188,7 @@ def fit_taste(
         base_margin=scale * (text * difference).sum(1),
         preference=preference,
         weight=weight,
-        cluster=_clusters(text),
+        cluster=_clusters(text, difference),
     )
     pairs = pairs[(weight > 0) & (difference.abs().sum(1) > 0)]
     if not len(pairs.weight) or not (pairs.preference != 0.5).any():
@@ -213,12 +220,12 @@ def _choose(pairs: _Pairs, count: int) -> _Pairs:
 
 
 def _average(pairs: _Pairs, settings: list[_Setting], prior_weight: float) -> list[_Part]:
-    """Weigh each setting by the likelihood of pairs left out, at its best strength, averaged over what else varies."""
+    """Weigh settings and strengths by the likelihood of pairs left out, averaged over what else varies."""
     fits = [fit for batch in _batches(settings, len(pairs.weight)) for fit in _fit(pairs, batch)]
     rates, captions = (torch.tensor(list(values)).double() for values in (WRONG_CLICKS, CAPTION_WEIGHTS))
     odds = torch.tensor([[a + b for b in WRONG_CLICKS.values()] for a in CAPTION_WEIGHTS.values()]).double()
     prior = -0.5 * ((TEMPERATURES / TYPICAL_MARGIN).log() / TYPICAL_SPREAD).square()
-    scores, scales = [], []
+    scores, scales, margins = [], [], []
     for setting, (_, margin, left_out) in zip(settings, fits, strict=True):
         typical = ((pairs.weight @ margin.abs()) / pairs.weight.sum()).clamp(min=1e-12)
         tempered = TEMPERATURES[:, None] * left_out / typical  # (temperatures, N)
@@ -226,19 +233,36 @@ def _average(pairs: _Pairs, settings: list[_Setting], prior_weight: float) -> li
         right = (1 - 2 * rates[:, None, None]) * torch.sigmoid(tempered) + rates[:, None, None]
         right = right.clamp(1e-12, 1 - 1e-12)  # (captions, rates, temperatures, N)
         likelihood = (pairs.preference * right.log() + (1 - pairs.preference) * (1 - right).log()) @ pairs.weight
-        best, index = (likelihood + prior).max(-1)  # (captions, rates)
-        scores.append(best + odds - _penalty(setting, rates, prior_weight))
-        scales.append(TEMPERATURES[index] / typical)
-    share = torch.softmax(torch.stack(scores).flatten(), 0).view(len(settings), *odds.shape)
-    parts = zip(share, scales, fits, strict=True)
+        likelihood = likelihood + prior + (odds - _penalty(setting, rates, prior_weight))[..., None]
+        scores.append(likelihood)  # (captions, rates, temperatures)
+        margins.append(left_out / typical)
+        scales.append(1 / typical)
+    shape = (len(settings), *scores[0].shape)
+    share = torch.softmax(torch.stack(scores).flatten(), 0).view(shape)
+    by_temperature = share.sum((1, 2))  # (settings, temperatures)
+    strengths = by_temperature @ TEMPERATURES  # (settings,), times the share of each
+    chances = [
+        part @ torch.sigmoid(TEMPERATURES[:, None] * margin)
+        for part, margin in zip(by_temperature, margins, strict=True)
+    ]
+    factor = _as_sure(strengths @ torch.stack(margins), torch.stack(chances).sum(0), pairs.weight)
     return [
         _Part(
             share=float(part.sum()),
-            scaled_dual=(part * scale).sum() * dual,
-            caption=float(part.sum(1) @ captions),
+            scaled_dual=factor * strength * scale * dual,
+            caption=float(part.sum((1, 2)) @ captions),
         )
-        for part, scale, (dual, _, _) in parts
+        for part, strength, scale, (dual, _, _) in zip(share, strengths, scales, fits, strict=True)
     ]
+
+
+def _as_sure(margin: torch.Tensor, chance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the factor of `margin` (N,) whose probabilities are nearest to `chance` (N,); 1 if nothing tells."""
+    if not margin.any():
+        return torch.ones_like(FACTORS[0])
+    scaled = FACTORS[:, None] * margin  # (factors, N)
+    divergence = -(F.logsigmoid(scaled) - (1 - chance) * scaled) @ weight
+    return FACTORS[divergence.argmin()]
 
 
 def _penalty(setting: _Setting, rates: torch.Tensor, prior_weight: float) -> torch.Tensor:
@@ -265,72 +289,6 @@ def _fit(pairs: _Pairs, settings: list[_Setting]) -> list[tuple[torch.Tensor, to
     return list(zip(dual, margin, left_out, strict=True))
 
 
-def newton(kernels: torch.Tensor, preference: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximise sum_i weight_i log P(preference_i | margin_i) - dual·margin / 2 with margin = K dual.
-
-    Args:
-        kernels: (S, N, N), one problem each.
-        preference, weight: (N,).
-
-    Returns:
-        `dual` and `margin`, each (S, N). At the optimum, dual = weight (preference - sigmoid(margin)).
-    """
-    identity = torch.eye(len(weight), dtype=kernels.dtype)
-    dual = margin = torch.zeros(kernels.shape[:2], dtype=kernels.dtype)
-    value = _log_posterior(dual, margin, preference, weight)
-    for _ in range(60):
-        curvature = _curvature(margin, weight)
-        target = curvature * margin + weight * (preference - torch.sigmoid(margin))
-        system = identity + curvature[:, :, None] * kernels
-        step = torch.linalg.solve(system, target[..., None])[..., 0] - dual
-        size = torch.ones(len(kernels), dtype=kernels.dtype)
-        for _ in range(20):  # halve steps that lead down
-            moved = dual + size[:, None] * step
-            moved_margin = (kernels @ moved[..., None])[..., 0]
-            moved_value = _log_posterior(moved, moved_margin, preference, weight)
-            worse = moved_value < value - 1e-12 * value.abs() - 1e-12
-            if not worse.any():
-                break
-            size = torch.where(worse, size / 2, size)
-        gain = (moved_value - value).abs().max()
-        dual, margin, value = moved, moved_margin, moved_value
-        if gain < 1e-10:
-            break
-    return dual, margin
-
-
-def _log_posterior(
-    dual: torch.Tensor, margin: torch.Tensor, preference: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    likelihood = (F.logsigmoid(margin) - (1 - preference) * margin) @ weight
-    return likelihood - 0.5 * (dual * margin).sum(1)
-
-
-def _curvature(margin: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    win = torch.sigmoid(margin)
-    return (weight * win * (1 - win)).clamp(min=1e-10)
-
-
-def leave_out(
-    kernels: torch.Tensor, dual: torch.Tensor, margin: torch.Tensor, weight: torch.Tensor, cluster: torch.Tensor
-) -> torch.Tensor:
-    """Return the margins (S, N) of pairs in fits without their cluster, to second order.
-
-    With R = (K + W^-1)^-1 and the curvature W at the optimum, the margins of a cluster B become
-    margin_B - (R_BB^-1 - W_B^-1) dual_B.
-    """
-    inverse_curvature = 1 / _curvature(margin, weight)
-    inverse = torch.linalg.inv(kernels + torch.diag_embed(inverse_curvature))
-    diagonal = inverse.diagonal(dim1=1, dim2=2)
-    left_out = margin - (1 / diagonal - inverse_curvature) * dual
-    names, counts = cluster.unique(return_counts=True)
-    for name in names[counts > 1]:
-        rows = (cluster == name).nonzero()[:, 0]
-        own = torch.linalg.solve(inverse[:, rows][:, :, rows], dual[:, rows, None])[..., 0]
-        left_out[:, rows] = margin[:, rows] - own + inverse_curvature[:, rows] * dual[:, rows]
-    return left_out
-
-
 def _in_primal(pairs: _Pairs, settings: list[_Setting], parts: list[_Part]) -> Taste:
     """Return the sum of the parts as weights of embeddings, features and caption."""
     share_of_images = 1.0 if pairs.feature_difference is None else 1 - FEATURE_SHARE
@@ -349,6 +307,10 @@ def _typical_square(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return ((weight @ rows.square().sum(1)) / weight.sum()).clamp(min=1e-12)
 
 
-def _clusters(text: torch.Tensor) -> torch.Tensor:
-    """Return (N,) numbers that are equal where prompts are: their embeddings agree to rounding."""
-    return torch.unique((text * 1e5).round(), dim=0, return_inverse=True)[1]
+def _clusters(text: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """Return (N,) numbers that are equal where prompts are or, if all are, where pairs are: to rounding."""
+    prompts = torch.unique((text * 1e5).round(), dim=0, return_inverse=True)[1]
+    if prompts.any():
+        return prompts
+    largest = difference.gather(1, difference.abs().argmax(1, keepdim=True))
+    return torch.unique((difference * largest.sign() * 1e5).round(), dim=0, return_inverse=True)[1]

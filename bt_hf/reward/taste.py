@@ -6,8 +6,9 @@
   add it without a bias (`lora.constant_direction`).
 - What depends on the prompt is a linear map of the text embedding; the further ranks hold its largest parts.
 - What only the inputs of the image projection show is one rank there, along the same direction.
-- The model divides by the length of the text embedding. A component that all images share brings it to the length
-  that the fitted strength asks for, and changes no comparison.
+- The model divides by the length of the text embedding. A component along which images hardly differ brings it to the
+  length that the fitted strength asks for; a second rank of the image projection takes the rest of that component out
+  of the images, so that it changes no comparison.
 
 Plain gradient steps go on from there. A LoRA that begins at zero needs hundreds of them to get as far, and disturbs
 more on its way: Adam moves all coordinates alike, whether the pairs say something about them or not.
@@ -77,6 +78,7 @@ class Update:
         along: (D,) direction in which images are moved; unit length.
         stretch: Factor minus one of an image's component along it.
         by_feature: (H,) weights of the inputs of the image projection, which move images along it; or `None`.
+        removed: (D,) unit vector whose component is taken out of images, at right angles to `along`; or `None`.
     """
 
     shift: torch.Tensor
@@ -85,6 +87,7 @@ class Update:
     along: torch.Tensor
     stretch: float = 0.0
     by_feature: torch.Tensor | None = None
+    removed: torch.Tensor | None = None
 
     def texts(self, text: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """Return adapted embeddings of normalised `text` (N, D), with the update scaled by `scale`."""
@@ -95,7 +98,10 @@ class Update:
         moved = self.stretch * (images @ self.along)
         if self.by_feature is not None and inputs is not None:
             moved = moved + inputs @ self.by_feature
-        return F.normalize(images + scale * moved[:, None] * self.along, dim=-1)
+        change = moved[:, None] * self.along
+        if self.removed is not None:
+            change = change - (images @ self.removed)[:, None] * self.removed
+        return F.normalize(images + scale * change, dim=-1)
 
     def margins(self, pairs: EmbeddedPairs, logit_scale: float, scale: float = 1.0) -> torch.Tensor:
         """Return the adapted model's margins (N,)."""
@@ -181,7 +187,8 @@ def plan_update(
     shared = F.normalize(shared - (shared @ along) * along, dim=0)
     pull = (wanted @ along).mean()
     by_feature = None if taste.by_feature is None or not image_rank else taste.by_feature / pull
-    update = Update(taste.direction / caption, left, right, along, by_feature=by_feature)
+    removed = shared if image_rank > 1 and pairs.inputs is not None else None
+    update = Update(taste.direction / caption, left, right, along, by_feature=by_feature, removed=removed)
     target = pairs.margins(taste, logit_scale)
     against = float(pairs.weight @ target.square())
     if not against:
@@ -322,14 +329,20 @@ def write_update(
     kept = update.left.shape[1]
     down[1 : 1 + kept] = (update.right @ projection.weight.double().cpu()).to(down)
     up[:, 1 : 1 + kept] = (factor * update.left).to(up)
-    if image_layer is not None and (update.by_feature is not None or update.stretch):
-        down, up = image_layer.lora_A[adapter].weight, image_layer.lora_B[adapter].weight
-        weights = update.stretch * update.along @ image_layer.get_base_layer().weight.double().cpu()
-        if update.by_feature is not None:
-            weights = weights + update.by_feature
+    if image_layer is None:
+        return error
+    down, up = image_layer.lora_A[adapter].weight, image_layer.lora_B[adapter].weight
+    projection = image_layer.get_base_layer().weight.double().cpu()
+    changes = []
+    if update.by_feature is not None or update.stretch:
+        weights = update.stretch * update.along @ projection
+        changes.append((update.along, weights if update.by_feature is None else weights + update.by_feature))
+    if update.removed is not None:
+        changes.append((update.removed, -update.removed @ projection))
+    for rank, (direction, weights) in enumerate(changes):
         size = weights.norm()
-        down[0] = (weights / size).to(down)
-        up[:, 0] = (scale / image_layer.scaling[adapter] * size * update.along).to(up)
+        down[rank] = (weights / size).to(down)
+        up[:, rank] = (scale / image_layer.scaling[adapter] * size * direction).to(up)
     return error
 
 

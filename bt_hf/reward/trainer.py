@@ -230,6 +230,20 @@ class BradleyTerryTrainer(PreferenceTrainer):
         self, texts: Sequence[str], layer: nn.Module | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Embed texts with the base, (K, D), and record the inputs of `layer`, (K, H)."""
+        batches = [
+            encoders.tokenize(self.processing_class, list(texts[start : start + 128]))
+            for start in range(0, len(texts), 128)
+        ]
+        # An adapter leaves the base as it is, so that trainings with one cache, such as folds, share this.
+        kept = self.cache.words if self.cache is not None and self.reference is None else {}
+        key = b"".join(batch["input_ids"].numpy().tobytes() for batch in batches) + bytes([layer is not None])
+        if key not in kept:
+            kept[key] = self._embed_batches(batches, layer)
+        return kept[key]
+
+    def _embed_batches(
+        self, batches: Sequence[Any], layer: nn.Module | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         seen: list[torch.Tensor] = []
         words = []
         with ExitStack() as stack:
@@ -237,8 +251,7 @@ class BradleyTerryTrainer(PreferenceTrainer):
                 hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()))
                 stack.enter_context(hook)
             model = stack.enter_context(self.base_model())
-            for start in range(0, len(texts), 128):
-                inputs = encoders.tokenize(self.processing_class, list(texts[start : start + 128]))
+            for inputs in batches:
                 words.append(encoders.embed_texts(model, self._prepare_inputs(inputs)).cpu())
         return torch.cat(words), torch.cat(seen) if seen else None
 

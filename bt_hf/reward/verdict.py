@@ -21,10 +21,16 @@ from bt_hf.metrics import (
     verdict_sentence,
 )
 
+# The last words of a verdict, by whether folds hold whole prompts.
+_ABOUT = {
+    True: "This is about new prompts.",
+    False: "This is about more pairs like those clicked, not about other prompts.",
+}
+
 
 @dataclass
 class CrossValidation:
-    """Result of `cross_validate`. Every pair was predicted by a model that saw neither it nor its prompt.
+    """Result of `cross_validate`. Every pair was predicted by a model that did not see it.
 
     Attributes:
         margins: (N,) margins of the adapted models, out of fold.
@@ -33,6 +39,8 @@ class CrossValidation:
         preference: (N,) the labels.
         folds: (N,) fold of each pair.
         prompts: (N,) number of each pair's prompt; prompts that the model can't tell apart are one.
+        by_prompt: True if that model did not see the pair's prompt either, so that the verdict is about new prompts;
+            False if it is about new pairs of the prompts that were clicked on.
         contradictions: (contradicting, repeated) numbers of distinct pairs that were clicked more than once.
         metrics: As `metrics.preference_metrics`; those of the base have the prefix `base_`, of the probe `probe_`.
         test: Exact McNemar test, adapted against base on the same pairs, in clusters of one prompt.
@@ -46,6 +54,7 @@ class CrossValidation:
     preference: np.ndarray
     folds: np.ndarray
     prompts: np.ndarray
+    by_prompt: bool
     contradictions: tuple[int, int]
     metrics: dict[str, float]
     test: McNemarResult
@@ -55,7 +64,8 @@ class CrossValidation:
     def __str__(self) -> str:
         m = self.metrics
         lines = [
-            f"{len(np.unique(self.folds))}-fold cross-validation of {len(self.margins)} pairs, folds split by prompt",
+            f"{len(np.unique(self.folds))}-fold cross-validation of {len(self.margins)} pairs, folds split by "
+            f"{'prompt' if self.by_prompt else 'pair'}",
             f"{'':12}{'accuracy':>9}  {'95 % interval':>14}  {'log-loss':>9}",
         ]
         for name, prefix in (("base", "base_"), ("probe", "probe_"), ("adapted", "")):
@@ -75,6 +85,8 @@ def judge(
     weight: np.ndarray,
     folds: np.ndarray,
     prompts: np.ndarray,
+    groups: np.ndarray,
+    by_prompt: bool,
     contradictions: tuple[int, int],
 ) -> CrossValidation:
     """Compare the margins of three models on the same pairs, all arguments as in `CrossValidation`.
@@ -82,14 +94,18 @@ def judge(
     Args:
         margins, base_margins, probe_margins, preference, folds, prompts: (N,).
         weight: (N,) how much each pair counts, in all figures alike.
+        groups: (N,) number of what shares a fold, and counts as one observation: the prompt or the pair of images.
+        by_prompt: Whether that is the prompt.
         contradictions: As `count_contradictions` returns them.
     """
     metrics: dict[str, float] = {}
     for prefix, values in (("", margins), ("base_", base_margins), ("probe_", probe_margins)):
-        found = preference_metrics(values, preference, weight, prompts)
+        found = preference_metrics(values, preference, weight, groups)
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
     correct, base_correct = agreement(margins, preference), agreement(base_margins, preference)
-    verdict = verdict_sentence(correct, base_correct, weight=weight, cluster=prompts)
+    unit = "prompts" if by_prompt else "different pairs"
+    verdict = verdict_sentence(correct, base_correct, weight=weight, cluster=groups, cluster_name=unit)
+    verdict += f" {_ABOUT[by_prompt]}"
     contradicting, repeated = contradictions
     if contradicting:
         verdict += f" Your clicks contradict each other on {contradicting} of {repeated} repeated pairs."
@@ -100,10 +116,11 @@ def judge(
         preference=preference,
         folds=folds,
         prompts=prompts,
+        by_prompt=by_prompt,
         contradictions=contradictions,
         metrics=metrics,
-        test=mcnemar_test(correct, base_correct, weight, prompts),
-        difference=paired_difference_interval(correct, base_correct, weight=weight, cluster=prompts),
+        test=mcnemar_test(correct, base_correct, weight, groups),
+        difference=paired_difference_interval(correct, base_correct, weight=weight, cluster=groups),
         verdict=verdict,
     )
 
@@ -124,6 +141,12 @@ def number_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> np.nda
     return np.array([number.setdefault(key[text], len(number)) for text in plain], dtype=int)
 
 
+def number_pairs(dataset: Dataset) -> np.ndarray:
+    """Number the pairs of images, (N,) int: those of the same two images are one, either way round."""
+    number: dict[tuple[str, str], int] = {}
+    return np.array([number.setdefault(_name_pair(row)[0], len(number)) for row in _undecoded(dataset)], dtype=int)
+
+
 def count_contradictions(dataset: Dataset, prompts: np.ndarray) -> tuple[int, int]:
     """Count distinct pairs of images that stand there more than once for a prompt, and those with both answers.
 
@@ -136,17 +159,12 @@ def count_contradictions(dataset: Dataset, prompts: np.ndarray) -> tuple[int, in
     """
     counts = np.bincount(prompts, minlength=1)
     rows = np.flatnonzero(counts[prompts] > 1)  # only these can repeat a pair: the others' images stay closed
-    repeated = dataset.with_format(None).select(rows.tolist())
-    for name in ("chosen", "rejected"):
-        if isinstance(repeated.features[name], Image):
-            repeated = repeated.cast_column(name, Image(decode=False))
+    repeated = _undecoded(dataset).select(rows.tolist())
     answers: dict[tuple[int, str, str], list[float]] = defaultdict(list)
     for prompt, row in zip(prompts[rows], repeated, strict=True):
-        first, second = (_digest(row[name]) for name in ("chosen", "rejected"))
+        pair, swapped = _name_pair(row)
         preference = float(row.get("preference", 1.0))
-        swapped = second < first
-        pair = (int(prompt), second, first) if swapped else (int(prompt), first, second)
-        answers[pair].append(1 - preference if swapped else preference)
+        answers[int(prompt), *pair].append(1 - preference if swapped else preference)
     found = [values for values in answers.values() if len(values) > 1]
     return sum(min(values) < 0.5 < max(values) for values in found), len(found)
 
@@ -187,6 +205,20 @@ def probe_margins(difference: np.ndarray, preference: np.ndarray, weight: np.nda
         rest = folds != fold
         margins[~rest] = difference[~rest] @ fit_probe(difference[rest], preference[rest], weight[rest])
     return margins
+
+
+def _undecoded(dataset: Dataset) -> Dataset:
+    dataset = dataset.with_format(None)
+    for name in ("chosen", "rejected"):
+        if isinstance(dataset.features[name], Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+    return dataset
+
+
+def _name_pair(row: dict[str, Any]) -> tuple[tuple[str, str], bool]:
+    """Return the digests of both images in a fixed order, and True if the rejected one comes first."""
+    first, second = (_digest(row[name]) for name in ("chosen", "rejected"))
+    return ((second, first), True) if second < first else ((first, second), False)
 
 
 def _digest(image: Any) -> str:

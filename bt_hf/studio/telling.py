@@ -8,7 +8,7 @@ from bt_hf.data.clicks import CHOICES, Click
 from bt_hf.reward.running import Prediction, RunningAccuracy, Share, agree_with_oneself
 
 NOTHING = "Nothing to judge by yet: each click is predicted before it is learnt from."
-_POINTS = 300  # of the curve
+_POINTS = 300  # at most, of the curve
 
 
 def tell(clicks: Sequence[Click]) -> dict[str, Any]:

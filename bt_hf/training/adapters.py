@@ -259,7 +259,12 @@ def train_in_float32(model: nn.Module) -> None:
         )
 
 
+def saved_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the adapter's tensors, by the names under which PEFT saves them."""
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def saved_names(model: PeftModel) -> list[str]:
     """Return the names of the adapter's tensors as they are saved, without PEFT's prefix."""
-    state = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
-    return [name.removeprefix("base_model.model.") for name in state]
+    return [name.removeprefix("base_model.model.") for name in saved_shapes(model)]

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import sort_checkpoints
 
 from bt_hf.data.atomic import SCRATCH, recover
+from bt_hf.hub.contract import ADAPTER_WEIGHTS
+from bt_hf.hub.peft_configs import shown
+from bt_hf.hub.tensors import adapter_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +95,27 @@ def _problem(checkpoint: Path) -> str | None:
     except (OSError, ValueError, SafetensorError) as error:
         return " ".join(str(error).split())
     return None if weights else "it has no weights"
+
+
+def check_same_adapter(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check from the header of its file that a checkpoint holds the adapter that is trained, and nothing else.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        shapes: Shapes of the adapter's tensors, by the names under which PEFT saves them.
+
+    Raises:
+        ValueError: Its tensors have other names or shapes: they would be left out, or change the base.
+    """
+    found = adapter_shapes(checkpoint / ADAPTER_WEIGHTS, repr(str(checkpoint)))
+    other = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
+    if other:
+        there, here = found.get(other[0], "none"), shapes.get(other[0], "none")
+        raise ValueError(
+            f"{str(checkpoint)!r} is not a checkpoint of this adapter: of {shown(other[0])} it has the shape "
+            f"{there}, and the adapter {here} ({len(other)} tensors differ). Resume with the options of its "
+            "training (`lora_r`, `lora_target_modules`, ...), or begin anew without `resume_from_checkpoint`."
+        )
 
 
 class Position(TrainerCallback, ExportableState):

@@ -18,6 +18,7 @@ from bt_hf.hub.contract import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
+    INTERFACE_WEIGHTS,
     LORA_WEIGHTS,
     MODEL_CONFIG,
     MODEL_WEIGHTS,
@@ -218,4 +219,5 @@ class SavingTrainer(Trainer):
 
 def _is_weight(name: str) -> bool:
     """True for files that belong to the weights of a save: those of another kind of model do not stay beside them."""
-    return name in (*_GATES, ADAPTER_WEIGHTS) or MODEL_WEIGHTS.fullmatch(name) is not None
+    forms = (MODEL_WEIGHTS, INTERFACE_WEIGHTS)
+    return name in (*_GATES, ADAPTER_WEIGHTS) or any(form.fullmatch(name) for form in forms)

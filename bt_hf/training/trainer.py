@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from datasets import IterableDataset
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -21,11 +23,11 @@ from transformers.trainer_utils import TrainOutput
 from bt_hf.data.cache import CachedPairs
 from bt_hf.data.formats import PreferenceDataError
 from bt_hf.data.rows import as_stored
-from bt_hf.training.adapters import check_names
+from bt_hf.training.adapters import check_names, saved_shapes
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
 from bt_hf.training.first_step import FirstStep
 from bt_hf.training.publishing import PublishingTrainer
-from bt_hf.training.resume import Position, find_checkpoint
+from bt_hf.training.resume import Position, check_same_adapter, find_checkpoint
 from bt_hf.training.sharding import wrap_by_layer
 from bt_hf.training.shutdown import destroy_group_at_exit
 from bt_hf.training.trainer_options import check_run
@@ -79,6 +81,11 @@ class PreferenceTrainer(PublishingTrainer):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         return find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PeftModel) and not self.sharded:
+            check_same_adapter(Path(resume_from_checkpoint), saved_shapes(self.model))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # --- Batches ---
 

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/clicks.py                    # all kinds of people, about 25 minutes on 2 cores
     python examples/benchmarks/clicks.py --parts wrong --kinds house colour --seeds 1
+    python examples/benchmarks/clicks.py --parts many       # up to 4,096 clicks, about 15 minutes
     python examples/benchmarks/clicks.py --split train      # people of the training concepts, to choose defaults with
 
 Each part writes its tables and every run to `docs/results/clicks_PART.json`, and goes on where it was cut. People,
@@ -11,6 +12,13 @@ those of the trained adapter, through `BradleyTerryTrainer`; the baselines read 
 - probe: logistic regression of scikit-learn on differences of embeddings, at its default penalty;
 - probe, cross-validated: the same with the penalty that 5-fold cross-validation chooses;
 - mean difference: of chosen and rejected embeddings, with a temperature by leave-one-out.
+
+Held-out concepts have drawings for some hundred clicks. The part `many` asks one person of each kind that has
+thousands of pairs of the training concepts, and judges on other training concepts.
+
+Calibration is measured in two ways. The expected calibration error of one person's 400 test pairs, in ten bins, is
+never small: even true probabilities would show some hundredths, since a bin holds 40 pairs. So the test pairs of all
+people of a kind are also judged together.
 """
 
 import argparse
@@ -19,6 +27,7 @@ import logging
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +50,7 @@ from people import KINDS, Person, people_of
 from results import Report, make_parser
 
 SIZES = (4, 8, 16, 32, 64, 128)
+MANY = (512, 1024, 2048, 4096)
 WRONG = (0.1, 0.2, 0.3)
 METHODS = ("base", "probe", "probe, cross-validated", "mean difference", "**bt_hf**")
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
@@ -118,24 +128,40 @@ def _held_out_loss(rows: np.ndarray, penalty: float) -> float:
 
 
 def _judge(margins: np.ndarray) -> list[float]:
-    """Return accuracy, log-loss and expected calibration error in ten bins of equal counts."""
+    """Return accuracy, log-loss, expected calibration error in ten bins of equal counts, and the gaps of ten others.
+
+    The latter are of equal widths from one half to 1: the sum of each bin's confidence minus the pairs that are
+    ordered rightly, over the number of all pairs. Their means over people are gaps of all pairs together.
+    """
     accuracy = float((np.sign(margins) / 2 + 0.5).mean())
     confident = 1 / (1 + np.exp(-np.abs(margins)))
     bins = np.array_split(np.argsort(confident, kind="stable"), min(10, len(margins)))
-    errors = [abs(confident[rows].mean() - (margins[rows] > 0).mean()) * len(rows) for rows in bins]
-    return [accuracy, float(np.logaddexp(0, -margins).mean()), float(sum(errors) / len(margins))]
+    gaps = confident - (margins > 0)
+    errors = [abs(gaps[rows].mean()) * len(rows) for rows in bins]
+    place = np.minimum((20 * (confident - 0.5)).astype(int), 9)
+    in_bins = np.bincount(place, weights=gaps, minlength=10) / len(margins)
+    return [accuracy, float(np.logaddexp(0, -margins).mean()), float(sum(errors) / len(margins)), *in_bins.tolist()]
 
 
-def part(bench: Bench, report: Report, args: argparse.Namespace, wrong: float, sizes: tuple[int, ...]) -> None:
-    """Measure all people at each number of clicks."""
-    people = [person for kind in args.kinds for person in people_of(kind) if args.split in person.splits]
-    found: dict[tuple[str, int], list[Any]] = defaultdict(list)  # by kind and size: (methods, 3)
+def part(
+    bench: Bench,
+    report: Report,
+    args: argparse.Namespace,
+    wrong: float = 0.0,
+    sizes: tuple[int, ...] = SIZES,
+    split: str | None = None,
+    people_of_kind: int | None = None,
+) -> None:
+    """Measure all people, or the first ones of each kind, at each number of clicks."""
+    split = split or args.split
+    people = [person for kind in args.kinds for person in people_of(kind)[:people_of_kind] if split in person.splits]
+    found: dict[tuple[str, int], list[Any]] = defaultdict(list)  # by kind and size: (methods, 13)
     jobs = [(person, n, seed) for person in people for n in sizes for seed in range(args.seeds)]
     for person, n, seed in tqdm(jobs, desc=f"{wrong:.0%} wrong", mininterval=10):
         try:
             values = report.run(
                 f"{person.name}, N = {n}, {wrong:.0%} wrong, seed {seed}",
-                lambda person=person, n=n, seed=seed: bench.measure(person, args.split, n, seed, wrong),
+                lambda person=person, n=n, seed=seed: bench.measure(person, split, n, seed, wrong),
             )
         except ValueError:  # fewer drawings than that
             continue
@@ -145,22 +171,26 @@ def part(bench: Bench, report: Report, args: argparse.Namespace, wrong: float, s
     suffix = f", {wrong:.0%} of the clicks wrong" if wrong else ""
     name = f"_{wrong * 100:.0f}" if wrong else ""
     means = {
-        (kind, n): np.mean(found[kind, n], axis=0) if found[kind, n] else np.full((len(METHODS), 3), np.nan)
+        (kind, n): np.mean(found[kind, n], axis=0) if found[kind, n] else np.full((len(METHODS), 13), np.nan)
         for kind in kinds
         for n in sizes
     }
-    for number, (metric, title) in enumerate(
-        [("accuracy", "Accuracy"), ("log_loss", "Log-loss"), ("calibration", "Expected calibration error")]
-    ):
+    figures: dict[str, tuple[str, Callable[[np.ndarray], float]]] = {
+        "accuracy": ("Accuracy", lambda values: values[0]),
+        "log_loss": ("Log-loss", lambda values: values[1]),
+        "calibration": ("Expected calibration error of a person", lambda values: values[2]),
+        "calibration_together": ("Expected calibration error of a kind", lambda values: np.abs(values[3:]).sum()),
+    }
+    for metric, (title, figure) in figures.items():
         rows = [
-            (method, *(_cell([means[kind, n][index, number] for kind in kinds]) for n in sizes))
+            (method, *(_cell([figure(means[kind, n][index]) for kind in kinds]) for n in sizes))
             for index, method in enumerate(METHODS)
         ]
         report.table(f"{metric}{name}", f"{title}, mean over kinds of people{suffix}", columns, rows, ".3f")
         if wrong and metric != "accuracy":
             continue
         rows = [
-            (f"{kind}, {method}", *(_cell([means[kind, n][index, number]]) for n in sizes))
+            (f"{kind}, {method}", *(_cell([figure(means[kind, n][index])]) for n in sizes))
             for kind in kinds
             for index, method in enumerate(METHODS)
             if method != "base"
@@ -175,7 +205,7 @@ def _cell(values: list[float]) -> float | None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--parts", nargs="+", choices=("clean", "wrong"), default=["clean", "wrong"])
+    parser.add_argument("--parts", nargs="+", choices=("clean", "wrong", "many"), default=["clean", "wrong"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seeds", type=int, default=1, help="times that each of the people clicks anew")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
@@ -187,8 +217,13 @@ def main() -> None:
     for name in args.parts:
         stem = f"clicks_{name}" + ("_tuning" if args.split == "train" else "")
         with Report.of_script(__file__, parser, args, name, stem) as report:
-            for wrong in (0.0,) if name == "clean" else WRONG:
-                part(bench, report, args, wrong, SIZES if name == "clean" else SIZES[:-1])
+            if name == "clean":
+                part(bench, report, args)
+            elif name == "wrong":
+                for wrong in WRONG:
+                    part(bench, report, args, wrong, SIZES[:-1])
+            else:
+                part(bench, report, args, sizes=MANY, split="train", people_of_kind=1)
 
 
 if __name__ == "__main__":

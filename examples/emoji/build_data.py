@@ -73,7 +73,7 @@ def slug(label: str) -> str:
 
 
 def draw(icons: dict[str, Any], name: str) -> bytes:
-    """Rasterise one icon of an Iconify set on white, as the bytes of a PNG of `SIZE` x `SIZE` RGB pixels."""
+    """Rasterise one icon of an Iconify set on white, as the bytes of a lossless WebP of `SIZE` x `SIZE` RGB pixels."""
     icon = icons["icons"][name]
     # A few icons have a size of their own; in a square canvas they are centred, and keep their proportions.
     width, height = (icon.get(side, icons[side]) for side in ("width", "height"))
@@ -83,7 +83,7 @@ def draw(icons: dict[str, Any], name: str) -> bytes:
     )
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, height=SIZE, background="#ffffff", skip_system_fonts=True)
     buffer = io.BytesIO()
-    PILImage.open(io.BytesIO(bytes(png))).convert("RGB").save(buffer, "PNG", optimize=True)
+    PILImage.open(io.BytesIO(bytes(png))).convert("RGB").save(buffer, "WEBP", lossless=True)
     return buffer.getvalue()
 
 

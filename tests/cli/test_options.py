@@ -78,6 +78,7 @@ COMPANIONS = {
     "kl_bank_size": ["--kl_weight", "1"],
     "desirable_weight": ["--loss_type", "kto"],
     "undesirable_weight": ["--loss_type", "kto"],
+    "validation_batch_size": ["--validation_prompts", "a cat"],
     "validation_images": ["--validation_prompts", "a cat"],
     "validation_inference_steps": ["--validation_prompts", "a cat"],
     "validation_guidance_scale": ["--validation_prompts", "a cat"],

@@ -22,6 +22,8 @@ NAMES = {
     "flux2": "flux2",
     "flux2_dev": "flux2",
     "sana": "sana",
+    "qwen": "qwen-image",
+    "z_image": "z-image",
 }
 PROMPTS = ["a red apple", "a drawing of the old boat and the small bird"]
 
@@ -53,7 +55,8 @@ def test_tiny_pipelines_depend_on_seed_and_prompt(name: str) -> None:
     assert image.shape == (3, *SIZE)
     assert torch.equal(image, draw(build(name)))
     assert not torch.allclose(image, draw(build(name, seed=1)), atol=0.05)
-    assert not torch.allclose(image, draw(build(name), "the old boat"), atol=0.02)
+    # To a tiny tokenizer the chat of Qwen-Image is twenty times as long as the prompt.
+    assert not torch.allclose(image, draw(build(name), "the old boat"), atol=0.002 if name == "qwen" else 0.02)
 
 
 @all_pipelines
@@ -69,9 +72,10 @@ def test_tiny_pipelines_save_and_load(name: str, tmp_path: Path) -> None:
 @all_pipelines
 def test_encoded_prompts_draw_the_same_image(name: str) -> None:
     pipeline = build(name)
-    values = find_family(pipeline).encode_prompts(PROMPTS)
+    family = find_family(pipeline)
+    values = family.encode_prompts(PROMPTS)
     for index, prompt in enumerate(PROMPTS):
-        one = {key: value[index : index + 1] for key, value in values.items()}
+        one = family.call_arguments({key: value[index : index + 1] for key, value in values.items()})
         torch.testing.assert_close(draw(pipeline, None, **one), draw(pipeline, prompt), atol=1e-5, rtol=0)
 
 
@@ -103,8 +107,8 @@ def test_longest_prompt_is_read_to_its_end(name: str) -> None:
 
     words = limit - added
     assert matters(words)
-    # The chat of FLUX.2 goes on after the prompt: it is cut off first.
-    assert not matters(words + (30 if name.startswith("flux2") else 1))
+    # Around a prompt, FLUX.2, Qwen-Image and Z-Image write a chat, which goes on after it and is cut off first.
+    assert not matters(words + (30 if name.startswith(("flux2", "qwen", "z_image")) else 1))
 
 
 @all_pipelines
@@ -123,6 +127,10 @@ def test_encoded_images_are_what_the_pipeline_decodes(name: str) -> None:
         scale = (norm.running_var + config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
         shift = norm.running_mean.view(1, -1, 1, 1)
         raw, spread = (pipeline._unpatchify_latents(value) for value in (mean * scale + shift, std * scale))
+    elif name == "qwen":  # an image is a video of one frame
+        scale, shift = (torch.tensor(one).view(1, -1, 1, 1) for one in (config.latents_std, config.latents_mean))
+        raw, spread = (value.unsqueeze(2) for value in (mean * scale + shift, std * scale))
+        pixels = pixels.unsqueeze(2)
     else:
         raw = mean / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
         spread = std / config.scaling_factor
@@ -171,7 +179,15 @@ def test_predict_is_what_the_pipeline_asks_its_denoiser(name: str, size: tuple[i
     args, kwargs, expected = calls[0]
     sample = args[0] if args else kwargs["hidden_states"]
     time = args[1] if len(args) > 1 else kwargs["timestep"]
-    if name == "flux":
+    if name == "z_image":  # lists of images with one frame; time and velocity run from noise to image
+        sample, expected = (torch.stack(list(value)).squeeze(2) for value in (sample, expected))
+        time, expected = 1000 - time * 1000, -expected
+    elif name == "qwen":
+        sample, expected = (
+            pipeline._unpack_latents(one, *size, vae_scale_factor=4)[:, :, 0] for one in (sample, expected)
+        )
+        time = time * 1000
+    elif name == "flux":
         latent = (size[0] // 4, size[1] // 4)
         sample = pipeline._unpack_latents(sample, *latent, vae_scale_factor=1)
         expected = pipeline._unpack_latents(expected, *latent, vae_scale_factor=1)
@@ -278,8 +294,9 @@ def test_sizes(name: str) -> None:
     pipeline = build(name)
     family = find_family(pipeline)
     assert family.multiple == (32 if name == "sana" else 8)
-    # FLUX has no size in its config: the pipeline's own default, 128 latents.
-    assert family.default_size == ((512, 512) if name.startswith("flux") else SIZE)
+    # FLUX and Qwen-Image have no size in their configs: the pipeline's own default, 128 latents. Z-Image says 1024.
+    side = {"flux": 512, "flux2": 512, "flux2_dev": 512, "qwen": 512, "z_image": 1024}.get(name, SIZE[0])
+    assert family.default_size == (side, side)
 
 
 def test_default_size_of_a_wide_unet() -> None:

@@ -73,6 +73,20 @@ def test_models_distilled_to_few_steps_are_refused() -> None:
     schnell.scheduler.register_to_config(use_dynamic_shifting=False, shift=1.0)
     with pytest.raises(ValueError, match=r"few steps.* Train on FLUX\.1-dev"):
         find_family(schnell)
+    guided = build("qwen")
+    guided.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(ValueError, match=r"few steps.* Train on Qwen-Image"):
+        find_family(guided)
+
+
+@pytest.mark.parametrize("name", ["Tongyi-MAI/Z-Image-Turbo", "models/z_image_turbo"])
+def test_z_image_turbo_is_known_by_its_name(name: str) -> None:
+    turbo = build("z_image")
+    turbo.register_to_config(_name_or_path=name)
+    with pytest.raises(ValueError, match=r"few steps.* Train on Tongyi-MAI/Z-Image: the LoRA loads into both"):
+        find_family(turbo)
+    turbo.register_to_config(_name_or_path="Tongyi-MAI/Z-Image")
+    assert find_family(turbo).name == "z-image"
 
 
 def test_unknown_prediction_type_is_named() -> None:

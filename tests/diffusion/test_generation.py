@@ -16,7 +16,7 @@ from PIL import Image
 import tiny_models
 import tiny_pipelines
 from bt_hf import PreferenceScorer, best_of_n, generate_preference_pairs, load_preference_pairs
-from bt_hf.diffusion.generation.candidates import image_seed
+from bt_hf.diffusion.generation.candidates import draw, image_seed
 
 PROMPTS = ["a red apple", "the old house", "a photo of a boat"]
 FAST: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
@@ -431,3 +431,9 @@ def test_best_of_n_bad_inputs(pipeline: Any, monkeypatch) -> None:
         ValueError, match=r"None of 2 images is usable \(images not finite: 1, images of one colour: 1\)"
     ):
         best_of_n(pipeline, PROMPTS[0], Redness(), candidates=2, **FAST)
+
+
+def test_candidates_keep_the_prompt_that_was_asked_for() -> None:
+    """Z-Image writes its chat into the list of prompts that it is given."""
+    drawn = draw(tiny_pipelines.build("z_image"), PROMPTS[:2], [1, 2], 2, **FAST, guidance_scale=0.0)
+    assert [one.prompt for one in drawn] == PROMPTS[:2]

@@ -259,6 +259,8 @@ def test_validation_images_are_the_pipelines_own(name: str, tmp_path: Path) -> N
     own = {"num_inference_steps": 2, "height": SIZE[0], "width": SIZE[1]}
     if name == "sana":
         own["use_resolution_binning"] = False  # else it draws at another size
+    if name == "qwen":
+        own["negative_prompt"] = [" "] * 2  # as its card says; without one it draws without guidance
     for index, prompt in enumerate(prompts):
         seeds = [torch.Generator().manual_seed(42 + 2 * index + image) for image in range(2)]
         expected = build(name)(prompt=[prompt] * 2, generator=seeds, **own).images
@@ -270,6 +272,36 @@ def test_validation_images_are_the_pipelines_own(name: str, tmp_path: Path) -> N
     )
     assert (tmp_path / "out" / "before_after.png").is_file()
     assert "validation_distance" in {key for entry in trainer.state.log_history for key in entry}
+
+
+def test_validation_images_drawn_one_at_a_time_are_the_same(tmp_path: Path) -> None:
+    options = {"validation_prompts": ["a red apple", "dog"], "validation_images": 3, "validation_inference_steps": 2}
+    sizes: list[int] = []
+    drawn = []
+    for size in (None, 2, 1):
+        trainer = make(tmp_path / str(size), **options, validation_batch_size=size, validation_guidance_scale=3)
+        hook = trainer.pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        drawn.append(trainer.validation._draw())
+        hook.remove()
+    assert sizes == [3, 3, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1]
+    for other in drawn[1:]:
+        for one, two in zip(sum(drawn[0], []), sum(other, []), strict=True):
+            assert np.abs(np.asarray(one, dtype=int) - np.asarray(two, dtype=int)).max() <= 1
+
+
+def test_a_base_in_half_the_memory_trains_a_lora_in_float32(tmp_path: Path) -> None:
+    name = save(tmp_path / "base", "z_image")
+    trainer = make(tmp_path, name, dtype="bfloat16", max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    base = {value.dtype for value in trainer.model.parameters() if not value.requires_grad}
+    assert base == {torch.bfloat16}
+    assert {value.dtype for value in trainer.model.parameters() if value.requires_grad} == {torch.float32}
+    assert {value.dtype for value in adapter(tmp_path / "out").values()} == {torch.float32}
+    with pytest.raises(ValueError, match="`dtype='float16'` is for a pipeline given by its name"):
+        make(tmp_path / "loaded", dtype="float16")
+    with pytest.raises(ValueError, match="`dtype` should be one of float32, bfloat16, float16, but got 'int8'"):
+        make(tmp_path / "other", dtype="int8")
 
 
 def with_safety_checker(**kwargs) -> DiffusionPipeline:

@@ -145,7 +145,7 @@ def test_lora_training_goes_on_from_a_published_id(
     assert hub.titles("me/out") == ["End of training"]
     files = hub.files("me/out")
     expected = {"README.md", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
-    assert set(files) == expected | {"before_after.png"}
+    assert set(files) == expected | {"before_after.png", "out_comfyui.safetensors"}
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == PIPELINE
     assert "](before_after.png)" in files["README.md"].decode()
     assert pull_adapter("me/out", kind="lora", base_model=made / "tiny-sd").is_dir()

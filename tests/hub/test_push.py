@@ -61,6 +61,7 @@ def test_push_of_a_lora_names_its_base_everywhere(hub: Hub, online: Path, bases:
         "adapter_config.json",
         "adapter_model.safetensors",
         "before_after.png",
+        "out_comfyui.safetensors",  # named after the run
         "pytorch_lora_weights.safetensors",
     }
     assert f'pipe.load_lora_weights("{LORA}"' in files["README.md"].decode()

@@ -217,6 +217,20 @@ def test_a_batch_and_a_queue_are_not_alike() -> None:
     assert len(images_before & {image for pair in after for image in pair[:2]}) <= 2
 
 
+@pytest.mark.parametrize("seed", range(4))  # which of the two is random
+def test_a_batch_is_what_asking_one_by_one_gives(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "REFERENCE_PAIRS", 10_000)
+    embeddings = images(20)
+    answered = click_all(embeddings, ["one"] * 20, 8, embeddings[3])
+    share = {"random_share": 0.5, "seed": seed}
+    first, second = select_pairs(embeddings, ["one"] * 20, answered, 2, **share)
+    waiting = [*answered, (first.left, first.right, None)]
+    (alone,) = select_pairs(embeddings, ["one"] * 20, waiting, **share)
+    assert alone.random is second.random is not first.random
+    if not second.random:  # all pairs are candidates, so that chance has no say
+        assert {alone.left, alone.right} == {second.left, second.right}
+
+
 def test_the_choice_depends_on_the_arguments_alone() -> None:
     embeddings, prompts = images(60), by_prompt(60, 3)
     answered = click_all(embeddings, prompts, 5, embeddings[0])

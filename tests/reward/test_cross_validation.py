@@ -57,7 +57,7 @@ def test_order_of_rows_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("prompts", "folds"), [(["a"] * 9, 5), (["a", "b"], 1), ([], 5)])
 def test_too_few_prompts(prompts: list[str], folds: int) -> None:
-    with pytest.raises(ValueError, match=r"at least 2 folds and 2 different prompts, but got \d prompts"):
+    with pytest.raises(ValueError, match=r"at least 2 folds, and 2 prompts or pairs that .* but got \d:"):
         assign_folds(prompts, folds)
 
 
@@ -90,6 +90,18 @@ def test_predictions_of_separately_trained_trainers(options: dict, tmp_path: Pat
     np.testing.assert_allclose(result.margins, margins, atol=1e-4)
     np.testing.assert_allclose(result.base_margins, base_margins, atol=1e-4)
     assert np.abs(result.margins - result.base_margins).max() > 0.1
+
+
+def test_folds_share_what_the_base_says_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the same in all of them: words for looks and of the vocabulary are embedded once each."""
+    calls = []
+    embed = BradleyTerryTrainer._embed_batches
+    monkeypatch.setattr(
+        BradleyTerryTrainer, "_embed_batches", lambda self, *args: calls.append(1) or embed(self, *args)
+    )
+    base, processor = build()
+    cross_validate(base, red_pairs(6), config(tmp_path), folds=3, processing_class=processor, progress=False)
+    assert len(calls) == 2
 
 
 def test_result(tmp_path: Path) -> None:
@@ -192,6 +204,41 @@ def test_copies_are_no_evidence(tmp_path: Path) -> None:
     assert result.metrics["accuracy_high"] - result.metrics["accuracy_low"] > 0.3
     assert result.contradictions == (0, 4)
     assert "contradict" not in result.verdict
+
+
+def test_pairs_of_one_prompt_are_folded_by_pair(tmp_path: Path) -> None:
+    """A folder without captions: no pair is predicted by a model that saw it, either way round."""
+    pairs = red_pairs(20)
+    pairs = pairs.remove_columns("prompt").add_column("prompt", ["a photo"] * 20)
+    copies = pairs.select([0, 1, 2, 3])
+    swapped = pairs.select([4, 5]).rename_columns({"chosen": "rejected", "rejected": "chosen"})
+    swapped = swapped.add_column("preference", [0.0, 0.0])
+    rows = concatenate_datasets([pairs, copies]).add_column("preference", [1.0] * 24)
+    rows = concatenate_datasets([rows, swapped.select_columns(rows.column_names)])
+    base, processor = build(seed=3)
+    result = cross_validate(base, rows, config(tmp_path), folds=3, processing_class=processor, progress=False)
+    assert not result.by_prompt
+    assert (result.folds[20:] == result.folds[:6]).all()
+    assert len(set(result.folds.tolist())) == 3
+    assert result.metrics["accuracy"] > 0.8
+    assert result.test.n_better + result.test.n_worse <= 20  # copies prove nothing
+    assert "26 pairs of 20 different pairs" in result.verdict
+    assert "more pairs like those clicked, not about other prompts" in result.verdict
+    assert "folds split by pair" in str(result)
+
+
+def test_the_verdict_says_that_it_is_about_new_prompts(tmp_path: Path) -> None:
+    base, processor = build()
+    result = cross_validate(base, red_pairs(4), config(tmp_path), folds=2, processing_class=processor, progress=False)
+    assert result.by_prompt
+    assert result.verdict.endswith("This is about new prompts.")
+    assert "folds split by prompt" in str(result)
+
+
+def test_copies_of_one_pair_cannot_be_folded(tmp_path: Path) -> None:
+    base, processor = build()
+    with pytest.raises(ValueError, match="but got 1: collect more"):
+        cross_validate(base, concatenate_datasets([red_pairs(1)] * 5), config(tmp_path), processing_class=processor)
 
 
 def test_spellings_of_a_prompt_share_a_fold(tmp_path: Path) -> None:

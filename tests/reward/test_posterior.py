@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize, softplus
 
 from bt_hf.reward import posterior
-from bt_hf.reward.posterior import fit_taste, leave_out, newton
+from bt_hf.reward.laplace import leave_out, newton
+from bt_hf.reward.posterior import fit_taste
 
 
 def embeddings(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -119,6 +120,51 @@ def test_strength_is_that_of_the_person(slope: float, scale: float) -> None:
     found = softplus(-taste.margins(new["text"], difference, base)).mean()
     best = softplus(-slope * difference[:, 0]).mean()
     assert best < found < best + 0.05
+
+
+@pytest.mark.parametrize(("slope", "tolerance"), [(1.0, 0.09), (3.0, 0.07), (10.0, 0.05)])
+def test_chances_mean_what_they_say(slope: float, tolerance: float) -> None:
+    """New pairs called sure to p are ordered rightly in p of the cases, also where little can be learnt."""
+    sure, right = [], []
+    for seed in range(8):
+        taste = fit_taste(**clicks(64, slope=slope, seed=seed), scale=20.0)
+        new = clicks(500, slope=slope, seed=100 + seed)
+        difference = new["chosen"] - new["rejected"]
+        margin = taste.margins(new["text"], difference, 20 * (new["text"] * difference).sum(1))
+        sure.append(torch.sigmoid(margin.abs()))
+        right.append((margin > 0).double())
+    sure, right = torch.cat(sure), torch.cat(right)
+    bins = sure.argsort().chunk(10)
+    error = torch.stack([(sure[rows].mean() - right[rows].mean()).abs() for rows in bins]).mean()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("slope", [1.0, 25.0])
+def test_one_prompt_for_all_pairs(slope: float) -> None:
+    """Pairs vouch for each other where no other prompt can: the fit is as good as with a prompt for each pair."""
+    data, new = clicks(100, slope=slope), clicks(2000, slope=slope, seed=9)
+    difference, losses = new["chosen"] - new["rejected"], []
+    for one in (False, True):
+        if one:
+            data["text"], new["text"] = (data["text"][:1].expand(len(rows["text"]), -1) for rows in (data, new))
+        taste = fit_taste(**data, scale=20.0)
+        base = 20.0 * (new["text"] * difference).sum(1)
+        losses.append(softplus(-taste.margins(new["text"], difference, base)).mean())
+    assert losses[1] < losses[0] + 0.01
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_copies_of_one_prompt_do_not_vouch_for_each_other(swapped: bool) -> None:
+    data = clicks(4)
+    data["text"] = data["text"][:1].expand(4, -1)
+    copied = {name: value.repeat(8, *[1] * (value.dim() - 1)) for name, value in data.items()}
+    if swapped:
+        other = torch.arange(32)[:, None] % 8 >= 4
+        chosen, rejected = copied["chosen"], copied["rejected"]
+        copied |= {"chosen": torch.where(other, rejected, chosen), "rejected": torch.where(other, chosen, rejected)}
+        copied["preference"] = (~other[:, 0]).double()
+    once, often = (fit_taste(**value, scale=20.0).direction.norm() for value in (data, copied))
+    assert often < 3 * once
 
 
 def test_copies_do_not_vouch_for_each_other() -> None:

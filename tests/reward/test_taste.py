@@ -61,6 +61,20 @@ def test_margins_are_those_of_the_taste(scale: float, strength: float, by_prompt
     assert torch.corrcoef(torch.stack([found, target]))[0, 1] > tolerance
 
 
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+def test_what_fills_up_the_length_orders_no_new_images(scale: float) -> None:
+    """Images vary a little along the direction that fills up the length; on unseen ones, the margins don't."""
+    pairs, new = embedded(4, features=24), embedded(400, features=24)
+    for rows, seed in ((pairs, 10), (new, 11)):
+        for images in (rows.chosen, rows.rejected):
+            images[:, -1] += 0.03 * gaussian(len(images), seed=seed + int(images is rows.chosen))
+            images[:] = normalize(images, dim=-1)
+    wanted = some_taste(0.5, 32, 24)
+    update = plan_update(wanted, pairs, pairs.text, scale, shared_of(), 8, 8)
+    found, target = update.margins(new, scale), new.margins(wanted, scale)
+    assert torch.corrcoef(torch.stack([found, target]))[0, 1] > 0.99
+
+
 def test_without_further_ranks_the_taste_depends_on_no_prompt() -> None:
     pairs = embedded()
     update = plan_update(some_taste(1.0, by_prompt=True), pairs, pairs.text, 20.0, shared_of(), 1, 0)
@@ -101,6 +115,7 @@ def test_written_update_is_what_the_model_does(family: str, alpha: int) -> None:
         along=normalize(gaussian(width, seed=3), dim=0),
         stretch=1.5 if direct else 0.0,
         by_feature=gaussian(inputs.shape[1], seed=4) if direct else None,
+        removed=normalize(gaussian(width, seed=8), dim=0) if direct else None,
     )
     error = write_update(model, text_layer, image_layer, update, features[0], scale=0.7)
     assert error < 0.1

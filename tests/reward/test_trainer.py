@@ -97,6 +97,25 @@ def test_learns_what_the_base_does_not_know(family: str, warm_start: bool, tmp_p
     assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
 
 
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_strength_of_the_fit_at_any_logit_scale(family: str, tmp_path: Path) -> None:
+    """Few clicks are as sure on a model that was trained to 10 as on one that was trained to 112."""
+    typical = []
+    pairs = red_pairs(16)
+    for scale in (10.0, 112.0):
+        model, processor = build(family)
+        model.logit_scale.data.fill_(np.log(scale))
+        args = BradleyTerryConfig(str(tmp_path), **QUIET, num_train_epochs=1, learning_rate=1e-9)
+        trainer = BradleyTerryTrainer(model, args, train_dataset=pairs, processing_class=processor)
+        trainer.train()
+        margins, _ = trainer.predict(pairs).predictions
+        assert (margins > 0).mean() > 0.8
+        typical.append(np.abs(margins).mean())
+    assert min(typical) > 0.5
+    assert max(typical) < 30
+    assert max(typical) < 2.5 * min(typical)
+
+
 def test_redder_on_held_out_pairs(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, red_pairs(32), num_train_epochs=20, learning_rate=1e-2)
     trainer.train()

@@ -190,7 +190,7 @@ def test_exports_are_read_by_others(client: Client, tmp_path: Path) -> None:
 
 
 def test_images_that_vanish_while_the_page_is_open(client: Client, tmp_path: Path) -> None:
-    """What was put is still there; what was not is left out, named and counted."""
+    """Shown ones are still there; the others are left out, named and counted."""
     state = client.get("/api/state")
     shown = {pair[side] for pair in state["queue"] for side in ("left", "right")}
     for file in (tmp_path / "images").iterdir():

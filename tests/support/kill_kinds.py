@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from bt_hf.data.atomic import SCRATCH
 from bt_hf.data.cache import encode_once, read_tensors
 from bt_hf.data.images import to_rgb
 from bt_hf.diffusion.generation.pair_folder import FEATURES, PairFolder
+from bt_hf.hub import pull
 from bt_hf.hub.contract import contract_files
 from bt_hf.hub.pull import pull_adapter
 from bt_hf.training.lock import LOCK
@@ -332,6 +334,8 @@ class Pull(Kind):
         """Let the client of this process, which is a forked one, talk to the hub."""
         values = {"ENDPOINT": self.hub.endpoint, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
         values["HUGGINGFACE_CO_URL_TEMPLATE"] = self.hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        # One file at a time, so that the same touch is the same moment in each run.
+        pull.snapshot_download = partial(huggingface_hub.snapshot_download, max_workers=1)
         for name, value in values.items():
             setattr(huggingface_hub.constants, name, value)
         huggingface_hub.hf_api.api.endpoint = self.hub.endpoint

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -22,6 +23,8 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -29,6 +32,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from transformers import (
@@ -42,6 +47,8 @@ from transformers import (
     Mistral3ForConditionalGeneration,
     MistralConfig,
     PixtralVisionConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -305,6 +312,60 @@ def make_sana() -> DiffusionPipeline:
     )
 
 
+def make_qwen() -> DiffusionPipeline:
+    tokenizer = qwen_tokenizer()
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, **DECODER}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 16}
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 2.0, 1.0],
+    )
+    denoiser = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=denoiser,
+    )
+
+
+def make_z_image() -> DiffusionPipeline:
+    tokenizer = qwen_tokenizer()
+    denoiser = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(4, scaling_factor=0.4, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=2, **DECODER)),
+        tokenizer=tokenizer,
+        transformer=denoiser,
+    )
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": make_sd,
     "sd2": make_sd2,
@@ -314,6 +375,8 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux2": make_flux2,
     "flux2_dev": make_flux2_dev,
     "sana": make_sana,
+    "qwen": make_qwen,
+    "z_image": make_z_image,
 }
 
 
@@ -346,6 +409,11 @@ def draw(pipeline: DiffusionPipeline, prompt: str | list[str] | None = "a red ap
     options = {"height": height, "width": width, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
     if isinstance(pipeline, SanaPipeline):
         options["use_resolution_binning"] = False
+    if isinstance(pipeline, QwenImagePipeline):
+        options["true_cfg_scale"] = options.pop("guidance_scale")  # the other name is for distilled models
+    if isinstance(pipeline, ZImagePipeline):
+        options["guidance_scale"] = 0.0  # its 1 is everybody else's 2
+    prompt = list(prompt) if isinstance(prompt, list) else prompt  # Z-Image writes its chat into the list
     return pipeline(prompt=prompt, generator=torch.Generator().manual_seed(0), **options | kwargs).images[0]
 
 

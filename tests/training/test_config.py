@@ -37,6 +37,7 @@ def test_epochs_that_are_given_win_over_the_default_steps(
         {"safeguard_mu": 0.5},
         {"beta": 500.0, "loss_type": "sft"},
         {"cache_dir": "somewhere", "cache_latents": False},
+        {"validation_batch_size": 2},
         {"validation_images": 2},
         {"validation_inference_steps": 2},
         {"validation_guidance_scale": 2.0},

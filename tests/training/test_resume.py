@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer
 from bt_hf.training.resume import find_checkpoint
@@ -137,3 +138,23 @@ def test_the_best_checkpoint_keeps_its_name(tmp_path: Path) -> None:
     for checkpoint in tmp_path.glob("checkpoint-*"):
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         assert Path(state["best_model_checkpoint"]).parent == tmp_path
+
+
+def test_a_checkpoint_of_another_rank_is_refused_before_a_tensor_is_loaded(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    trainer = reward(tmp_path, resume_from_checkpoint=True, lora_r=4, lora_alpha=4)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match=r"not a checkpoint of this adapter: of .*lora_A.*`lora_r`"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+@pytest.mark.parametrize(
+    "extra", ["base_model.model.logit_scale", "base_model.model.text_projection.base_layer.weight"]
+)
+def test_a_checkpoint_with_tensors_of_the_base_is_refused(whole: Path, tmp_path: Path, extra: str) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{extra}": torch.zeros(())}, file)
+    with pytest.raises(ValueError, match="not a checkpoint of this adapter"):
+        reward(tmp_path, resume_from_checkpoint=True).train()

@@ -11,11 +11,25 @@ from safetensors.torch import load_file
 
 from tiny_trainers import make
 
-WEIGHTS = {"adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_config.json"}
+WEIGHTS = {
+    *("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+    "out_comfyui.safetensors",  # named after the run
+}
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_of_another_name_replaces_the_file_for_interfaces(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.save_model(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "mine.safetensors").write_bytes(b"mine")
+    trainer.args.output_dir = str(tmp_path / "Second try (2)")
+    trainer.save_model(str(tmp_path / "saved"))
+    kept = WEIGHTS - {"out_comfyui.safetensors"} | {"README.md", "mine.safetensors"}
+    assert names(tmp_path / "saved") == kept | {"Second-try-2_comfyui.safetensors"}
+    assert "(Second-try-2_comfyui.safetensors)" in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_without_matplotlib_adapter_sheet_and_card_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

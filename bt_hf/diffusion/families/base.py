@@ -40,6 +40,7 @@ class Family(ABC):
         call_options: Further arguments of the pipeline's call with embedded prompts, with which it draws at exactly
             the size it is asked for.
         optional: Text encoders and tokenizers that the pipeline draws without. Default none.
+        guidance_option: Name of the strength of guidance in the pipeline's call. Default "guidance_scale".
     """
 
     name: ClassVar[str]
@@ -48,6 +49,7 @@ class Family(ABC):
     target_modules: ClassVar[str | list[str]]
     call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     optional: ClassVar[frozenset[str]] = frozenset()
+    guidance_option: ClassVar[str] = "guidance_scale"
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline: Any = pipeline
@@ -100,8 +102,12 @@ class Family(ABC):
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Return tensors (N, ...), of the same shape for every prompt.
 
-        The keys are arguments of the pipeline's call, so that `pipeline(**values)` draws from them.
+        `pipeline(**call_arguments(values))` draws from them.
         """
+
+    def call_arguments(self, conditions: Conditions) -> dict[str, Any]:
+        """Return the arguments with which the pipeline's call draws from embedded prompts. Default: as they are."""
+        return dict(conditions)
 
     def encode_negative(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         """Encode negative prompts; "" gives what the pipeline takes where it is given none. As `encode_prompts`."""
@@ -132,6 +138,13 @@ class Family(ABC):
 
     def advice_if_distilled(self) -> str | None:
         """Return what to train instead, if the config tells that the model was distilled to draw in few steps."""
+        return None
+
+    def interface_metadata(self) -> dict[str, str] | None:
+        """Return metadata by which ComfyUI, A1111 and Forge sort LoRAs; `None` if none of them reads this family's.
+
+        Names of architectures: `library/sai_model_spec.py` of https://github.com/kohya-ss/sd-scripts.
+        """
         return None
 
     def save_lora(self, model: PeftModel, folder: str | Path) -> None:
@@ -179,10 +192,13 @@ class Family(ABC):
                 "of it to encode images and prompts and to denoise: load the whole pipeline."
             )
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of what the denoiser takes: those of the VAE, four times over if patches of 2 x 2 are packed."""
+        return self.pipeline.vae.config.latent_channels * (4 if hasattr(self.pipeline, "_pack_latents") else 1)
+
     def _check_channels(self) -> None:
-        channels = self.module.config.in_channels
-        # Latents that are packed into 2x2 patches have four times the channels.
-        latent = self.pipeline.vae.config.latent_channels * (4 if hasattr(self.pipeline, "_pack_latents") else 1)
+        channels, latent = self.module.config.in_channels, self.latent_channels
         if channels != latent:
             raise ValueError(
                 f"The {self.denoiser} of {type(self.pipeline).__name__} should take {latent} channels, those of its "
@@ -216,7 +232,9 @@ FAMILIES = {
     "FluxPipeline": "flux.Flux",
     "Flux2KleinPipeline": "flux2.Flux2",
     "Flux2Pipeline": "flux2.Flux2",
+    "QwenImagePipeline": "qwen.QwenImage",
     "SanaPipeline": "sana.Sana",
+    "ZImagePipeline": "z_image.ZImage",
 }
 
 

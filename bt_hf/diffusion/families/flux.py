@@ -29,6 +29,9 @@ class Flux(StableDiffusion3):
         side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return side, side
 
+    def interface_metadata(self) -> dict[str, str] | None:
+        return {"modelspec.architecture": "flux-1/lora"}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.pipeline._execution_device)

@@ -30,6 +30,9 @@ class Flux2(Flux):
     name = "flux2"
     target_modules = TRANSFORMER_LAYERS
 
+    def interface_metadata(self) -> dict[str, str] | None:
+        return {"modelspec.architecture": "flux-2/lora"}
+
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # The latents of the denoiser are patches of 2 x 2 latents of the VAE, standardised channel by channel.
         vae = self.pipeline.vae

@@ -30,6 +30,13 @@ class StableDiffusion(Family):
         # The pipelines of this build ask for 8 whatever their VAE; the UNet itself copes with odd sizes.
         return math.lcm(8, self.pixels_per_token)
 
+    def interface_metadata(self) -> dict[str, str] | None:
+        if self.module.config.cross_attention_dim != 1024:  # the width of OpenCLIP ViT-H, which 2.x reads
+            return {"modelspec.architecture": "stable-diffusion-v1/lora"}
+        v_prediction = self.pipeline.scheduler.config.get("prediction_type") == "v_prediction"
+        name = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+        return {"modelspec.architecture": f"{name}/lora", "ss_v2": "True"}
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
         device = self.pipeline._execution_device

@@ -33,6 +33,9 @@ class StableDiffusion3(Family):
     def pixels_per_token(self) -> int:
         return self.pipeline.vae_scale_factor * self.pipeline.patch_size
 
+    def interface_metadata(self) -> dict[str, str] | None:
+        return {"modelspec.architecture": "stable-diffusion-3/lora"}
+
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = encode_latents(self.pipeline.vae, pixels)
         config = self.pipeline.vae.config

@@ -14,6 +14,11 @@ class StableDiffusionXL(StableDiffusion):
     # Diffusion-DPO's for SDXL (https://arxiv.org/abs/2311.12908, section 5.1), as the launcher of its code says too.
     beta = 5000.0
 
+    def interface_metadata(self) -> dict[str, str] | None:
+        # A1111 takes whatever has no version of SDXL for Stable Diffusion 1, and hides it.
+        version = {"ss_base_model_version": "sdxl_base_v1-0"}
+        return {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", **version}
+
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = encode_latents(self.pipeline.vae, pixels)
         config = self.pipeline.vae.config

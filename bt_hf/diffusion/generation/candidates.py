@@ -57,7 +57,8 @@ def draw(
             for name, value in pipeline_kwargs.items()
         }
         # As floats: images of PIL do not tell NaN from black.
-        images = np.asarray(pipeline(prompt=chunk, generator=generators, output_type="np", **options).images)
+        # A list of their own: Z-Image writes its chat into it.
+        images = np.asarray(pipeline(prompt=list(chunk), generator=generators, output_type="np", **options).images)
         if images.ndim != 4 or images.shape[0] != len(chunk) or images.shape[3] != 3:
             raise ValueError(
                 f"Expected {len(chunk)} RGB images (N, H, W, 3) from {type(pipeline).__name__}, but got an array of "

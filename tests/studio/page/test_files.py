@@ -24,7 +24,7 @@ def test_imports_exist(path: Path) -> None:
 def test_nothing_is_loaded_from_elsewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"(?:https?:)?//[\w-]+\.\w", re.sub(r"^\s*//.*", "", text, flags=re.MULTILINE))
-    # Whatever the policy of the page forbids: inline scripts, styles and handlers, eval, and markup from text.
+    # Nothing that the policy of the page forbids: inline scripts, styles and handlers, eval, markup from text.
     assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\son\w+=\"|\bstyle=\"", text) or path.suffix == ".js"
     assert not re.search(r"\beval\(|new Function|innerHTML|outerHTML|insertAdjacentHTML|dangerously", text)
 
