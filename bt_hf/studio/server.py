@@ -21,6 +21,7 @@ from bt_hf.studio.sources import (
     DEFAULT_BASE,
     DEFAULT_PIPELINE,
     DEFAULT_SHOWN,
+    Source,
     default_unseen,
     open_source,
 )
@@ -84,12 +85,12 @@ def open_studio(
     default = source is None and prompts is None and not uploads
     opened = open_source(source, prompt) if source is not None or default else None
     title = opened.title if opened is not None else "drawings" if prompts is not None else "pictures"
+    if opened is not None and not uploads:
+        _check_enough(opened, source or title)
     base = model or (str(DEFAULT_BASE) if default else USUAL_BASE)
     held = Session(session if session is not None else Path(f"{title.replace('/', '-')}-clicks"), title)
     try:
         pool = Pool(held, opened)
-        if opened is not None and not uploads:
-            _check_enough(pool, source or title)
         learner = Learner(held, pool, PreferenceScorer.from_pretrained(base))
         desk = Desk(held, pool, learner, title, base, _drawing(default, pipeline), uploads)
         learner.start()
@@ -102,15 +103,14 @@ def open_studio(
     return Studio(held, desk, guard)
 
 
-def _check_enough(pool: Pool, source: str) -> None:
-    """Raise a `ValueError` unless there are two images."""
-    left_out = ""
-    if pool.skipped:
-        name, reason = next(iter(pool.skipped.items()))
-        left_out = f" ({len(pool.skipped)} left out, such as {name}: {reason})"
-    if not len(pool):
+def _check_enough(opened: Source, source: str) -> None:
+    """Raise a `ValueError` unless there are two images, before a session is made for them."""
+    listed = list(opened.listed())
+    bad = [one for one in listed if one.problem is not None]
+    left_out = f" ({len(bad)} left out, such as {bad[0].name}: {bad[0].problem})" if bad else ""
+    if len(listed) == len(bad):
         raise ValueError(f"'{source}': no images found{left_out}; name a folder that holds PNG or JPEG files")
-    if len(pool) < 2:
+    if len(listed) - len(bad) < 2:
         raise ValueError(f"'{source}': only one image found{left_out}; a comparison takes two")
 
 

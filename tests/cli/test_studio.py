@@ -59,13 +59,14 @@ def test_folders_without_enough_images(
     monkeypatch.chdir(tmp_path)
     options = ("--port", "0", "--model", base, "--no_browser")
     (tmp_path / "empty").mkdir()
-    assert "no images found" in lines_of_error(capsys, "studio", "empty", *options)[0]
+    assert "no images found" in lines_of_error(capsys, "studio", "empty", *options)[-1]
     (tmp_path / "one").mkdir()
     picture((9, 9, 9)).save(tmp_path / "one" / "a.png")
     (tmp_path / "one" / ".b.png").write_bytes(b"")
-    (line,) = lines_of_error(capsys, "studio", "one", *options)
+    line = lines_of_error(capsys, "studio", "one", *options)[-1]
     assert "only one image found (1 left out, such as .b.png: hidden file)" in line
-    assert "no such folder" in lines_of_error(capsys, "studio", "./nowhere", *options)[0]
+    assert not list(tmp_path.glob("*-clicks"))  # nothing is left behind
+    assert "no such folder" in lines_of_error(capsys, "studio", "./nowhere", *options)[-1]
 
 
 def test_sessions_that_are_not_ours(capsys: pytest.CaptureFixture[str], tmp_path: Path, base: str) -> None:
@@ -73,7 +74,7 @@ def test_sessions_that_are_not_ours(capsys: pytest.CaptureFixture[str], tmp_path
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").write_text("mine")
     options = ("--port", "0", "--model", base, "--no_browser", "--session", str(tmp_path / "thesis"))
-    assert "is not a session" in lines_of_error(capsys, "studio", str(images), *options)[0]
+    assert "is not a session" in lines_of_error(capsys, "studio", str(images), *options)[-1]
 
 
 def test_prompts_need_a_pipeline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ export class ApiError extends Error {
   }
 }
 
-async function ask(path, options = {}, timeout = 30000) {
+const TIMEOUT = 30000, UPLOADING = 300000; // milliseconds
+
+async function ask(path, options = {}, timeout = TIMEOUT) {
   let response;
   try {
     response = await fetch(path, { ...options, signal: AbortSignal.timeout(timeout) });
@@ -27,3 +29,9 @@ export const get = (path) => ask(path, { headers: { Accept: "application/json" }
 
 export const post = (path, body = {}) =>
   ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+/** Send a picture as it is; the server keeps its pixels alone. */
+export const upload = (file, prompt) => {
+  const about = new URLSearchParams({ name: file.name.slice(0, 100), ...(prompt ? { prompt } : {}) });
+  return ask(`api/images?${about}`, { method: "POST", headers: { "Content-Type": file.type || "image/png" }, body: file }, UPLOADING);
+};

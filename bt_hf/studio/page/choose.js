@@ -6,6 +6,7 @@ import { imageUrl } from "./pictures.js";
 import { KeyButton, Prompt, Stage } from "./stage.js";
 import { state } from "./store.js";
 import { Aside } from "./taste.js";
+import { Uploads } from "./uploads.js";
 
 const WAYS = { pair: "Pairs", stars: "Stars", best: "Best of four", rank: "Rank" };
 
@@ -38,7 +39,7 @@ function Pair() {
 
 const NothingLeft = () => html`
   <div class="empty">
-    <h1>${state.images < 2 ? "There are too few pictures" : "No pair is left"}</h1>
+    <h1>${state.images < 2 ? "There are too few pictures yet" : "No pair is left"}</h1>
     <p>${state.note || (state.images < 2
       ? "Two pictures at least are needed, with the same caption. Open the studio on a folder that has more."
       : "You have compared what there is to compare. See what was learnt.")}</p>
@@ -65,6 +66,7 @@ export const Choose = () => html`
   <div class="choose">
     <section class="choose-main" aria-label="Choose">
       ${state.way === "pair" ? html`<${Pair} />` : html`<${Others} />`}
+      ${state.can.upload?.ok && html`<${Uploads} open=${state.images < 2} />`}
       <${Skipped} />
     </section>
     ${(state.pairs.length > 0 || clicksSoFar() > 0) && html`<${Aside} />`}

@@ -7,8 +7,10 @@ import { state, update } from "./store.js";
 
 const LONGEST = 600; // seconds that one choice may be said to have taken: who went away did not think longer
 const BLINK = 150; // milliseconds: nobody has seen a pair sooner, so this is the second half of a double click
+const LOOK = 3000; // milliseconds between two looks for new pictures
 const REMEMBERED = 50; // choices that can be undone without asking the server for the pair
 const past = []; // {id, pair, group}
+let looking = 0;
 let shownAt = performance.now();
 let asked = 0; // groups asked for; only the last one is shown
 
@@ -37,6 +39,13 @@ function arrange(queue, replace = false) {
     load(imageUrl(pair.right));
   }
   update({ pairs });
+  clearTimeout(looking);
+  if (!pairs.length && !state.unsent) looking = setTimeout(lookAgain, LOOK);
+}
+
+/** Pictures may be drawn or added while nothing is left to compare. */
+function lookAgain() {
+  if (!document.hidden) refresh().catch((error) => update({ problem: error.message }));
 }
 
 function replied({ clicks, queue, taste }, { path, body }) {

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Route
 
 from browsing import Served, Visitor
 
@@ -78,6 +79,40 @@ def test_nothing_serious(visit: Callable[..., Any], served: Served, scheme: str,
         found[name] = problems(person)
     assert {name: broken for name, broken in found.items() if broken} == {}
     assert len(found) == 9
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("dark", 1280), ("light", 390)])
+def test_nothing_serious_once_a_model_is_trained(visit: Callable[..., Any], scheme: str, width: int) -> None:
+    """The states that take minutes of training are told to the page, which draws them as it would."""
+    person = visit(color_scheme=scheme, viewport={"width": width, "height": 844}, bypass_csp=True)
+    page = person.page
+    job = {"kind": "reward", "state": "running", "progress": 0.4, "message": "Learning", "result": None}
+
+    def trained(route: Route) -> None:
+        able = dict.fromkeys(("draw", "train", "publish", "upload"), {"ok": True, "why": None})
+        drawing = {"run": "a", "prompts": ["a cat", "a dog"], "before": [0, 1], "after": [2, 3]}
+        route.fulfill(json=route.fetch().json() | {"can": able, "drawing": drawing, "job": job})
+
+    page.route("**/api/state", trained)
+    page.route("**/api/jobs/current", lambda route: route.fulfill(json=job))
+    pair = {"id": "b", "prompt": "a house", "left": 4, "right": 5, "judged": 0, "of": 3}
+    page.route("**/api/ab", lambda route: route.fulfill(json=pair))
+    page.route("**/api/card*", lambda route: route.fulfill(json={"markdown": "# My taste\n\n" + "words " * 400}))
+    page.reload()
+    found = {}
+    page.get_by_text("Add pictures").click()
+    found["uploads"] = problems(person)
+    page.get_by_role("link", name="Model").click()
+    page.locator(".job progress").wait_for()
+    page.get_by_role("button", name="Begin the blind test").click()
+    page.locator(".blind .choice").first.wait_for()
+    page.get_by_role("button", name="Publish on the Hub").click()
+    page.locator("pre.card").wait_for()
+    found["training, drawings, blind test, card"] = problems(person)
+    job |= {"state": "failed", "message": "the disk is full", "progress": None}
+    page.locator(".job-failed").wait_for()
+    found["failed"] = problems(person)
+    assert found == {"uploads": [], "training, drawings, blind test, card": [], "failed": []}
 
 
 def test_the_audit_finds_what_is_wrong(visit: Callable[..., Any]) -> None:
