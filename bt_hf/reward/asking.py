@@ -145,8 +145,8 @@ def _check_embeddings(embeddings: Any) -> torch.Tensor:
         )
     found = found if found.dtype == torch.double else found.float()
     if not torch.isfinite(found.sum()):  # quicker than a look at each
-        image = int((~torch.isfinite(found).all(1)).nonzero()[0, 0])
-        raise ValueError(f"`embeddings` should be finite, but image {image} has one that is not.")
+        for image in (~torch.isfinite(found).all(1)).nonzero()[:1, 0].tolist():
+            raise ValueError(f"`embeddings` should be finite, but image {image} has one that is not.")
     return found
 
 
