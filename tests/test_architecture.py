@@ -45,8 +45,8 @@ ROOMS = {
         "pairs",
     ],
     "diffusion": [
-        "__init__ beta callbacks collator config kto losses origin",
-        "families safeguard",
+        "__init__ beta callbacks collator config kto losses origin summary",
+        "families rate safeguard",
         "encoder errors interfaces pair_loss",
         "against_base cache card validation_images",
         "loading reference",

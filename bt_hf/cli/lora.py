@@ -111,6 +111,8 @@ def run(options: Options) -> None:
     if held_out is not None:
         for line in _summarise(trainer.evaluate(), len(held_out)):
             say(line)
+    if trainer.summary.said is not None:
+        say(trainer.summary.said)
     for sentence in trainer.warnings_seen:
         say(f"Warning: {sentence}")
     drawn = finish(trainer, plots.plots)

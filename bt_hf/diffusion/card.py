@@ -83,6 +83,9 @@ def lora_facts(
         "weights of timesteps, Min-SNR gamma": args.snr_gamma,
         **schedule_options(trainer, rows),
     }
+    rate = getattr(trainer, "rate", None)
+    if rate is not None:
+        options["peak learning rate"] = f"{args.learning_rate * rate.highest:.2g} (found by itself)"
     return LoRAFacts.from_trainer(
         trainer,
         base=base,

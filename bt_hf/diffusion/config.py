@@ -48,6 +48,20 @@ class PreferenceLoRAConfig(PreferenceConfig):
     num_train_epochs: float = field(  # type: ignore[assignment]
         default=None, metadata={"help": "How often each pair is seen, if `max_steps` is not given."}
     )
+    learning_rate: float = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW. By default it begins at 1e-4 and finds itself, see `adapt_rate`."
+        },
+    )
+    adapt_rate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Steer the learning rate by the margins of the training pairs, up to ten times up or down: it "
+            "rises while they lag behind a plan that reaches 8 at the last step, and falls where they lead. By "
+            "default with dpo and AdamW, if no `learning_rate` is given."
+        },
+    )
     per_device_train_batch_size: int = field(
         default=4, metadata={"help": "Pairs in a batch on each device; the denoiser sees twice as many images."}
     )
@@ -161,7 +175,12 @@ class PreferenceLoRAConfig(PreferenceConfig):
             self.num_train_epochs = 3.0  # as in `TrainingArguments`
         if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
             self.validation_prompts = [self.validation_prompts]
+        given = self.learning_rate is not None
+        if not given:
+            self.learning_rate = PreferenceConfig.learning_rate
         super().__post_init__()
+        if self.adapt_rate is None:
+            self.adapt_rate = not given and self._can_adapt_rate()
         if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
             self.validation_prompts = [self.validation_prompts]
         if self.beta not in ("auto", "published"):
@@ -175,12 +194,19 @@ class PreferenceLoRAConfig(PreferenceConfig):
             raise ValueError(f"`dtype` should be one of {', '.join(_DTYPES)}, but got {self.dtype!r}.")
         self._check_effects()
 
+    def _can_adapt_rate(self) -> bool:
+        """True if margins mean what `MarginRate` takes them for, and the rate can be changed on the way."""
+        schedule = self.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy")
+        return self.loss_type == "dpo" and self.optim.value.startswith("adamw") and schedule and not self.deepspeed
+
     def _check_effects(self) -> None:
         """Raise a `ValueError` for an option that would have no effect beside the others."""
         kto = (self.loss_type == "kto", "`loss_type='kto'`")
         drawn = (bool(self.validation_prompts), "`validation_prompts`")
+        adaptable = "`loss_type='dpo'`, AdamW without DeepSpeed, and a schedule that is constant or falls"
         self.refuse_without_effect(
             {
+                "adapt_rate": (not self.adapt_rate or self._can_adapt_rate(), adaptable),
                 "beta": (self.loss_type != "sft", "another loss: `loss_type='sft'` has no beta"),
                 "cache_dir": (self.cache_latents, "`cache_latents=True`"),
                 "desirable_weight": kto,

@@ -27,7 +27,9 @@ from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
 from bt_hf.diffusion.interfaces import save_for_interfaces
 from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
+from bt_hf.diffusion.rate import MarginRate
 from bt_hf.diffusion.reference import Reference, samples_come_again
+from bt_hf.diffusion.summary import Summary
 from bt_hf.diffusion.validation_images import Validation
 from bt_hf.hub.facts import digest_rows
 from bt_hf.metrics import preference_metrics
@@ -135,7 +137,12 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         )
         self.add_callback(BeginCallback(self._begin))
         self.add_callback(against_base(self))
+        self.summary = Summary()
+        self.add_callback(self.summary)
         self.guards = make_guards(args, eval_dataset) if args.guards else []
+        self.rate = MarginRate(self.accelerator.gather) if args.adapt_rate and optimizers == (None, None) else None
+        if self.rate is not None:
+            self.guards.append(self.rate)
         for guard in self.guards:
             self.add_callback(guard)
 
@@ -293,6 +300,9 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         values = self.pair_loss.losses(errors, reference, batch, self._beta, predicted, noisy.target)
         check_losses(values, inputs["prompt"].__getitem__, self.state.global_step + 1, self.args.output_dir)
         self.pair_loss.log(errors, reference, batch, self._beta)
+        if self.rate is not None:
+            margins = self.pair_loss.margins(errors, reference, self._beta)
+            self.rate.observe(margins, batch["preference"], batch["weight"])
         loss = self.weighted_mean(values, batch["weight"], num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 

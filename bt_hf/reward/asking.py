@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from bt_hf.reward.inputs import check_count, list_texts
-from bt_hf.reward.laplace import leave_out, newton
+from bt_hf.reward.laplace import newton
 
-# Standard deviations of a typical margin under the prior; the likeliest of them is taken.
-STRENGTHS = (1.0, 2.0, 4.0, 8.0)
+# Standard deviation of a typical margin under the prior. A tight prior keeps the choice from believing few clicks, of
+# which some are wrong: with a looser one, pairs are asked that only a wrong belief makes interesting.
+STRENGTH = 1.0
 # The model reads this many of the latest pairs.
 READ_PAIRS = 256
 # Images nearer to each other than this part of the typical squared distance are taken for the same.
@@ -273,11 +273,11 @@ class _Model:
         rows = _differences(embeddings, pairs[known])
         typical = rows if len(rows) else candidates
         unit = typical.square().sum(1).mean().clamp(min=1e-12).sqrt()
-        self.strength, self.dual, self.curvature = _fit(
-            rows / unit, torch.as_tensor(preference[known]), torch.as_tensor(weight[known])
-        )
-        self.scale = float(self.strength / unit)  # rows in units of the prior: margins are w·row with w ~ N(0, 1)
+        self.scale = float(STRENGTH / unit)  # rows in units of the prior: margins are w·row with w ~ N(0, 1)
         self.rows = self.scale * rows
+        counts = torch.as_tensor(weight[known])
+        dual, margin = newton((self.rows @ self.rows.T)[None], torch.as_tensor(preference[known]), counts)
+        self.dual, self.curvature = dual[0], counts * _curvature(margin[0])
         self.expect(_differences(embeddings, pairs[np.isnan(preference)]))
 
     def predict(self, difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -313,21 +313,6 @@ class _Model:
         self.curvature = torch.cat([self.curvature, _curvature(rows @ self.rows.T @ self.dual)])
         self.dual = torch.cat([self.dual, torch.zeros(len(rows), dtype=torch.double)])
         self.rows = torch.cat([self.rows, rows])
-
-
-def _fit(
-    rows: torch.Tensor, preference: torch.Tensor, weight: torch.Tensor
-) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Return the strength of the prior whose leave-one-out predictions are best, the dual and the curvature, (N,)."""
-    if not len(rows):
-        return STRENGTHS[0], torch.zeros(0, dtype=torch.double), torch.zeros(0, dtype=torch.double)
-    kernel = rows @ rows.T
-    kernels = torch.stack([strength**2 * kernel for strength in STRENGTHS])
-    dual, margin = newton(kernels, preference, weight)
-    left_out = leave_out(kernels, dual, margin, weight, torch.arange(len(rows)))
-    likelihood = (F.logsigmoid(left_out) - (1 - preference) * left_out) @ weight
-    best = int(likelihood.argmax())
-    return STRENGTHS[best], dual[best], weight * _curvature(margin[best])
 
 
 def _curvature(margin: torch.Tensor) -> torch.Tensor:

@@ -258,7 +258,7 @@ def _average(pairs: _Pairs, settings: list[_Setting], prior_weight: float) -> li
 
 def _as_sure(margin: torch.Tensor, chance: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return the factor of `margin` (N,) whose probabilities are nearest to `chance` (N,); 1 if nothing tells."""
-    if not margin.any():
+    if margin.abs().max() < 1e-9:  # a click by itself
         return torch.ones_like(FACTORS[0])
     scaled = FACTORS[:, None] * margin  # (factors, N)
     divergence = -(F.logsigmoid(scaled) - (1 - chance) * scaled) @ weight

@@ -178,6 +178,9 @@ def plan_update(
         The update. Where the logit scale bounds margins below those of `taste`, and images can't be stretched, its
         margins are the largest possible.
     """
+    if not taste.direction.any() and not taste.by_prompt.any():  # the pairs said nothing
+        nothing = torch.zeros_like(taste.direction)
+        return Update(nothing, nothing[:, None][:, :0], nothing[None][:0], nothing)
     caption = taste.caption * logit_scale
     left, sizes, right = torch.linalg.svd(taste.by_prompt)
     kept = min(rank - 1, int((sizes > 1e-6 * sizes[0].clamp(min=1e-12)).sum()))

@@ -178,6 +178,10 @@ class BradleyTerryTrainer(PreferenceTrainer):
         text_layer = taste.plain_lora(self.model, layers.text) if start and layers else None
         image_layer = taste.plain_lora(self.model, layers.image) if text_layer and layers else None
         pairs = self.embedded_base = self._embed_training_pairs(FITTED_PAIRS, image_layer)
+        if not (pairs.weight * (pairs.preference - 0.5)).any():
+            logger.warning(
+                "The pairs say nothing, as all weights are 0 or all preferences 0.5: the base stays as it is."
+            )
         names = known_looks(self.processing_class.tokenizer)
         looks, _ = self._embed_words(names)
         self._sentence = in_a_sentence(explain_pairs(pairs, looks, names, top_k=5))

@@ -35,7 +35,7 @@ from looks import BASE
 from people import PEOPLE
 from results import Report, make_parser
 
-SIZES = (8, 64, 256, 1024)
+SIZES = (8, 64, 256)
 LIBRARY = 100_000
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
 
@@ -143,7 +143,7 @@ PARTS = {"clicks": part_clicks, "search": part_search, "vit_l": part_vit_l}
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["clicks", "search"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--base", default=str(BASE))
     args = parser.parse_args()
     timing.quiet()

@@ -2,7 +2,8 @@
 
     python examples/icons/render.py FOLDER
     python examples/icons/pretrain.py FOLDER             # features, then training; writes examples/icons/base
-    python examples/icons/pretrain.py FOLDER --validate  # leaves out 102 training concepts, and judges by them
+    python examples/icons/pretrain.py FOLDER --validate  # leaves out 221 training concepts, and judges by them
+    python examples/icons/pretrain.py FOLDER --start examples/icons/base    # goes on from a base
     python examples/icons/evaluate_base.py               # prints the figures of the shipped weights
 
 Locked-image tuning (Zhai et al., arXiv 2111.07991): the image tower never changes, so its features are computed once.
@@ -12,14 +13,12 @@ name alone; without it, words for looks mean nothing.
 """
 
 import argparse
-import json
 import math
 import random
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 
+from captions import Captions, Drawings
 from emoji import STYLES, load_emoji
 from evaluate_base import BASE, Encoder, evaluate, report
 from pretrain_clip import train_tokenizer
@@ -47,90 +47,11 @@ from tower import WIDTH, compute_features, fetch_package, image_processor, load_
 
 CONTEXT_LENGTH = 24
 DIMENSION = 256
-# Phrases for the looks of the five houses, its name first.
-HOUSES = {
-    "noto": ["noto", "emoji", "colour"],
-    "twemoji": ["twemoji", "emoji", "flat", "colour"],
-    "fluent": ["fluent", "emoji", "flat", "colour"],
-    "fluent_3d": ["fluent 3d", "emoji", "shaded", "colour"],
-    "mono": ["mono", "emoji", "black and white"],
-}
 NAMES, PER_NAME, OTHERS = 128, 6, 3072  # names of a batch, drawings of each, and other drawings as negatives
 CAPTIONS_PER_NAME = 3
-
-
-@dataclass
-class Drawings:
-    """Features of drawings, and what captions can say about each."""
-
-    features: torch.Tensor  # (N, WIDTH)
-    names: list[str]
-    looks: list[list[str]]
-    tags: list[list[str]]
-
-    @classmethod
-    def of_emoji(cls, features: torch.Tensor, split: str) -> "Drawings":
-        rows = load_emoji(split).remove_columns("image")
-        names = [caption.lower() for caption in rows["caption"]]
-        return cls(features, names, [HOUSES[style] for style in rows["style"]], list(rows["tags"]))
-
-    @classmethod
-    def of_icons(cls, features: torch.Tensor, file: Path) -> "Drawings":
-        icons = json.loads(file.read_text(encoding="utf-8"))
-        looks = [icon["looks"] + [icon["colour"]] * (icon["colour"] is not None) for icon in icons]
-        return cls(features, [icon["name"] for icon in icons], looks, [[] for _ in icons])
-
-    def __add__(self, other: "Drawings") -> "Drawings":
-        lists = (getattr(self, name) + getattr(other, name) for name in ("names", "looks", "tags"))
-        return Drawings(torch.cat([self.features, other.features]), *lists)
-
-    def select(self, rows: list[int]) -> "Drawings":
-        lists = ([getattr(self, name)[row] for row in rows] for name in ("names", "looks", "tags"))
-        return Drawings(self.features[rows], *lists)
-
-
-class Captions:
-    """Writes captions of drawings, and knows which drawings each of them fits."""
-
-    def __init__(self, drawings: Drawings) -> None:
-        self.drawings = drawings
-        phrases = sorted({look for looks in drawings.looks for look in looks})
-        self.columns = {phrase: column for column, phrase in enumerate(phrases)}
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(drawings.names))}
-        self.names = torch.tensor([numbers[name] for name in drawings.names])
-        self.looks = self._multi_hot(drawings.looks)  # (N, phrases)
-
-    def _multi_hot(self, looks: list[list[str]]) -> torch.Tensor:
-        hot = torch.zeros(len(looks), len(self.columns))
-        for row, phrases in enumerate(looks):
-            hot[row, [self.columns[phrase] for phrase in phrases]] = 1
-        return hot
-
-    def write(self, row: int) -> tuple[str, list[str]]:
-        """Return a caption, and the looks that it tells."""
-        drawings = self.drawings
-        words, tags = drawings.names[row], drawings.tags[row]
-        if tags and random.random() < 0.35:
-            some = " ".join(random.sample(tags, min(len(tags), random.randint(1, 3))))
-            words = some if random.random() < 0.3 else f"{words}, {some}"
-        if random.random() < 0.4:
-            form = random.random()
-            return (words if form < 0.8 else f"an icon of {words}" if form < 0.9 else f"a drawing of {words}"), []
-        looks = random.sample(drawings.looks[row], random.randint(1, min(3, len(drawings.looks[row]))))
-        form = random.random()
-        if form < 0.5:
-            return f"{words}, {', '.join(looks)}", looks
-        if form < 0.75:
-            return f"{' '.join(looks)} {words}", looks
-        return (f"{' '.join(looks)} of {words}" if form < 0.9 else f"{words} in {looks[0]} style, {looks[-1]}"), (
-            looks if form < 0.9 else [looks[0], looks[-1]]
-        )
-
-    def fitting(self, of: list[int], told: list[list[str]], rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (captions, rows) twice: has the drawing the caption's name, and has it all looks told, too."""
-        same_name = self.names[of][:, None] == self.names[rows][None]
-        missing = self._multi_hot(told) @ (1 - self.looks[rows]).T
-        return same_name, same_name & (missing == 0)
+LEFT_OUT = 6  # `--validate` leaves out every sixth training concept
+EMOJI_SHARE = 4  # emoji are drawn so much oftener than icons: their houses are named nowhere else
+WITHIN = 2.0  # weight of the terms within names
 
 
 def contrast(logits: torch.Tensor, fits: torch.Tensor) -> torch.Tensor:
@@ -182,21 +103,47 @@ class TextSide(torch.nn.Module):
         return F.normalize(torch.cat(parts)[back].float(), dim=-1)
 
     def embed_images(self, features: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.visual_projection(features / self.spread).float(), dim=-1)
+        return self.embed_scaled(features / self.spread)
+
+    def embed_scaled(self, features: torch.Tensor) -> torch.Tensor:
+        """Embed drawings by features that were divided by their spread."""
+        return F.normalize(self.visual_projection(features).float(), dim=-1)
+
+    def start_from(self, base: VisionTextDualEncoderModel) -> None:
+        """Take the weights of a base that `assemble` returned."""
+        self.text_model.load_state_dict(base.text_model.state_dict())
+        self.text_projection.load_state_dict(base.text_projection.state_dict())
+        with torch.no_grad():
+            self.visual_projection.weight.copy_(base.visual_projection.weight * self.spread)
+            self.logit_scale.copy_(base.logit_scale)
 
 
 class Pretraining:
     """Training that lasts a number of seconds, and goes on from its last checkpoint if it was killed."""
 
-    def __init__(self, drawings: Drawings, seconds: float, checkpoint: Path) -> None:
+    def __init__(
+        self,
+        drawings: Drawings,
+        seconds: float,
+        checkpoint: Path,
+        learning_rate: float = 1e-3,
+        start: Path | None = None,
+    ) -> None:
         self.seconds, self.checkpoint, self.step, self.passed = seconds, checkpoint, 0, 0.0
+        self.learning_rate = learning_rate
         self.captions = Captions(drawings)
-        described = zip(drawings.names, drawings.looks, drawings.tags, strict=True)
-        texts = [" ".join([name, *looks, *tags]) for name, looks, tags in described]
-        self.tokenizer = train_tokenizer(texts, vocab_size=6000)
+        if start is None:
+            described = zip(drawings.names, drawings.looks, drawings.tags, strict=True)
+            texts = [" ".join([name, *looks, *tags]) for name, looks, tags in described]
+            self.tokenizer = train_tokenizer(texts, vocab_size=6000)
+        else:
+            self.tokenizer = CLIPTokenizer.from_pretrained(start)
         self.tokenizer.model_max_length = CONTEXT_LENGTH
-        self.features = drawings.features.float()
-        self.model = TextSide(self.tokenizer, self.features.std(0) + 1e-3)
+        spread = drawings.features.float().std(0) + 1e-3
+        self.model = TextSide(self.tokenizer, spread)
+        if start is not None:
+            self.model.start_from(VisionTextDualEncoderModel.from_pretrained(start, dtype=torch.float32))
+        self.features = (drawings.features / spread).bfloat16()
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
         decayed = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.ndim <= 1]
@@ -204,12 +151,12 @@ class Pretraining:
             {"params": decayed, "weight_decay": 0.1},
             {"params": others, "weight_decay": 0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
         self.rows_of: dict[str, list[int]] = defaultdict(list)
         for row, name in enumerate(drawings.names):
             self.rows_of[name].append(row)
-        # Emoji, which have tags, come twice as often: their houses are named nowhere else.
-        self.shares = [min(len(rows), 6) * (2 if drawings.tags[rows[-1]] else 1) for rows in self.rows_of.values()]
+        emoji = {name for name, looks in zip(drawings.names, drawings.looks, strict=True) if "emoji" in looks}
+        self.shares = [min(len(rows), 6) * (EMOJI_SHARE if n in emoji else 1) for n, rows in self.rows_of.items()]
         if checkpoint.exists():
             state = torch.load(checkpoint, weights_only=True)
             for name in ("model", "average", "optimizer"):
@@ -228,12 +175,14 @@ class Pretraining:
         same_name, fits = self.captions.fitting(of, list(told), rows)
         with torch.autocast("cpu", torch.bfloat16):
             embedded = self.model.embed_texts(tokens, self.tokenizer.pad_token_id)
-            images = self.model.embed_images(F.dropout(self.features[rows], 0.1))
+            # All drawings of a step lose the same features, which is far cheaper.
+            kept = F.dropout(torch.ones(self.features.shape[1]), 0.1).bfloat16()
+            images = self.model.embed_scaled(self.features[rows] * kept)
         logits = self.model.logit_scale.exp() * embedded @ images.T  # (captions, rows)
         back, back_fits, back_name = logits.T[:own], fits.T[:own], same_name.T[:own]
         within = contrast_within(logits[:, :own], fits[:, :own], same_name[:, :own])
         within = within + contrast_within(back, back_fits, back_name)
-        return contrast(logits, fits) + contrast(back, back_fits) + within
+        return contrast(logits, fits) + contrast(back, back_fits) + WITHIN * within
 
     def run(self) -> tuple[TextSide, CLIPTokenizer]:
         """Train; return the averaged weights and the tokenizer."""
@@ -241,7 +190,8 @@ class Pretraining:
         while self.passed < self.seconds:
             share = self.passed / self.seconds
             for group in self.optimizer.param_groups:
-                group["lr"] = 1e-3 * min(1, (self.step + 1) / 50) * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+                decay = 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+                group["lr"] = self.learning_rate * min(1, (self.step + 1) / 50) * decay
             loss = self.loss()
             self.optimizer.zero_grad()
             loss.backward()
@@ -296,8 +246,14 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=BASE)
     parser.add_argument("--seconds", type=float, default=1500.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validate", action="store_true", help="leave out every 13th training concept, judge by them")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--start", type=Path, help="base to go on from, with its tokenizer")
+    parser.add_argument(
+        "--validate", action="store_true", help="leave out every sixth training concept, judge by them"
+    )
     args = parser.parse_args()
+    if args.validate and args.start:
+        parser.error("--validate judges by concepts that the base of --start has seen: leave out one of them.")
     set_seed(args.seed)
     tower = load_tower(fetch_package())
     drawn = cached(args.folder / "emoji.pt", lambda: compute_features(tower, list(load_emoji("train")["image"])))
@@ -305,14 +261,15 @@ def main() -> None:
     icons = cached(args.folder / "icons.pt", lambda: compute_features(tower, pixels))
     emoji = Drawings.of_emoji(drawn, "train")
     if args.validate:
-        emoji = emoji.select([row for row in range(len(emoji.names)) if row // len(STYLES) % 13])
+        emoji = emoji.select([row for row in range(len(emoji.names)) if row // len(STYLES) % LEFT_OUT])
     drawings = Drawings.of_icons(icons, args.folder / "icons.json") + emoji
-    side, tokenizer = Pretraining(drawings, args.seconds, args.folder / "checkpoint.pt").run()
+    pretraining = Pretraining(drawings, args.seconds, args.folder / "checkpoint.pt", args.learning_rate, args.start)
+    side, tokenizer = pretraining.run()
     model = assemble(tower, side)
     processor = VisionTextDualEncoderProcessor(image_processor(), tokenizer)
     if args.validate:
         rows = load_emoji("train")
-        validation = rows.select([row for row in range(len(rows)) if row // len(STYLES) % 13 == 0])
+        validation = rows.select([row for row in range(len(rows)) if row // len(STYLES) % LEFT_OUT == 0])
         report("validation", Encoder(model, processor), validation)
         return
     # Half the size; `load_dual_encoder` reads it in float32.

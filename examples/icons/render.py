@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from looks import COLOURS
 
 SIZE = 64
-PER_SET = 2500
+PER_SET = 5000
 LICENCES = ("MIT", "ISC", "Apache-2.0", "CC-BY-3.0", "CC-BY-4.0")
 LEFT_OUT = ("noto-v1", "emojione", "emojione-v1", "emojione-monotone", "openmoji", "fxemoji", "ph", "solar")
 SETS: dict[str, tuple[str, ...]] = {  # set at its version: its house, and looks that all its drawings share

@@ -83,6 +83,23 @@ def test_captions_tell_looks_of_their_drawing(pretrain: ModuleType) -> None:
         assert any(word in text for word in ("bell", "ring", "alarm"))
 
 
+def test_captions_name_the_house_as_often_as_told(pretrain: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [["tabler icon", "line", "outline", "red"]]
+    captions = pretrain.Captions(pretrain.Drawings(torch.zeros(1, 8), ["bell"], looks, [[]]))
+    for share, expected in ((1.0, 1.0), (0.0, 0.5)):  # one, two or three of four looks hold the house in 6 of 12 draws
+        monkeypatch.setattr("captions.HOUSE_FIRST", share)
+        told = [found for _, found in (captions.write(0) for _ in range(3000)) if found]
+        named = sum("tabler icon" in found for found in told) / len(told)
+        assert named == pytest.approx(expected, abs=0.05)
+
+
+def test_emoji_are_drawn_oftener(pretrain: ModuleType, tmp_path: Path) -> None:
+    looks = [["noto", "emoji"]] * 2 + [["line"]] * 8
+    drawings = pretrain.Drawings(torch.randn(10, 1280), ["bell"] * 2 + ["apple"] * 8, looks, [[]] * 10)
+    shares = pretrain.Pretraining(drawings, 1.0, tmp_path / "checkpoint.pt").shares
+    assert shares == [2 * pretrain.EMOJI_SHARE, 6]
+
+
 def test_contrast_is_cross_entropy_with_what_fits(pretrain: ModuleType) -> None:
     # Row 0: both of two equal logits fit, log 3 remains of three equal ones. Row 1 fits nothing, and counts nothing.
     logits = torch.zeros(2, 3)
@@ -138,6 +155,29 @@ def test_assembled_model_embeds_as_the_trained_side(pretrain: ModuleType) -> Non
         ids = tokenizer(["red apple", "a green pear and a bell"])["input_ids"]
         assert torch.allclose(text, side.embed_texts(ids, tokenizer.pad_token_id), atol=1e-5)
     assert image_processor().size == {"height": 128, "width": 128}
+
+
+def test_training_can_start_from_a_base(pretrain: ModuleType, encoder, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    drawings = pretrain.Drawings(torch.rand(20, 1280), ["red apple"] * 20, [["line"]] * 20, [[]] * 20)
+    started = pretrain.Pretraining(drawings, 1.0, tmp_path / "checkpoint.pt", start=BASE)
+    texts = ["red apple", "a drawing of two bells, line", "noto emoji of zebra"]
+    tokens = started.tokenizer(texts)["input_ids"]
+    with torch.no_grad():
+        found = started.model.eval().embed_texts(tokens, started.tokenizer.pad_token_id)
+        assert torch.allclose(found, encoder.texts(texts), atol=1e-5)
+        expected = torch.nn.functional.normalize(encoder.model.visual_projection(drawings.features), dim=-1)
+        assert torch.allclose(started.model.embed_images(drawings.features), expected, atol=1e-5)
+    assert torch.equal(started.model.logit_scale, encoder.model.logit_scale)
+
+
+def test_a_base_that_saw_all_concepts_is_not_validated(
+    pretrain: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "folder", "--validate", "--start", str(BASE)])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+    assert "concepts that the base of --start has seen" in capsys.readouterr().err
 
 
 def test_pretraining_leaves_out_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

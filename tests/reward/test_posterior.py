@@ -246,6 +246,8 @@ def test_a_click_or_two(rows: int) -> None:
     assert ((data["chosen"] - data["rejected"]) @ taste.direction > 0).all()
     assert taste.direction.isfinite().all()
     assert taste.by_prompt.isfinite().all()
+    margins = taste.margins(data["text"], data["chosen"] - data["rejected"], torch.zeros(rows).double())
+    assert 0.3 < margins.mean() < 6  # neither nothing nor certainty
 
 
 @pytest.mark.parametrize("name", ["weight", "preference", "same images"])

@@ -75,6 +75,15 @@ def test_what_fills_up_the_length_orders_no_new_images(scale: float) -> None:
     assert torch.corrcoef(torch.stack([found, target]))[0, 1] > 0.99
 
 
+def test_no_taste_is_no_update() -> None:
+    zero = torch.zeros(32).double()
+    nothing = Taste(zero, torch.zeros(32, 32).double(), None, caption=1.0)
+    pairs = embedded(features=24)
+    update = plan_update(nothing, pairs, pairs.text, 20.0, shared_of(), 8, 8)
+    base = 20 * (pairs.text * (pairs.chosen - pairs.rejected)).sum(1)
+    torch.testing.assert_close(update.margins(pairs, 20.0), base, atol=1e-9, rtol=0)
+
+
 def test_without_further_ranks_the_taste_depends_on_no_prompt() -> None:
     pairs = embedded()
     update = plan_update(some_taste(1.0, by_prompt=True), pairs, pairs.text, 20.0, shared_of(), 1, 0)

@@ -97,6 +97,26 @@ def test_learns_what_the_base_does_not_know(family: str, warm_start: bool, tmp_p
     assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
 
 
+@pytest.mark.parametrize("labels", [{"weight": [0.0] * 4}, {"preference": [0.5] * 4}], ids=["weightless", "ties"])
+def test_pairs_that_say_nothing(labels: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make_trainer(tmp_path, red_pairs(4, **labels), num_train_epochs=1, learning_rate=1e-9)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "The pairs say nothing, as all weights are 0 or all preferences 0.5" in caplog.text
+    margins, base = trainer.predict(red_pairs(4)).predictions
+    np.testing.assert_allclose(margins, base, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_click_or_two_are_learnt(rows: int, tmp_path: Path) -> None:
+    pairs = red_pairs(rows)
+    trainer = make_trainer(tmp_path, pairs)
+    trainer.train()
+    margins, _ = trainer.predict(pairs).predictions
+    assert (margins > 0.3).all()
+    assert (margins < 10).all()
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_strength_of_the_fit_at_any_logit_scale(family: str, tmp_path: Path) -> None:
     """Few clicks are as sure on a model that was trained to 10 as on one that was trained to 112."""
