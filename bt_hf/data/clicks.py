@@ -107,6 +107,7 @@ class ClickLog:
         undone: Ids of those that were taken back.
         undos: Ids of the undoings themselves.
         answered: Pairs with a click that stands, and how many.
+        returned: Pairs whose click was taken back, and that have no other since; the last one last.
         damaged: Numbers of lines that could not be read.
     """
 
@@ -116,6 +117,7 @@ class ClickLog:
     undone: set[str] = field(default_factory=set)
     undos: set[str] = field(default_factory=set)
     answered: dict[str, int] = field(default_factory=dict)
+    returned: dict[str, None] = field(default_factory=dict)
     damaged: list[int] = field(default_factory=list)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -155,6 +157,7 @@ class ClickLog:
             if not self.knows(click.id):
                 self.answers[click.id] = click
                 self.answered[click.asked.id] = self.answered.get(click.asked.id, 0) + 1
+                self.returned.pop(click.asked.id, None)
         elif "group" in line:
             self.groups[str(line["group"])] = (str(line["prompt"]), tuple(map(int, line["images"])))
         elif "judged" in line:
@@ -172,6 +175,7 @@ class ClickLog:
                 self.answered[gone.asked.id] -= 1
                 if not self.answered[gone.asked.id]:
                     del self.answered[gone.asked.id]
+                    self.returned[gone.asked.id] = None
         else:
             raise ValueError(f"unknown keys {sorted(line)[:3]}")
 

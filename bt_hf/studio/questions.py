@@ -35,8 +35,11 @@ class Questions:
         self._lock = threading.RLock()
         self._random = random.Random(secrets.randbits(64))
         log = session.log
-        waiting = [pair for pair in log.asked.values() if pair.id not in log.answered and pair.kind != "blind"]
-        self._queue = [pair for pair in waiting[-AHEAD:] if self._shown(pair)]
+        returned = [log.asked[name] for name in reversed(log.returned)]
+        known = {*log.answered, *log.returned}
+        waiting = [pair for pair in log.asked.values() if pair.id not in known and pair.kind != "blind"]
+        first = [*(pair for pair in returned if pair.kind != "blind"), *waiting[-AHEAD:]]
+        self._queue = [pair for pair in first if self._shown(pair)]
         self._number = len(log.asked)
         self._repeated = {pair.of for pair in log.asked.values() if pair.of}
 

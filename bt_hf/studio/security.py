@@ -1,11 +1,10 @@
 """Safety of the page: who may ask, from where, and what a browser may do with the answer."""
 
+import asyncio
 import hmac
 import ipaddress
 import secrets
 import socket
-import threading
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +74,7 @@ class Guard:
                 f"--host {self.host} lets every machine that reaches this one open the page, see the images and "
                 "click: give it a --password, or leave --host out to stay on this machine"
             )
-        self._failures = threading.Lock()
+        self._failures = asyncio.Lock()
 
     @property
     def local(self) -> bool:
@@ -131,12 +130,12 @@ class Guard:
         """True if a request has the cookie."""
         return equal(request.cookies.get(self.cookie, ""), self.token)
 
-    def opens(self, password: str) -> bool:
-        """True if it is the password; a wrong one takes a second, one after the other."""
+    async def opens(self, password: str) -> bool:
+        """True if it is the password; a wrong one takes a second, one after the other, and nobody else waits."""
         if self.password is not None and equal(password, self.password):
             return True
-        with self._failures:
-            time.sleep(_WAIT)
+        async with self._failures:
+            await asyncio.sleep(_WAIT)
         return False
 
     def let_in(self) -> Response:

@@ -29,7 +29,7 @@ def studios() -> Iterator[Studios]:
 
 @pytest.fixture(autouse=True)
 def images(tmp_path: Path) -> None:
-    write_images(tmp_path / "images", 3, 8)
+    write_images(tmp_path / "images", 2, 24)
 
 
 def test_killed_at_random_moments_no_confirmed_click_is_lost(studios: Studios, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_second_server_on_a_session_is_refused(studios: Studios, tmp_path: Pat
     port = int(address.split(":")[2].split("/")[0])
     with pytest.raises(ValueError, match=f"port {port} is taken, perhaps by another studio.*--port"):
         studios.start(tmp_path, port, "other")
-    assert Client(address).get("/api/state")["images"] == 24
+    assert Client(address).get("/api/state")["images"] == 48
     end(pid)
     pid, _ = studios.start(tmp_path)  # nothing of the killed one is in the way
     end(pid, signal.SIGINT)

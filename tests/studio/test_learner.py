@@ -24,19 +24,19 @@ from tiny_models import build, picture
 
 
 class Many:
-    """A source of images that are all one picture, to look at sizes alone."""
+    """A source of small pictures that are never on the disk."""
 
     title = "many"
 
     def __init__(self, images: int, prompts: int) -> None:
         self.images, self.prompts = images, prompts
-        self.picture = picture((90, 90, 90))
 
     def listed(self) -> Any:
         return (Listed(f"{number}.png", "", f"prompt {number % self.prompts}") for number in range(self.images))
 
     def read(self, name: str) -> Any:
-        return self.picture
+        number = int(name.split(".")[0])
+        return picture((number % 250, number // 250, 90), seed=number)
 
 
 def wait(desk: Desk, name: str, value: int) -> dict[str, Any]:
