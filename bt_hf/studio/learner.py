@@ -31,8 +31,8 @@ from bt_hf.studio.telling import tell
 logger = logging.getLogger(__name__)
 
 EMBEDDINGS = "embeddings.safetensors"
-# Images that are embedded at a time, and after how many the file is written.
-_CHUNK, _SAVE = 16, 2048
+# Prompts, and images, that are embedded at a time, and after how many the file is written.
+_TEXTS, _CHUNK, _SAVE = 32, 16, 2048
 # Pairs that were put last, whose images are embedded before others.
 _LATEST = 64
 SHOWN = 60  # images of the ranking
@@ -342,9 +342,12 @@ class Learner:
 
     def _text(self, prompts: list[str]) -> torch.Tensor:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
-        if missing:
+        for start in range(0, len(missing), _TEXTS):  # a click that waits to be predicted comes in between
+            if start:
+                time.sleep(0.001)  # else the lock is taken again before the one who waits for it wakes up
+            part = missing[start : start + _TEXTS]
             with self._model:
-                self._texts |= dict(zip(missing, self.scorer.embed_texts(missing), strict=True))
+                self._texts |= dict(zip(part, self.scorer.embed_texts(part), strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts]) if prompts else self._vectors[:0]
 
     def _rank(self, taste: Taste) -> list[dict[str, Any]]:

@@ -209,3 +209,23 @@ def test_a_long_curve_is_thinned() -> None:
     curve = tell([click(number, "left") for number in range(1000)])["accuracy"]["curve"]
     assert len(curve) <= 300
     assert curve[-1]["n"] == 1000
+
+
+def test_a_ranking_of_many_prompts_holds_no_click_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are embedded a few at a time: between them the model is free to predict a click."""
+    desk = make_desk(write_images(tmp_path / "images"), tmp_path / "session")
+    learner = desk.learner
+    prompts = [f"thing {number}" for number in range(100)]
+    plain = learner.scorer.embed_texts(prompts)
+    sizes = []
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        sizes.append(len(texts))
+        assert learner._model.locked()
+        return PreferenceScorer.embed_texts(learner.scorer, texts)
+
+    monkeypatch.setattr(learner.scorer, "embed_texts", embed)
+    assert torch.allclose(learner._text(prompts), plain, atol=1e-6)
+    assert max(sizes) <= 32
+    assert sum(sizes) == 100
+    close(desk)

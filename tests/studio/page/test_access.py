@@ -83,7 +83,7 @@ def test_nothing_serious(visit: Callable[..., Any], served: Served, scheme: str,
 
 @pytest.mark.parametrize(("scheme", "width"), [("dark", 1280), ("light", 390)])
 def test_nothing_serious_once_a_model_is_trained(visit: Callable[..., Any], scheme: str, width: int) -> None:
-    """The states that take minutes of training are told to the page, which draws them as it would."""
+    """States that take minutes of training are told to the page, which draws them as it would."""
     person = visit(color_scheme=scheme, viewport={"width": width, "height": 844}, bypass_csp=True)
     page = person.page
     job = {"kind": "reward", "state": "running", "progress": 0.4, "message": "Learning", "result": None}

@@ -30,7 +30,7 @@ def test_progress_stop_and_failure(visit: Callable[..., Any], served: Served) ->
     page.keyboard.press("ArrowLeft")
     person.saved(1)
 
-    page.get_by_role("link", name="Model").click()  # looks anew at all that can be done
+    page.get_by_role("link", name="Model").click()  # the page asks again for the jobs that can be started
     train.click()
     page.get_by_text("step 3 of 8").wait_for()
     assert page.get_by_role("progressbar").get_attribute("value") == "0.375"
