@@ -16,6 +16,7 @@ def test_a_click_is_saved_and_the_next_pair_is_there_already(visit: Callable[...
     shown, queue = person.pair(), served.studio.desk.state()["queue"]
     assert shown == (queue[0]["left"], queue[0]["right"])
     assert person.page.locator("h1").inner_text() == queue[0]["prompt"]
+    person.pause()
     person.page.get_by_role("button", name="Right picture").click()
     person.page.wait_for_function("text => document.querySelector('h1').textContent === text", arg=queue[1]["prompt"])
     assert person.pair() == (queue[1]["left"], queue[1]["right"])
