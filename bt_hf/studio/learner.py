@@ -39,8 +39,8 @@ SHOWN = 60  # images of the ranking
 # Embedded images from which on pairs are chosen, though not all are embedded yet.
 ENOUGH = 500
 _WORDS = 5
-# The first clicks are on random pairs, of which the taste learns as fast (docs/results-asking.md); then each second one
-# is, since they alone tell how often the model is right.
+# The first clicks are on random pairs, from which the taste learns as fast (docs/results-asking.md); then each second
+# one is, since they alone tell how often the model is right.
 FIRST_AT_RANDOM, RANDOM_SHARE = 10, 0.5
 
 
