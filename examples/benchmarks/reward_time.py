@@ -124,6 +124,9 @@ def part_vit_l(report: Report, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)).eval()
         model.logit_scale.data.fill_(4.6052)  # 100, as in the published weights
+        for module in model.text_model.modules():  # trained layer norms have biases, and a constant shift needs one
+            if isinstance(module, nn.LayerNorm):
+                nn.init.normal_(module.bias)
         processor = CLIPProcessor(CLIPImageProcessorPil(), tokenizer)
         pairs = clicks(8)
         began = time.process_time()
