@@ -42,7 +42,7 @@ class MarginRate(Guard):
         super().__init__()
         self.gather = gather
         self.highest = self._factor = 1.0
-        self._mean = self._weight = 0.0  # of a running mean that forgets
+        self._mean = self._weight = 0.0  # sums of a running mean that forgets
         self._last = 0.0  # the mean at the last look
         self._seen: list[torch.Tensor] = []
 

@@ -55,7 +55,7 @@ def summarise(history: Sequence[Mapping[str, float]], steps: int) -> str | None:
     found = [entry for entry in history if f"{prefix}accuracy" in entry]
     if not found:
         return None
-    # Of the training there is a mean over some steps each, of few pairs: several together are steadier.
+    # Training accuracies are means over few pairs: several together are steadier.
     recent = [entry[f"{prefix}accuracy"] for entry in found if entry["step"] > 0.8 * steps] or [
         found[-1][f"{prefix}accuracy"]
     ]

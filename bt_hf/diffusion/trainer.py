@@ -140,9 +140,9 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self.summary = Summary()
         self.add_callback(self.summary)
         self.guards = make_guards(args, eval_dataset) if args.guards else []
-        self.rate = MarginRate(self.accelerator.gather) if args.adapt_rate and optimizers == (None, None) else None
-        if self.rate is not None:
-            self.guards.append(self.rate)
+        own_schedule = optimizers == (None, None) and not self.is_deepspeed_enabled
+        self.rate = MarginRate(self.accelerator.gather) if args.adapt_rate and own_schedule else None
+        self.guards += [self.rate] if self.rate is not None else []
         for guard in self.guards:
             self.add_callback(guard)
 

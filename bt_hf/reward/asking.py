@@ -143,9 +143,10 @@ def _check_embeddings(embeddings: Any) -> torch.Tensor:
         raise ValueError(
             f"`embeddings` should be floats of shape (images, D), but got {found.dtype} of shape {tuple(found.shape)}."
         )
-    if not torch.isfinite(found.sum(dtype=torch.double)):
-        image = int((~torch.isfinite(found).all(1)).nonzero()[0, 0])
-        raise ValueError(f"`embeddings` should be finite, but image {image} has one that is not.")
+    found = found if found.dtype == torch.double else found.float()
+    if not torch.isfinite(found.sum()):  # quicker than a look at each
+        for image in (~torch.isfinite(found).all(1)).nonzero()[:1, 0].tolist():
+            raise ValueError(f"`embeddings` should be finite, but image {image} has one that is not.")
     return found
 
 
@@ -154,8 +155,8 @@ class _Pool:
 
     def __init__(self, embeddings: torch.Tensor, prompts: Sequence[str]) -> None:
         self.embeddings = embeddings
-        numbers: dict[str, int] = {}
-        self.prompt = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], dtype=int)
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        self.prompt = np.fromiter(map(numbers.__getitem__, prompts), dtype=int, count=len(prompts))
         self.size = np.bincount(self.prompt)
         self.several = np.flatnonzero(self.size > 1)
         if not len(self.several):

@@ -39,6 +39,9 @@ SHOWN = 60  # images of the ranking
 # Embedded images from which on pairs are chosen, though not all are embedded yet.
 ENOUGH = 500
 _WORDS = 5
+# The first clicks are on random pairs, of which the taste learns as fast (docs/results-asking.md); then each second one
+# is, since they alone tell how often the model is right.
+FIRST_AT_RANDOM, RANDOM_SHARE = 10, 0.5
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ class Learner:
         with self._lock:
             vectors = self._vectors[known.numbers]
         try:
-            found = select_pairs(vectors, known.prompts, answered, weight=weight, seed=self._seed)
+            share = RANDOM_SHARE if len(answered) >= FIRST_AT_RANDOM else 1.0
+            found = select_pairs(vectors, known.prompts, answered, weight=weight, seed=self._seed, random_share=share)
         except ValueError:  # no two images share a prompt, or all that are left are alike
             found = []
         if not found:

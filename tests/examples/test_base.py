@@ -47,8 +47,8 @@ def test_knows_new_drawings_and_names_their_looks(encoder) -> None:
     found = figures(encoder, emoji.select(range(200)))  # 40 of 234 concepts
     assert set(found) == {"recall@1", "recall@5", "look by name", "bare caption prefers"}
     assert all(len(values) == len(STYLES) for values in found.values())
-    assert sum(found["recall@5"]) / 5 > 0.5  # by chance 5 / 40
-    assert sum(found["look by name"]) / 5 > 0.5  # by chance 0.2
+    assert sum(found["recall@5"]) / 5 > 0.65  # by chance 5 / 40
+    assert sum(found["look by name"]) / 5 > 0.6  # by chance 0.2
     assert all(0.3 < share < 0.7 for share in found["bare caption prefers"])
 
 

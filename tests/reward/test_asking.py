@@ -217,7 +217,7 @@ def test_a_batch_and_a_queue_are_not_alike() -> None:
     assert len(images_before & {image for pair in after for image in pair[:2]}) <= 2
 
 
-@pytest.mark.parametrize("seed", range(4))  # which of the two is random
+@pytest.mark.parametrize("seed", range(4))  # either of the two is random
 def test_a_batch_is_what_asking_one_by_one_gives(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "REFERENCE_PAIRS", 10_000)
     embeddings = images(20)
