@@ -35,7 +35,7 @@ PROMPT_SHARES = (0.0, 0.5)
 # mostly noise about taste; a little costs next to nothing, and rewards still say which image a prompt means.
 CAPTION_WEIGHTS = {0.03: 0.0, 0.1: -0.5, 0.3: -3.0, 1.0: -6.0}
 # Share of the prior variance for the inputs of the image projection, where they are known.
-FEATURE_SHARE = 0.5
+FEATURE_SHARES = (0.0, 0.5)
 # Rates of wrong clicks, with the logarithm of their prior odds.
 WRONG_CLICKS = {0.0: 0.0, 0.02: 0.0, 0.05: -0.3, 0.1: -0.7, 0.2: -1.5, 0.3: -2.5}
 # Typical size of a margin: candidates, and the log-normal prior's median and standard deviation.
@@ -88,6 +88,7 @@ class _Setting:
 
     strength: float
     prompt_share: float
+    feature_share: float
 
 
 @dataclass
@@ -123,8 +124,7 @@ class _Pairs:
         features = torch.zeros_like(images)
         if self.feature_difference is not None:
             features = self.feature_difference @ self.feature_difference.T
-            features = FEATURE_SHARE * features / _typical_square(self.feature_difference, self.weight)
-            images = (1 - FEATURE_SHARE) * images
+            features = features / _typical_square(self.feature_difference, self.weight)
         return images, images * (self.text @ self.text.T), features
 
 
@@ -194,7 +194,9 @@ def fit_taste(
     if not len(pairs.weight) or not (pairs.preference != 0.5).any():
         width = text.shape[1]
         return Taste(torch.zeros(width).double(), torch.zeros(width, width).double(), None, 1.0)
-    settings = [_Setting(*values) for values in product(STRENGTHS, PROMPT_SHARES)]
+    settings = [_Setting(*values) for values in product(STRENGTHS, PROMPT_SHARES, FEATURE_SHARES)]
+    if features is None:
+        settings = [setting for setting in settings if setting.feature_share == 0]
     if not pairs.text.any():
         settings = [setting for setting in settings if setting.prompt_share == 0]
     kept = _choose(pairs, COMPARED_PAIRS)
@@ -282,7 +284,14 @@ def _fit(pairs: _Pairs, settings: list[_Setting]) -> list[tuple[torch.Tensor, to
     """Fit each setting; return its dual weights, margins, and margins of pairs left out with their prompt: (N,)."""
     images, prompts, features = pairs.kernels()
     kernels = torch.stack(
-        [s.strength**2 * ((1 - s.prompt_share) * images + s.prompt_share * prompts + features) for s in settings]
+        [
+            s.strength**2
+            * (
+                (1 - s.feature_share) * ((1 - s.prompt_share) * images + s.prompt_share * prompts)
+                + s.feature_share * features
+            )
+            for s in settings
+        ]
     )
     dual, margin = newton(kernels, pairs.preference, pairs.weight)
     left_out = leave_out(kernels, dual, margin, pairs.weight, pairs.cluster)
@@ -291,15 +300,16 @@ def _fit(pairs: _Pairs, settings: list[_Setting]) -> list[tuple[torch.Tensor, to
 
 def _in_primal(pairs: _Pairs, settings: list[_Setting], parts: list[_Part]) -> Taste:
     """Return the sum of the parts as weights of embeddings, features and caption."""
-    share_of_images = 1.0 if pairs.feature_difference is None else 1 - FEATURE_SHARE
-    of_images = share_of_images / _typical_square(pairs.difference, pairs.weight)
     duals = torch.stack([s.strength**2 * part.scaled_dual for s, part in zip(settings, parts, strict=True)])  # (S, N)
-    shares = torch.tensor([s.prompt_share for s in settings]).double()
-    direction = of_images * ((1 - shares) @ duals) @ pairs.difference
-    by_prompt = of_images * (pairs.difference * (shares @ duals)[:, None]).T @ pairs.text
+    by_prompts, by_features = (
+        torch.tensor([getattr(s, name) for s in settings]).double() for name in ("prompt_share", "feature_share")
+    )
+    of_images = (1 - by_features) / _typical_square(pairs.difference, pairs.weight)  # (S,)
+    direction = (of_images * (1 - by_prompts)) @ duals @ pairs.difference
+    by_prompt = (pairs.difference * ((of_images * by_prompts) @ duals)[:, None]).T @ pairs.text
     by_feature = None
     if (x := pairs.feature_difference) is not None:
-        by_feature = FEATURE_SHARE / _typical_square(x, pairs.weight) * (duals.sum(0) @ x)
+        by_feature = by_features @ duals @ x / _typical_square(x, pairs.weight)
     return Taste(direction, by_prompt, by_feature, sum(part.caption for part in parts))
 
 
