@@ -36,7 +36,7 @@ from bt_hf.plots import (
     plot_reliability,
     plot_training_curve,
 )
-from emoji import BASE_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
 from taste import preference_pairs
 
@@ -71,11 +71,11 @@ def main() -> None:
 
     # 2. What do the clicks prove? No held-out data needed.
     config = BradleyTerryConfig(str(args.output_dir), report_to="none", save_strategy="no", overwrite_output_dir=True)
-    validation = cross_validate(BASE_FOLDER, clicks, config)
+    validation = cross_validate(CLIP_FOLDER, clicks, config)
     print(f"\n{validation}\n")
 
     # 3. Train on all of them, and save.
-    trainer = BradleyTerryTrainer(BASE_FOLDER, config, train_dataset=clicks, eval_dataset=held_out)
+    trainer = BradleyTerryTrainer(CLIP_FOLDER, config, train_dataset=clicks, eval_dataset=held_out)
     trainer.verdict = validation.verdict
     trainer.train()
     trainer.save_model()
@@ -123,7 +123,7 @@ def draw_ranking(args: argparse.Namespace, clicked: frozenset[str], path: Path) 
     """Draw six captions that were not clicked on: their five drawings, ranked by the base and by the adapter."""
     drawings = load_emoji("held_out")
     before, after, masks = [], [], ([], [])
-    base, adapted = PreferenceScorer.from_pretrained(BASE_FOLDER), PreferenceScorer.from_pretrained(args.output_dir)
+    base, adapted = PreferenceScorer.from_pretrained(CLIP_FOLDER), PreferenceScorer.from_pretrained(args.output_dir)
     unseen = [row for row in range(0, len(drawings), len(STYLES)) if drawings[row]["concept"] not in clicked]
     starts = unseen[:: len(unseen) // 6][:6]
     captions = [drawings[start]["caption"] for start in starts]

@@ -12,7 +12,6 @@ FOLDER = Path(__file__).parent
 STYLES = ("noto", "twemoji", "fluent", "fluent_3d", "mono")
 STYLE_NAMES = {style: style.replace("_", " ") for style in STYLES}  # as captions name them, in pretraining
 CLIP_FOLDER = FOLDER / "clip"
-BASE_FOLDER = FOLDER.parent / "icons" / "base"
 DIFFUSION_FOLDER = FOLDER / "diffusion"
 
 
