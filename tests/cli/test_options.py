@@ -21,6 +21,7 @@ REQUIRED = {
     "push": ["folder", "me/x"],
     "reward": ["--model", "m", "--dataset", "d"],
     "score": ["m", "i.png", "--prompt", "p"],
+    "studio": [],
 }
 # Values of options that are text and have few of them, or say so too late for the parser.
 WORDS = {"lr_scheduler_type": "linear", "beta": "auto"}
@@ -41,6 +42,8 @@ def option_for(field: dataclasses.Field, kind: Any) -> tuple[list[str], Any]:
     """Return words that set a field, and the value that they should give."""
     kinds = [kind for kind in get_args(kind) if kind is not NoneType] if NoneType in get_args(kind) else [kind]
     option = f"--{field.name.replace('_', '-')}"
+    if kinds[0] is bool and field.default is None:  # needs a word, as the Trainer's own
+        return [option, "true"], True
     if kinds[0] is bool:
         return ([option], True) if not field.default else ([option.replace("--", "--no-", 1)], False)
     if get_origin(kinds[0]) is Literal:

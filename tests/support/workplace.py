@@ -3,6 +3,7 @@
 The Hub of `hub_server` has tiny models under the names that the code uses.
 """
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from datasets import Dataset
 import tiny_models
 import tiny_pipelines
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceLoRAConfig, PreferenceLoRATrainer
+from bt_hf.data.clicks import CLICKS, FORMAT, IMAGES, SESSION
 from bt_hf.training.config import PreferenceConfig
 from hub_server import Hub
 
@@ -86,6 +88,7 @@ def write_data(folder: Path) -> None:
         picture.save(folder / f"{name}.png")
         picture.save(folder / "photos" / f"{name}.png")
     (folder / "prompts.txt").write_text("a red apple\nan old house\n")
+    write_session(folder / "my-photos-clicks")
 
 
 def pairs(count: int, seed: int) -> Dataset:
@@ -107,6 +110,17 @@ def write_pairs(folder: Path, rows: Dataset) -> None:
             row[side].save(folder / name)
         lines.append(",".join([row["prompt"], *names]))
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_session(folder: Path) -> None:
+    """Write a session of the studio with one click."""
+    (folder / IMAGES).mkdir(parents=True)
+    for number in (0, 1):
+        tiny_models.picture((90 * number, 90, 90), number, tiny_pipelines.SIZE).save(folder / IMAGES / f"{number}.png")
+    (folder / SESSION).write_text(json.dumps({"format": FORMAT, "source": "photos"}))
+    asked = {"asked": "p", "prompt": "a red apple", "left": 0, "right": 1, "kind": "random"}
+    lines = [asked, {"click": "c", "pair": "p", "choice": "left"}]
+    (folder / CLICKS).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def train_reward(folder: str) -> None:
