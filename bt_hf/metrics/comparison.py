@@ -164,6 +164,7 @@ def verdict_sentence(
     weight: ArrayLike | None = None,
     cluster: ArrayLike | None = None,
     cluster_name: str = "prompts",
+    learning: bool = False,
 ) -> str:
     """One plain sentence: is the model better than the other, worse, or is it too early to tell?
 
@@ -175,10 +176,12 @@ def verdict_sentence(
         weight: (N,) as in `mcnemar_test`; the accuracies are weighted, too.
         cluster: (N,) as in `mcnemar_test`.
         cluster_name: What the sentence calls clusters, in the plural. Default `"prompts"`.
+        learning: The model was still learning when it predicted these pairs. Default False.
 
     Returns:
         The sentence. From 20 clusters on, where neither model is significantly better than a coin, it says that the
-        clicks look random, instead of how many more would tell.
+        clicks look random, instead of how many more would tell; not of a model that was learning, as its first
+        predictions are no better than a coin whatever the clicks.
 
     Example:
         >>> verdict_sentence([1] * 12 + [0] * 3, [1] * 4 + [0] * 11)
@@ -200,7 +203,7 @@ def verdict_sentence(
     if p < alpha:
         return f"{'Better' if rates[0] > rates[1] else 'Worse'} than {other}: {facts}."
     chance = [sign_flip_test(_cluster_sums(weight * (2 * values - 1), cluster)) for values in (a, b)]
-    if groups >= _ENOUGH and min(chance) >= alpha:
+    if groups >= _ENOUGH and min(chance) >= alpha and not learning:
         return (
             f"The clicks look random: {facts}, and neither is significantly better than a coin. Look whether chosen "
             "and rejected were mixed up, or the pictures differ in nothing that matters to you; more of the same "

@@ -103,7 +103,9 @@ class RunningAccuracy:
     def verdict(self) -> str:
         """Sentence about the taste against the base on random pairs, as of `metrics.verdict_sentence`."""
         # The number of further pairs that would tell is left to `worth`, as a random pair takes several clicks.
-        found, cut, _ = verdict_sentence(self._right, self._base_right, alpha=ALPHA).partition("; about ")
+        found, cut, _ = verdict_sentence(self._right, self._base_right, alpha=ALPHA, learning=True).partition(
+            "; about "
+        )
         return found + "." if cut else found
 
     @property

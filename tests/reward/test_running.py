@@ -134,3 +134,12 @@ def test_agreement_with_oneself() -> None:
     assert agree_with_oneself([*first, (3, 2, 0.5), (5, 4, 1.0)]) == (2, 0.5)  # a tie once, and once not
     assert agree_with_oneself([*first, (1, 0, None)]) is None  # skipped
     assert agree_with_oneself([*first, (1, 0, 0.0), (0, 1, 0.0)]) == (2, 0.5)  # a third time: against the first
+
+
+def test_the_first_predictions_do_not_make_clicks_look_random() -> None:
+    """A taste that is just being learnt is right by chance at first, however sure the person is."""
+    clicks = [Prediction(0.0, 1.0 if number % 2 else -1.0, 1.0, True) for number in range(20)]
+    clicks += [Prediction(1.0, -1.0 if number % 2 else 1.0, 1.0, True) for number in range(4)]
+    verdict = RunningAccuracy(clicks).verdict
+    assert verdict.startswith("Not enough evidence yet: 58 % against 50 %")
+    assert "random" not in verdict
