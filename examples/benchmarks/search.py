@@ -79,7 +79,7 @@ def find(orders: list[list[int]], rows: Dataset, concepts: list[str], house: str
 
 
 def measure(house: str, clicks: int, split: str, base: str) -> list[float]:
-    """Return recall of base, rank and search, how often each puts the liked drawing first, and the right word's place."""
+    """Return recall of base, rank and search, shares with the liked drawing first, and the place of the right word."""
     pairs = PEOPLE[house].pairs(split, clicks, seed=0)
     clicked = set(pairs["prompt"])
     rows = load_emoji(split)
