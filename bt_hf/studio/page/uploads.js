@@ -30,7 +30,7 @@ export class Uploads extends Component {
   }
 
   render({ open }, { prompt, of, done, failed }) {
-    return html`<details class="skipped" open=${open}>
+    return html`<details class="skipped" open=${open || failed.length > 0}>
       <summary>Add pictures</summary>
       <div class="publish">
         <label class="field">Prompt: what all of them show

@@ -22,6 +22,7 @@ def test_from_no_picture_to_a_pair(browser: Any, tiny_clip: str, tmp_path: Path)
         page.get_by_role("alert").filter(has_text="notes.png").wait_for()
         assert set(person.pair()) == {0, 1}
         assert page.locator("h1").inner_text() == "my garden"
+        page.get_by_label("Prompt").blur()  # arrows move the cursor there
         person.pause()
         page.keyboard.press("ArrowLeft")
         person.saved(1)
