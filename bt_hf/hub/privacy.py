@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import safetensors.torch
+from huggingface_hub import get_token
 from PIL import Image
 
 from bt_hf.hub.contract import (
@@ -64,6 +65,11 @@ def check_privacy(files: Mapping[str, Content], secrets: Iterable[str] = ()) -> 
         # Words of a vocabulary may look like paths.
         for text in _texts(name, read_content(content)):
             check_text(text, name, known, tokens_alone=name in VOCABULARIES)
+
+
+def known_tokens(token: str | None = None) -> list[str]:
+    """Return the access tokens that are known here: the given one, and that of this machine."""
+    return [known for known in (token, get_token()) if known]
 
 
 def check_text(text: str, name: str, secrets: Iterable[str] = (), tokens_alone: bool = False) -> None:

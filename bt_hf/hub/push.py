@@ -5,9 +5,8 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -16,7 +15,6 @@ from huggingface_hub import (
     ModelCard,
     ModelInfo,
     constants,
-    get_token,
     hf_hub_download,
 )
 from huggingface_hub.errors import (
@@ -25,8 +23,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from bt_hf.data.checks import check_columns
-from bt_hf.data.images import to_rgb
 from bt_hf.hub.card_sections import address_card, has_parts, keep_owner_text, owner_text, plain_line, show_pictures
 from bt_hf.hub.checks import Shapes, check_card, check_fit, check_weights, content_hash, expected_hash
 from bt_hf.hub.contract import (
@@ -43,12 +39,11 @@ from bt_hf.hub.contract import (
     in_contract,
     read_content,
 )
-from bt_hf.hub.privacy import check_privacy, check_text, encode_picture, plain_pictures, with_base
+from bt_hf.hub.pairs import publishable_pairs, to_parquet
+from bt_hf.hub.privacy import check_privacy, check_text, known_tokens, plain_pictures, with_base
 from bt_hf.hub.retries import call_hub, one_line, raise_readable
 
 logger = logging.getLogger(__name__)
-
-_IMAGES = ("chosen", "rejected")
 
 
 def push_adapter(
@@ -104,8 +99,7 @@ def push_adapter(
     files: dict[str, Content] = dict(contract_files(folder))
     find_kind((file.name for file in Path(folder).iterdir()), f"'{folder}'")
     if pairs is not None:
-        check_columns(pairs)
-        files[PAIRS] = _parquet(pairs, token)
+        files[PAIRS] = to_parquet(publishable_pairs(pairs, token))
     return publish(files, str(folder), repo_id, private, revision, token, base_model, create_pr, commit_message, tag)
 
 
@@ -136,7 +130,7 @@ def publish(
         check_revision(revision)
     named = {"commit_message": commit_message, "revision": revision, "tag": tag, "repo_id": repo_id}
     for argument, text in named.items():
-        check_text(text or "", f"`{argument}`", _tokens(token))
+        check_text(text or "", f"`{argument}`", known_tokens(token))
     api = HfApi(token=token)
     kind = find_kind(files, f"'{source}'")
     files, base, shapes = _checked(files, kind, f"'{source}'", base_model, token)
@@ -174,7 +168,7 @@ def _checked(
 ) -> tuple[dict[str, Content], str | None, Shapes]:
     """Check files without the Hub; return them as published, the Hub id of the base, and the adapter's shapes."""
     files, base = dict(files), None
-    check_text(base_model or "", "`base_model`", _tokens(token), tokens_alone=True)
+    check_text(base_model or "", "`base_model`", known_tokens(token), tokens_alone=True)
     if base_model is not None and hub_id(base_model) is None:
         raise ValueError(
             f"`base_model` should be the Hub id of the base, such as 'owner/name', but got {base_model!r}."
@@ -187,13 +181,8 @@ def _checked(
     shapes = check_weights(files, kind, source)
     check_card(read_content(files[CARD]).decode(errors="replace"))
     addressed = address_card(read_content(files[CARD]).decode(), "owner/name", base)
-    check_privacy({**files, CARD: addressed.encode()}, _tokens(token))
+    check_privacy({**files, CARD: addressed.encode()}, known_tokens(token))
     return files, base, shapes
-
-
-def _tokens(token: str | None) -> list[str]:
-    """Return the tokens that are known here."""
-    return [known for known in (token, get_token()) if known]
 
 
 def _commit(
@@ -339,31 +328,3 @@ def _shapes_on_hub(api: HfApi, base: ModelInfo, doing: str) -> dict[str, tuple[i
         header = call_hub(lambda name=name: api.parse_safetensors_file_metadata(base.id, name), doing)  # type: ignore[misc]
         shapes |= {tensor: tuple(found.shape) for tensor, found in header.tensors.items()}
     return shapes
-
-
-def _parquet(pairs: Dataset, token: str | None) -> bytes:
-    """Write the columns of the row contract as a Parquet file, with the pixels of the images in it.
-
-    Raises:
-        ValueError: A prompt contains a token, a password or a path.
-    """
-    secrets = _tokens(token)
-    numbers = [name for name in ("preference", "weight") if name in pairs.column_names]
-    columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", *numbers)}
-    plain = pairs.with_format(None).select_columns(list(columns))
-    for name in _IMAGES:
-        plain = plain.cast_column(name, Image(decode=False))
-    for row, pair in enumerate(plain):
-        check_text(pair["prompt"], f"the prompt of row {row} of `pairs`", secrets)
-        for name, values in columns.items():
-            value = pair[name]
-            values.append(
-                {"bytes": encode_picture(to_rgb(value, f"`{name}` of row {row}")), "path": None}
-                if name in _IMAGES
-                else value
-            )
-    features = {"prompt": Value("string"), **dict.fromkeys(_IMAGES, Image())}
-    written = Dataset.from_dict(columns, features=Features({**features, **dict.fromkeys(numbers, Value("float32"))}))
-    with tempfile.TemporaryDirectory() as folder:
-        written.to_parquet(Path(folder) / PAIRS)
-        return (Path(folder) / PAIRS).read_bytes()

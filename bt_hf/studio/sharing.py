@@ -15,6 +15,7 @@ from bt_hf.data.clicks import image_file
 from bt_hf.data.pairs import load_preference_pairs
 from bt_hf.hub.card_sections import show_pictures
 from bt_hf.hub.contract import ADAPTER_CONFIG, CARD, FAVOURITES, PICTURES, check_repo_id
+from bt_hf.hub.pairs import publishable_pairs
 from bt_hf.hub.push import full_name, push_adapter
 from bt_hf.plots import contact_sheet
 from bt_hf.studio.jobs import Handle
@@ -76,8 +77,10 @@ class Sharing:
         handle.say("Publishing", None)
         if options.get("what") == "pairs":
             check_repo_id(repo_id)
+            pairs = publishable_pairs(self.pairs())
             name = full_name(repo_id)
-            commit = self.pairs().push_to_hub(name, private=private)
+            commit = pairs.push_to_hub(name, private=private)
+            handle.job.message = _published(private)
             return {"url": str(getattr(commit, "repo_url", "")) or name}
         folder = self.folder(options.get("what"))
         favourites = folder / FAVOURITES
@@ -88,7 +91,7 @@ class Sharing:
             commit = push_adapter(folder, repo_id, private=private, base_model=options.get("base_model"))
         finally:
             favourites.unlink(missing_ok=True)
-        handle.job.message = "Published, for everybody to see." if not private else "Published, for you alone."
+        handle.job.message = _published(private)
         return {"url": str(commit.commit_url).split("/commit/")[0]}
 
     def draw_favourites(self, path: Path) -> None:
@@ -132,6 +135,10 @@ class Sharing:
             archive.writestr("metadata.jsonl", lines.getvalue())
             for file in files.values():
                 archive.write(file, f"images/{file.name}")
+
+
+def _published(private: bool) -> str:
+    return "Published, for you alone." if private else "Published, for everybody to see."
 
 
 def why_not_published() -> str | None:

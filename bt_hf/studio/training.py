@@ -15,6 +15,7 @@ from bt_hf.data.pairs import load_preference_pairs
 from bt_hf.reward.config import BradleyTerryConfig
 from bt_hf.reward.cross_validation import cross_validate
 from bt_hf.reward.trainer import BradleyTerryTrainer
+from bt_hf.reward.verdict import number_pairs
 from bt_hf.studio.jobs import Handle
 from bt_hf.studio.pool import BLIND, Pool
 from bt_hf.studio.questions import Questions
@@ -78,8 +79,8 @@ class Workshop:
         pairs = self.pairs()
         config = BradleyTerryConfig(str(self.session.folder / REWARD), **_QUIET)
         verdict = None
-        if len(set(pairs["prompt"])) > 1:
-            handle.say("Judging your clicks: each is predicted by a model that has not seen its prompt", 0.05)
+        if number_pairs(pairs).any():  # else there is one pair alone, and nothing to judge it by
+            handle.say("Judging your clicks: each is predicted by a model that has not seen it", 0.05)
             verdict = cross_validate(self.base, pairs, config, folds=_FOLDS, progress=False).verdict
         handle.say("Learning your taste", 0.5)
         trainer = BradleyTerryTrainer(self.base, config, train_dataset=pairs)

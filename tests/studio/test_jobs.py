@@ -18,12 +18,12 @@ from bt_hf import PreferenceScorer, load_preference_pairs
 from bt_hf.data.clicks import Asked, Click
 from bt_hf.studio.errors import RefusedError
 from bt_hf.studio.fields import job_options, one_of
-from bt_hf.studio.jobs import Handle, Jobs
+from bt_hf.studio.jobs import Handle, Job, Jobs
 from bt_hf.studio.judging import tally
 from bt_hf.studio.training import Drawing
-from hub_fixtures import hub, online, served  # noqa: F401
-from studio_page import Client, make_desk, serving, write_images
+from studio_page import Client, close, make_desk, serving, write_images
 
+pytest_plugins = ["hub_fixtures"]
 TINY = {
     "max_steps": 2,
     "learning_rate": 0.05,
@@ -70,8 +70,8 @@ def finished(client: Client, timeout: float = 120.0) -> Any:
 def test_a_reward_of_the_clicks_is_loaded_by_anyone_and_published(
     client: Client,
     tmp_path: Path,
-    hub: Any,  # noqa: F811
-    online: Path,  # noqa: F811
+    hub: Any,
+    online: Path,
     base: str,
 ) -> None:
     """Publishing is private, and shows no images of the person, unless asked."""
@@ -104,6 +104,34 @@ def test_a_reward_of_the_clicks_is_loaded_by_anyone_and_published(
         assert info.private
         assert ("favourites.png" in [file.rfilename for file in info.siblings]) == show
     assert not (folder / "favourites.png").exists()
+
+
+def test_pairs_leave_by_the_checks_of_an_adapter(tmp_path: Path) -> None:
+    """A token in a prompt is found before anything is asked of the Hub."""
+    desk = make_desk(write_images(tmp_path / "images"), tmp_path / "session")
+    for number in (0, 1):
+        desk.session.keep_picture(number, desk.pool.read(number))
+    prompt = f"a cat {'hf_' + 'a1B2c3D4' * 4}"
+    desk.session.append({"asked": "p", "prompt": prompt, "left": 0, "right": 1, "kind": "random"})
+    desk.click("a", "p", "left", None)
+    with pytest.raises(ValueError, match="the prompt of row 0 of `pairs` contains what looks like a token"):
+        desk.sharing.publish(Handle(Job("publish")), {"repo_id": "me/clicks", "what": "pairs"})
+    close(desk)
+
+
+def test_clicks_on_one_prompt_are_judged_too(tmp_path: Path, base: str) -> None:
+    """With one prompt for all images, folds are by pair."""
+    images = write_images(tmp_path / "images")
+    desk = make_desk(images, tmp_path / "session", base=base)
+    for number in range(8):
+        desk.session.keep_picture(number, desk.pool.read(number))
+    for number in range(0, 8, 2):
+        line = {"asked": f"p{number}", "prompt": "a", "left": number, "right": number + 1, "kind": "random"}
+        desk.session.append(line)
+        desk.click(f"c{number}", f"p{number}", "left", None)
+    found = desk.workshop.train_reward(Handle(Job("reward")), {})
+    assert found["verdict"].endswith("not about other prompts.")
+    close(desk)
 
 
 def test_drawing_before_and_after_and_a_blind_comparison(client: Client, tmp_path: Path) -> None:

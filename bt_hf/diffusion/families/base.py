@@ -95,8 +95,9 @@ class Family(ABC):
             Both (N, C, h, w) float32.
         """
         mean, std = encode_latents(self.pipeline.vae, pixels)
-        scale = self.pipeline.vae.config.scaling_factor
-        return mean * scale, std * scale
+        config = self.pipeline.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        return (mean - shift) * config.scaling_factor, std * config.scaling_factor
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

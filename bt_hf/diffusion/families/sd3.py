@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bt_hf.diffusion.families.base import Conditions, Family, Size, cast, encode_latents
+from bt_hf.diffusion.families.base import Conditions, Family, Size, cast
 
 # Attention and feed-forward layers of image and text alike: what diffusers' own FLUX script trains.
 TRANSFORMER_LAYERS = [
@@ -35,11 +35,6 @@ class StableDiffusion3(Family):
 
     def interface_metadata(self) -> dict[str, str] | None:
         return {"modelspec.architecture": "stable-diffusion-3/lora"}
-
-    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = encode_latents(self.pipeline.vae, pixels)
-        config = self.pipeline.vae.config
-        return (mean - config.shift_factor) * config.scaling_factor, std * config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from bt_hf.diffusion.families.base import Conditions, Family, Size, cast, encode_latents
+from bt_hf.diffusion.families.base import Conditions, Family, Size, cast
 from bt_hf.diffusion.families.sd3 import FLOW_BETA
 
 LONGEST = 512  # tokens that the pipeline reads by default
@@ -30,11 +30,6 @@ class ZImage(Family):
     @property
     def default_size(self) -> Size:
         return 1024, 1024  # the pipeline's, which stands in none of its configs
-
-    def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = encode_latents(self.pipeline.vae, pixels)
-        config = self.pipeline.vae.config
-        return (mean - config.shift_factor) * config.scaling_factor, std * config.scaling_factor
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
