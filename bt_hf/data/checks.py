@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
 
 from bt_hf.data.formats import NOTES, ROW, ROW_COLUMNS, SHARD, Layout, PreferenceDataError
-from bt_hf.data.images import short, to_rgb
+from bt_hf.data.images import digest_pixels, short, to_rgb
 from bt_hf.data.places import PROBLEM
 from bt_hf.data.reading import features_of
 from bt_hf.data.recognition import check_kinds, recognise
@@ -120,7 +119,7 @@ def overlapping_rows(train: Dataset | IterableDataset, eval: Dataset | IterableD
 
     def key(row: dict[str, Any], index: int) -> tuple[str, ...]:
         return plain(row["prompt"]), *sorted(
-            _digest(row[name], image_name(row, name, index)) for name in ("chosen", "rejected")
+            digest_pixels(row[name], image_name(row, name, index)) for name in ("chosen", "rejected")
         )
 
     def plain(prompt: str) -> str:
@@ -174,11 +173,6 @@ def _check_values(dataset: Dataset | IterableDataset, labels: tuple[str, ...], w
             problem = _value_problem({name: table[name][row].as_py() for name in columns}, labels)
             raise PreferenceDataError(f"row {start + row} of the dataset: {problem}; fix the row, or {way_out}")
         start += len(table)
-
-
-def _digest(image: Any, name: str) -> str:
-    image = to_rgb(image, name)
-    return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _value_problem(row: dict[str, Any], labels: tuple[str, ...]) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import os
 import re
@@ -264,6 +265,17 @@ def _convert(image: Image.Image, name: str) -> Image.Image:
         return image.convert("RGB")
     except (OSError, ValueError) as error:
         raise ValueError(f"unreadable image: {name} of mode {image.mode} ({one_line(error)})") from error
+
+
+def digest_pixels(image: Any, name: str = "") -> str:
+    """Return a digest of size and pixels of an image, by which equal ones are known whatever their files.
+
+    Args:
+        image: As in `to_rgb`, whose errors these are.
+        name: What an error calls it.
+    """
+    image = to_rgb(image, name)
+    return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

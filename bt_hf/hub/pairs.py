@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Image, Value
 
 from bt_hf.data.checks import check_columns
 from bt_hf.data.images import to_rgb
+from bt_hf.data.rows import undecoded
 from bt_hf.hub.contract import PAIRS
 from bt_hf.hub.privacy import check_text, encode_picture, known_tokens
 
@@ -28,10 +29,7 @@ def publishable_pairs(pairs: Dataset, token: str | None = None) -> Dataset:
     secrets = known_tokens(token)
     numbers = [name for name in ("preference", "weight") if name in pairs.column_names]
     columns: dict[str, list[Any]] = {name: [] for name in ("prompt", *_IMAGES, *numbers)}
-    plain = pairs.with_format(None).select_columns(list(columns))
-    for name in _IMAGES:
-        plain = plain.cast_column(name, Image(decode=False))
-    for row, pair in enumerate(plain):
+    for row, pair in enumerate(undecoded(pairs.with_format(None).select_columns(list(columns)))):
         check_text(pair["prompt"], f"the prompt of row {row} of `pairs`", secrets)
         for name, values in columns.items():
             value = pair[name]

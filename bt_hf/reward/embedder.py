@@ -118,7 +118,7 @@ class Embedder:
         with self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
             yield
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
         return self._once("digest", lambda: digest_weights([self.model]))
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:

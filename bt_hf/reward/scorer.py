@@ -211,7 +211,7 @@ class PreferenceScorer(Embedder):
         adapted = self.embed_images(images)
         with self._without_adapter():
             base = self.embed_images(images)
-        return ImageLibrary(names, base, adapted, self._digest())
+        return ImageLibrary(names, base, adapted, self.digest())
 
     def search(
         self, prompt: str, library: ImageLibrary, top_k: int = 10, taste_weight: float = TASTE_WEIGHT
@@ -232,7 +232,7 @@ class PreferenceScorer(Embedder):
         """
         check_text(prompt, "prompt")
         check_count(top_k, "top_k", 0)
-        if library.model != self._digest():
+        if library.model != self.digest():
             raise ValueError("`library` was embedded by another model: embed its images anew with `scorer.index`.")
         if not len(library) or not top_k:
             return []

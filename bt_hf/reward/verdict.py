@@ -1,17 +1,17 @@
 """Judge a cross-validation: what belongs together, which clicks contradict each other, and a plain linear probe."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image
+from datasets import Dataset
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from bt_hf.data.images import to_rgb
+from bt_hf.data.images import digest_pixels
+from bt_hf.data.rows import image_name, undecoded
 from bt_hf.metrics import (
     McNemarResult,
     agreement,
@@ -144,7 +144,8 @@ def number_prompts(tokenizer: Any, prompts: Sequence[str], limit: int) -> np.nda
 def number_pairs(dataset: Dataset) -> np.ndarray:
     """Number the pairs of images, (N,) int: those of the same two images are one, either way round."""
     number: dict[tuple[str, str], int] = {}
-    return np.array([number.setdefault(_name_pair(row)[0], len(number)) for row in _undecoded(dataset)], dtype=int)
+    rows = enumerate(undecoded(dataset.with_format(None)))
+    return np.array([number.setdefault(_name_pair(row, place)[0], len(number)) for place, row in rows], dtype=int)
 
 
 def count_contradictions(dataset: Dataset, prompts: np.ndarray) -> tuple[int, int]:
@@ -159,10 +160,10 @@ def count_contradictions(dataset: Dataset, prompts: np.ndarray) -> tuple[int, in
     """
     counts = np.bincount(prompts, minlength=1)
     rows = np.flatnonzero(counts[prompts] > 1)  # only these can repeat a pair: the others' images stay closed
-    repeated = _undecoded(dataset).select(rows.tolist())
+    repeated = undecoded(dataset.with_format(None)).select(rows.tolist())
     answers: dict[tuple[int, str, str], list[float]] = defaultdict(list)
-    for prompt, row in zip(prompts[rows], repeated, strict=True):
-        pair, swapped = _name_pair(row)
+    for place, prompt, row in zip(rows.tolist(), prompts[rows], repeated, strict=True):
+        pair, swapped = _name_pair(row, place)
         preference = float(row.get("preference", 1.0))
         answers[int(prompt), *pair].append(1 - preference if swapped else preference)
     found = [values for values in answers.values() if len(values) > 1]
@@ -207,20 +208,7 @@ def probe_margins(difference: np.ndarray, preference: np.ndarray, weight: np.nda
     return margins
 
 
-def _undecoded(dataset: Dataset) -> Dataset:
-    dataset = dataset.with_format(None)
-    for name in ("chosen", "rejected"):
-        if isinstance(dataset.features[name], Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-    return dataset
-
-
-def _name_pair(row: dict[str, Any]) -> tuple[tuple[str, str], bool]:
-    """Return the digests of both images in a fixed order, and True if the rejected one comes first."""
-    first, second = (_digest(row[name]) for name in ("chosen", "rejected"))
+def _name_pair(row: dict[str, Any], number: int) -> tuple[tuple[str, str], bool]:
+    """Return the digests of both images of row `number` in a fixed order, and True if the rejected one comes first."""
+    first, second = (digest_pixels(row[name], image_name(row, name, number)) for name in ("chosen", "rejected"))
     return ((second, first), True) if second < first else ((first, second), False)
-
-
-def _digest(image: Any) -> str:
-    image = to_rgb(image)
-    return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()

@@ -79,7 +79,7 @@ class Learner:
         self._random = random.Random()
         self._seed = int.from_bytes(session.id.encode()[:7], "big")
         self._images: _Comparable | None = None
-        self._digest, self._scale = scorer._digest(), float(scorer.scale)
+        self._digest, self._scale = scorer.digest(), float(scorer.scale)
         self._vectors = torch.zeros(0, scorer.embed_texts(["a"]).shape[1])  # (images, D), zeros where not embedded
         self._known = np.zeros(0, dtype=bool)
         self._failed: set[int] = set()

@@ -59,7 +59,7 @@ class Bench:
     def embeddings(self, name: str, split: str) -> dict[str, torch.Tensor]:
         """Return `image` and `text` embeddings of all drawings of a pool, (M, D) each."""
         if (name, split) not in self._known:
-            path = self.cache and self.cache / f"{name}_{split}_{self.scorer._digest()[:16]}.pt"
+            path = self.cache and self.cache / f"{name}_{split}_{self.scorer.digest()[:16]}.pt"
             if path and path.exists():
                 self._known[name, split] = torch.load(path)
             else:

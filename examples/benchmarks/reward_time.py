@@ -97,7 +97,7 @@ def part_search(report: Report, args: argparse.Namespace) -> None:
         scorer = PreferenceScorer.from_pretrained(trainer.model, processor=trainer.processing_class)
         width = trainer.model.get_base_model().config.projection_dim
         images = normalize(torch.randn(LIBRARY, width, generator=torch.Generator().manual_seed(0)), dim=-1)
-        library = ImageLibrary([str(number) for number in range(LIBRARY)], images, images, scorer._digest())
+        library = ImageLibrary([str(number) for number in range(LIBRARY)], images, images, scorer.digest())
         began = time.process_time()
         scorer.search("a red apple", library, top_k=10)
         first = time.process_time() - began

@@ -75,7 +75,7 @@ def fill_cache(session: Path, count: int, drawn: list[Image.Image]) -> None:
     vectors = scorer.embed_images(drawn)
     numbers = torch.arange(count)
     tensors = {"numbers": numbers, "vectors": vectors[numbers % len(drawn)].contiguous()}
-    save_file(tensors, session / EMBEDDINGS, {"model": scorer._digest()})
+    save_file(tensors, session / EMBEDDINGS, {"model": scorer.digest()})
 
 
 def _letters(number: int) -> str:

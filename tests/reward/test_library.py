@@ -45,7 +45,7 @@ def test_without_a_taste_it_is_the_bases_order() -> None:
 def test_any_number_is_asked_for(top_k: int) -> None:
     library = library_of(torch.randn(3, 8))
     scorer = PreferenceScorer(*build())
-    library.model = scorer._digest()
+    library.model = scorer.digest()
     width = scorer.embed_texts("a").shape[1]
     library.base = library.adapted = normalize(torch.randn(3, width), dim=-1)
     assert len(scorer.search("a red apple", library, top_k)) == min(top_k, 3)
