@@ -78,7 +78,7 @@ ROOMS = {
         "__init__ errors jobs judging page pictures sources telling",
         "fields security session",
         "pool",
-        "questions",
+        "embeddings questions",
         "drawer learner training",
         "sharing",
         "desk",

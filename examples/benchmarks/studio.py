@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from bt_hf import PreferenceScorer
-from bt_hf.studio.learner import EMBEDDINGS
+from bt_hf.studio.embeddings import EMBEDDINGS
 from results import ROOT, Report, make_parser
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))

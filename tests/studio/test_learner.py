@@ -104,7 +104,7 @@ def test_embeddings_of_another_base_are_not_taken(tmp_path: Path) -> None:
     close(desk)
     session = Session(tmp_path / "session", "images")
     learner = Learner(session, Pool(session, None), PreferenceScorer(*build("clip", seed=1)))
-    learner._load()
+    learner.embeddings._load()
     assert learner.told()["embedded"] == 0
     session.close()
 
@@ -139,8 +139,8 @@ def test_ten_thousand_images(tmp_path: Path) -> None:
     pool = Pool(session, Many(10_000, 500))
     learner = Learner(session, pool, PreferenceScorer(*build("clip")))
     vectors = torch.nn.functional.normalize(torch.randn(10_000, 256), dim=1)
-    learner._vectors, learner._known = vectors, np.ones(10_000, dtype=bool)
-    learner._texts = {f"prompt {number}": vectors[-number] for number in range(500)}
+    learner.embeddings._vectors, learner.embeddings._known = vectors, np.ones(10_000, dtype=bool)
+    learner.embeddings._texts = {f"prompt {number}": vectors[-number] for number in range(500)}
     desk = Desk(session, pool, learner, "many", "unused")
     queue = desk.state()["queue"]
     for number in range(40):
@@ -218,11 +218,11 @@ def test_a_ranking_of_many_prompts_holds_no_click_up(tmp_path: Path, monkeypatch
 
     def embed(texts: list[str]) -> torch.Tensor:
         sizes.append(len(texts))
-        assert learner._model.locked()
+        assert learner.embeddings._model.locked()
         return PreferenceScorer.embed_texts(learner.scorer, texts)
 
     monkeypatch.setattr(learner.scorer, "embed_texts", embed)
-    assert torch.allclose(learner._text(prompts), plain, atol=1e-6)
+    assert torch.allclose(learner.embeddings.prompts(prompts), plain, atol=1e-6)
     assert max(sizes) <= 32
     assert sum(sizes) == 100
     close(desk)
