@@ -18,3 +18,9 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute alike on every machine: as on one without bfloat16, where a test does not ask for it."""
+    monkeypatch.setattr("bt_hf.diffusion.config.multiplies_bfloat16", lambda use_cpu: False)

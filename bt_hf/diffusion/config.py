@@ -1,11 +1,18 @@
 """Options of `PreferenceLoRATrainer`."""
 
+import logging
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.option_checks import check_bounds
+from bt_hf.training.precision import multiplies_bfloat16
+
+logger = logging.getLogger(__name__)
 
 _POSITIVE = [
     "num_noise_samples",
@@ -60,6 +67,14 @@ class PreferenceLoRAConfig(PreferenceConfig):
             "help": "Steer the learning rate by the margins of the training pairs, up to ten times up or down: it "
             "rises while they lag behind a plan that reaches 8 at the last step, and falls where they lead. By "
             "default with dpo and AdamW, if no `learning_rate` is given."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute in bfloat16; the LoRA itself stays in float32. By default where the device multiplies in "
+            "it natively (NVIDIA GPUs from Ampere on, CPUs with AMX or AVX512-BF16), unless `fp16` or `deepspeed` is "
+            "given. False for float32."
         },
     )
     per_device_train_batch_size: int = field(
@@ -178,6 +193,8 @@ class PreferenceLoRAConfig(PreferenceConfig):
         given = self.learning_rate is not None
         if not given:
             self.learning_rate = PreferenceConfig.learning_rate
+        if self.bf16 is None:
+            self._choose_precision()
         super().__post_init__()
         if self.adapt_rate is None:
             self.adapt_rate = not given and self._can_adapt_rate()
@@ -193,6 +210,15 @@ class PreferenceLoRAConfig(PreferenceConfig):
         if self.dtype not in _DTYPES:
             raise ValueError(f"`dtype` should be one of {', '.join(_DTYPES)}, but got {self.dtype!r}.")
         self._check_effects()
+
+    def _choose_precision(self) -> None:
+        """Compute in bfloat16 where that is fast, and nothing else was asked for."""
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which also says no if it was told nothing
+        self.bf16 = not self.fp16 and not self.deepspeed and launcher == "no" and multiplies_bfloat16(self.use_cpu)
+        if self.bf16:
+            # The Trainer takes bfloat16 on a CPU only beside this.
+            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+            logger.info("Computing in bfloat16, in which this device is fast: pass `bf16=False` for float32.")
 
     def _can_adapt_rate(self) -> bool:
         """True if margins mean what `MarginRate` takes them for, and the rate can be changed on the way."""

@@ -32,7 +32,8 @@ from taste import preference_pairs
 PAIRS, SIZE, ROUNDS, DRAWS = 4, 256, 3, 8
 STRAIGHT, ENCODED = "straight loop, fp32", "trainer: images and prompts encoded once"
 KNOWN, COMPILED = "+ errors of the base computed once", "+ torch_compile"
-ROWS: dict[str, dict[str, Any]] = {  # each on top of those above it
+# Each on top of those above it; "+ bf16" is the trainer's default where the device has it.
+ROWS: dict[str, dict[str, Any]] = {
     ENCODED: {"channels_last": False},
     "+ channels-last": {"channels_last": True},
     "+ bf16": {"bf16": True},

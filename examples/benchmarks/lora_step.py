@@ -70,6 +70,7 @@ def train(model: Path, pairs: Dataset, scratch: Path, **options) -> timing.Train
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "bf16": False,  # as long as a row does not ask for it
         "use_cpu": DEVICE.type == "cpu",  # the Trainer allows bf16 on a CPU only when told so
     }
     args = PreferenceLoRAConfig(str(scratch / "lora"), **defaults | options)

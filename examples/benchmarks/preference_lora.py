@@ -46,6 +46,7 @@ from taste import preference_pairs
 
 PAIRS = 64
 LORA = {  # for every run below, where it does not say otherwise
+    "bf16": False,  # alike on every machine
     "learning_rate": 1e-3,
     "max_steps": 120,
     "per_device_train_batch_size": 16,

@@ -31,6 +31,7 @@ def train(folder: Path, batch: int, case: str) -> dict:
         max_steps=5,
         # Adam and clipping would hide a gradient of another scale, and make much of rounding errors.
         optim="sgd",
+        bf16=False,
         max_grad_norm=0.0,
         learning_rate=3e-4,
         warmup_steps=0,

@@ -44,7 +44,7 @@ def make(kind: str, folder: Path, data: Path, **options: object) -> BradleyTerry
         return BradleyTerryTrainer(model, args, train_dataset=pairs, processing_class=processor)
     if kind == "kto":
         pairs, options = unpair(pairs), {**options, "loss_type": "kto"}
-    args = PreferenceLoRAConfig(str(folder), resolution=SIZE[0], beta=500, **options)
+    args = PreferenceLoRAConfig(str(folder), resolution=SIZE[0], beta=500, bf16=False, **options)
     return PreferenceLoRATrainer(build_pipeline("sd"), args, train_dataset=pairs)
 
 

@@ -1,0 +1,65 @@
+"""bfloat16 by itself where a device has it, and never against what was asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bt_hf import PreferenceLoRAConfig
+from bt_hf.training.precision import multiplies_bfloat16
+from tiny_trainers import adapter, make
+
+
+def has(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
+    monkeypatch.setattr("bt_hf.diffusion.config.multiplies_bfloat16", lambda use_cpu: bfloat16)
+
+
+def test_a_cpu_is_asked_for_what_the_kernel_lists() -> None:
+    listed = Path("/proc/cpuinfo")
+    if not listed.is_file() or not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("the system lists no flags of its CPU, or PyTorch tells none")
+    flags = set(listed.read_text().split())
+    assert multiplies_bfloat16(use_cpu=True) == bool(flags & {"amx_bf16", "avx512_bf16"})
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "given", "environment", "expected"),
+    [
+        (True, {}, {}, True),
+        (False, {}, {}, False),
+        (True, {"bf16": False}, {}, False),
+        (False, {"bf16": True, "use_cpu": True}, {}, True),
+        (True, {}, {"ACCELERATE_MIXED_PRECISION": "no"}, True),
+        (True, {}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, False),
+    ],
+)
+def test_precision_is_chosen_only_where_none_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    bfloat16: bool,
+    given: dict[str, bool],
+    environment: dict[str, str],
+    expected: bool,
+) -> None:
+    has(monkeypatch, bfloat16)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert PreferenceLoRAConfig(str(tmp_path), report_to="none", **given).bf16 is expected
+
+
+def test_a_lora_trained_in_bfloat16_by_itself_is_one_of_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    has(monkeypatch, True)
+    caplog.set_level("INFO", logger="bt_hf")
+    weights = {}
+    for name, given in {"chosen": {}, "asked": {"bf16": True}, "float32": {"bf16": False}}.items():
+        trainer = make(tmp_path / name, max_steps=2, **given)
+        trainer.train()
+        trainer.save_model()
+        weights[name] = adapter(tmp_path / name / "out")
+    assert "Computing in bfloat16" in caplog.text
+    assert all(value.dtype == torch.float32 for value in weights["chosen"].values())
+    for name, value in weights["chosen"].items():
+        assert torch.equal(value, weights["asked"][name])
+    assert any(not torch.equal(value, weights["float32"][name]) for name, value in weights["chosen"].items())
