@@ -86,7 +86,7 @@ ROOMS = {
         "server",
     ],
     "training": [
-        "__init__ adapters arguments dataloaders finite first_step learnt lock lora_options option_checks",
+        "__init__ adapters arguments dataloaders finite first_step learnt lock lora_options option_checks precision",
         "resume sharding shutdown",
         "optimizers trainer_options",
         "config output",

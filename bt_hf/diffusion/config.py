@@ -6,8 +6,6 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
 from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.option_checks import check_bounds
 from bt_hf.training.precision import multiplies_bfloat16
@@ -213,11 +211,9 @@ class PreferenceLoRAConfig(PreferenceConfig):
 
     def _choose_precision(self) -> None:
         """Compute in bfloat16 where that is fast, and nothing else was asked for."""
-        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which also says no if it was told nothing
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # says no if it was told nothing, too
         self.bf16 = not self.fp16 and not self.deepspeed and launcher == "no" and multiplies_bfloat16(self.use_cpu)
         if self.bf16:
-            # The Trainer takes bfloat16 on a CPU only beside this.
-            self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
             logger.info("Computing in bfloat16, in which this device is fast: pass `bf16=False` for float32.")
 
     def _can_adapt_rate(self) -> bool:

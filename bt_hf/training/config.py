@@ -50,8 +50,10 @@ class PreferenceConfig(LoraOptions, TrainingArguments):
         check_trainer_options(self)
         check_bounds(self, {"label_smoothing": (0, 0.5, "in [0, 0.5]")})
         # Processes that were started together on a machine without a GPU join on CPUs. If nothing said so, each would
-        # take itself for the only one, train by itself, and write into the same folder.
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        # take itself for the only one, train by itself, and write into the same folder. And only with this the
+        # Trainer takes bfloat16 on a CPU.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if (several or self.bf16) and not torch.accelerator.is_available():
             self.use_cpu = True
         # DeepSpeed takes the precision of `accelerate launch`, and the Trainer refuses to start with one that these
         # arguments don't name. Without DeepSpeed, it takes that of `accelerate launch` itself.

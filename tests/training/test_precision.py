@@ -28,7 +28,7 @@ def test_a_cpu_is_asked_for_what_the_kernel_lists() -> None:
         (True, {}, {}, True),
         (False, {}, {}, False),
         (True, {"bf16": False}, {}, False),
-        (False, {"bf16": True, "use_cpu": True}, {}, True),
+        (False, {"bf16": True}, {}, True),
         (True, {}, {"ACCELERATE_MIXED_PRECISION": "no"}, True),
         (True, {}, {"ACCELERATE_MIXED_PRECISION": "fp16"}, False),
     ],
