@@ -40,14 +40,14 @@ from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
 from taste import preference_pairs
 
-# Options of the tiny pipeline's call.
-DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
+# Options of the tiny pipeline's call. The judge finds as many styles and captions in ten steps as in twenty.
+DRAWING = {"num_inference_steps": 10, "guidance_scale": 3.0, "height": 64, "width": 64}
 
 # Words for styles vary the drawings that the reward chooses from; it has to find out which of them the person likes.
 TEMPLATES = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
 
-# Held-out captions that the tiny pipeline draws so that one can see what they are: most others are beyond it.
-SHOWN = ["face exhaling", "two o’clock", "person: beard", "man running", "prohibited", "woman wearing turban"]
+# Captions that the tiny pipeline draws so that one can see what they are. None is among the prompts of the LoRA.
+SHOWN = ["pig face", "orange heart", "ten o’clock", "person wearing turban", "cat face", "military medal"]
 
 
 def main() -> None:
@@ -167,7 +167,7 @@ def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
         str(folder),
         max_steps=args.steps,
         learning_rate=1e-3,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=8,
         validation_prompts=SHOWN,
         validation_inference_steps=DRAWING["num_inference_steps"],
         validation_guidance_scale=DRAWING["guidance_scale"],
