@@ -9,7 +9,7 @@ looked for in a library of all their drawings, five of each:
 - the base: its own order;
 - rank: all drawings by the adapted reward, as `PreferenceScorer.rank` orders them;
 - search: `PreferenceScorer.search`;
-- an oracle, which knows the house of each drawing: the base's order of the liked house's drawings alone, as of an order
+- an oracle that knows the house of each drawing: the base's order of the liked house's drawings alone, as of an order
   that puts liked ones first whatever they show.
 
 Of the ten first, recall counts five; the liked one is first if it comes before the other drawings of its concept.
