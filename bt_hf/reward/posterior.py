@@ -43,9 +43,10 @@ TEMPERATURES = torch.exp(torch.linspace(math.log(0.05), math.log(60.0), 40, dtyp
 TYPICAL_MARGIN, TYPICAL_SPREAD = 1.5, 1.2
 # Factors by which the average margin may be less or more sure than the average probability.
 FACTORS = torch.exp(torch.linspace(math.log(0.05), math.log(2.0), 80, dtype=torch.double))
-# Nats that a freer fit or a wrong click in ten costs more, see `_penalty`.
-NATS_PER_WRONG_CLICK = 40.0
-NATS_OF_PROMPTS = 1.7
+# What a setting costs, see `_penalty`: how much more a looser prior does for each wrong click, and for each click that
+# small margins leave to chance, and nats of what needs more clicks to be told from chance.
+COST_OF_WRONG_CLICKS, COST_OF_CHANCE = 40.0, 6.0
+NATS_OF_PROMPTS, NATS_OF_FEATURES = 1.7, 2.0
 # Settings are compared on this many pairs, and those that matter fitted to up to so many.
 COMPARED_PAIRS, FITTED_PAIRS = 256, 1024
 NEGLIGIBLE = 0.02
@@ -235,7 +236,7 @@ def _average(pairs: _Pairs, settings: list[_Setting], prior_weight: float) -> li
         right = (1 - 2 * rates[:, None, None]) * torch.sigmoid(tempered) + rates[:, None, None]
         right = right.clamp(1e-12, 1 - 1e-12)  # (captions, rates, temperatures, N)
         likelihood = (pairs.preference * right.log() + (1 - pairs.preference) * (1 - right).log()) @ pairs.weight
-        likelihood = likelihood + prior + (odds - _penalty(setting, rates, prior_weight))[..., None]
+        likelihood = likelihood + prior + odds[..., None] - _penalty(setting, rates, prior_weight)
         scores.append(likelihood)  # (captions, rates, temperatures)
         margins.append(left_out / typical)
         scales.append(1 / typical)
@@ -268,9 +269,14 @@ def _as_sure(margin: torch.Tensor, chance: torch.Tensor, weight: torch.Tensor) -
 
 
 def _penalty(setting: _Setting, rates: torch.Tensor, prior_weight: float) -> torch.Tensor:
-    """Return the nats that a setting costs, at each rate of wrong clicks: loose fits learn wrong clicks by heart."""
+    """Return the nats that a setting costs at each rate of wrong clicks and temperature: (rates, temperatures).
+
+    Loose fits learn by heart what is wrong or left to chance, so they cost more where clicks are believed to be so.
+    """
     freedom = max(0.0, math.log(setting.strength / STRENGTHS[1]))
-    return prior_weight * (1 + NATS_PER_WRONG_CLICK * rates) * freedom + NATS_OF_PROMPTS * (setting.prompt_share > 0)
+    noise = COST_OF_WRONG_CLICKS * rates[:, None] + COST_OF_CHANCE * torch.sigmoid(-TEMPERATURES)
+    shares = NATS_OF_PROMPTS * (setting.prompt_share > 0) + NATS_OF_FEATURES * (setting.feature_share > 0)
+    return prior_weight * (1 + noise) * freedom + shares
 
 
 def _batches(settings: list[_Setting], pairs: int) -> Iterator[list[_Setting]]:

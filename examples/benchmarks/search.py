@@ -8,7 +8,9 @@ looked for in a library of all their drawings, five of each:
 
 - the base: its own order;
 - rank: all drawings by the adapted reward, as `PreferenceScorer.rank` orders them;
-- search: `PreferenceScorer.search`.
+- search: `PreferenceScorer.search`;
+- an oracle that knows the house of each drawing: the base's order of the liked house's drawings alone, as of an order
+  that puts liked ones first whatever they show.
 
 Of the ten first, recall counts five; the liked one is first if it comes before the other drawings of its concept.
 
@@ -47,6 +49,7 @@ LOOKS = {
     "mono": {"mono", "black and white"},
 }
 COLUMNS = ["recall@5", "share of the base's", "liked one first"]
+WAYS = ("base", "rank", "**search**", "an oracle: the base among liked drawings alone")
 TOP, TOP_K = 5, 10
 
 
@@ -79,7 +82,7 @@ def find(orders: list[list[int]], rows: Dataset, concepts: list[str], house: str
 
 
 def measure(house: str, clicks: int, split: str, base: str) -> list[float]:
-    """Return recall of base, rank and search, shares with the liked drawing first, and the place of the right word."""
+    """Return the recall of each of `WAYS`, its share with the liked drawing first, and the place of the right word."""
     pairs = PEOPLE[house].pairs(split, clicks, seed=0)
     clicked = set(pairs["prompt"])
     rows = load_emoji(split)
@@ -96,7 +99,11 @@ def measure(house: str, clicks: int, split: str, base: str) -> list[float]:
         return [[image.index for image in images] for images in found]
 
     ranked = rewards.argsort(1, descending=True)[:, :TOP_K].tolist()
-    orders = [search(0), ranked, search(TASTE_WEIGHT)]
+    liked = torch.tensor([style == house for style in rows["style"]])
+    with torch.no_grad(), trainer.model.disable_adapter():
+        fits = scorer.embed_texts(list(captions)) @ library.base.T
+    oracle = fits.masked_fill(~liked, -torch.inf).argsort(1, descending=True)[:, :TOP_K].tolist()
+    orders = [search(0), ranked, search(TASTE_WEIGHT), oracle]
     figures = [find(order, rows, list(captions.values()), house) for order in orders]
     names = [style.replace("_", " ") for style in STYLES]
     leans = scorer.explain([*known_looks(scorer.processor.tokenizer), *names], 10, pairs)
@@ -119,13 +126,13 @@ def main() -> None:
             for house in STYLES
         }
         mean = np.mean(list(found.values()), axis=0)
-        ways = ("base", "rank", "**search**")
-        rows = [(way, mean[place], mean[place] / mean[0], mean[3 + place]) for place, way in enumerate(ways)]
+        recalls, liked, _ = np.split(mean, [len(WAYS), 2 * len(WAYS)])
+        rows = [(way, x, x / recalls[0], first) for way, x, first in zip(WAYS, recalls, liked, strict=True)]
         report.table("search", "Captions of concepts that were not clicked on, mean over houses", COLUMNS, rows, ".3f")
         columns = ["recall of rank", "recall of search", "liked first by rank", "liked first by search"]
-        rows = [(house, x[1] / x[0], x[2] / x[0], x[4], x[5]) for house, x in found.items()]
+        rows = [(house, x[1] / x[0], x[2] / x[0], x[5], x[6]) for house, x in found.items()]
         report.table("houses", "The same by house, recall as share of the base's", columns, rows, ".3f")
-        rows = [(house, figures[6]) for house, figures in found.items()]
+        rows = [(house, figures[-1]) for house, figures in found.items()]
         report.table("words", "Place of the first right word among those the taste leans to", ["place"], rows, ".0f")
 
 

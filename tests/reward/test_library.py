@@ -1,5 +1,7 @@
 """Libraries: searched by caption and ordered by taste, against embeddings whose neighbours are known."""
 
+import importlib.util
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from datasets import Dataset
 from torch.nn.functional import normalize
 
 from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, ImageLibrary, PreferenceScorer
+from bt_hf.reward.library import INDEXED_FROM
 from tiny_models import build, picture, red_pairs, save
 
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
@@ -117,6 +120,28 @@ def test_a_large_library_is_searched_in_one_product() -> None:
     started = time.perf_counter()
     assert len(library.search(text, torch.randn(64), 100.0, top_k=10)) == 10
     print(f"{time.perf_counter() - started:.3f} s")
+
+
+def test_faiss_finds_the_same_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A large library is searched by FAISS where it is installed, and a folder saved so is loaded without it."""
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    generator = torch.Generator().manual_seed(0)
+    texts = normalize(torch.randn(5, 32, generator=generator), dim=-1)
+    with_faiss = library_of(torch.randn(INDEXED_FROM, 32, generator=generator))
+    found = [with_faiss.search(text, texts[0], 30.0, top_k=7) for text in texts]
+    assert with_faiss._index.ntotal == INDEXED_FROM
+    with_faiss.save(tmp_path / "library")
+    monkeypatch.setitem(sys.modules, "faiss", None)  # an import of it fails
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    without = ImageLibrary.load(tmp_path / "library")
+    assert [without.search(text, texts[0], 30.0, top_k=7) for text in texts] == found
+    assert without._index is None
+
+
+def test_a_small_library_needs_no_index() -> None:
+    library = library_of(torch.randn(INDEXED_FROM - 1, 4))
+    assert len(library.search(library.base[5], torch.zeros(4), 30.0, top_k=1)) == 1
+    assert library._index is None
 
 
 def test_a_search_embeds_its_prompt_alone(trained: BradleyTerryTrainer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,6 +230,24 @@ def test_features_below_the_projection_help() -> None:
     assert accuracy[0] < 0.6 < 0.85 < accuracy[1]
 
 
+def test_features_that_say_nothing_cost_few_clicks_little() -> None:
+    """With eight clicks, random features below the projection take less than a hundredth of the accuracy."""
+    accuracy = []
+    for seed in range(30):
+        data, new = clicks(8, slope=60.0, seed=seed), clicks(1000, slope=1000.0, seed=500 + seed)
+        generator = torch.Generator().manual_seed(seed)
+        chosen, rejected = torch.randn(2, 8, 8, generator=generator).double()
+        others = torch.randn(2, 1000, 8, generator=generator).double()
+        for features in (None, (chosen, rejected)):
+            taste = fit_taste(**data, scale=20.0, features=features)
+            difference, base = new["chosen"] - new["rejected"], torch.zeros(1000).double()
+            margins = taste.margins(new["text"], difference, base, others[0] - others[1])
+            accuracy.append((margins > 0).double().mean().item())
+    without, known = np.array(accuracy).reshape(-1, 2).mean(0)
+    assert without > 0.65
+    assert known > without - 0.01
+
+
 def test_thousands_of_pairs_are_fitted_to_a_part() -> None:
     data = clicks(1500, slope=30.0)
     direction = normalize(fit_taste(**data, scale=20.0).direction, dim=0)
