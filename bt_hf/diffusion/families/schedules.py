@@ -18,6 +18,9 @@ class NoiseSchedule(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return noisy latents and the target of the prediction, float32; all (N, C, h, w)."""
 
+    def noise_factors(self, times: torch.Tensor) -> torch.Tensor:
+        """Return factors (N,) that turn a difference of predictions at `times` (N,) into one of the noise in them."""
+
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
         """Return Min-SNR-gamma weights (N,) of the squared errors at `times` (N,). https://arxiv.org/abs/2303.09556
 
@@ -58,6 +61,12 @@ class DDPMSchedule:
         if self.prediction_type == "v_prediction":
             return noisy, a.sqrt() * noise - (1 - a).sqrt() * latents
         return noisy, noise if self.prediction_type == "epsilon" else latents
+
+    def noise_factors(self, times: torch.Tensor) -> torch.Tensor:
+        a = self._a(times.round().long())  # schedulers have times between whole ones, too
+        if self.prediction_type == "epsilon":
+            return torch.ones_like(a)
+        return a.sqrt() if self.prediction_type == "v_prediction" else (a / (1 - a)).sqrt()
 
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
         a = self._a(times)  # (N,)
@@ -101,6 +110,9 @@ class FlowSchedule:
         latents, noise = latents.float(), noise.float()
         sigma = self._sigma(times).view(-1, *[1] * (latents.ndim - 1))  # (N, 1, 1, 1)
         return (1 - sigma) * latents + sigma * noise, noise - latents
+
+    def noise_factors(self, times: torch.Tensor) -> torch.Tensor:
+        return 1 - self._sigma(times)
 
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
         sigma = self._sigma(times)
