@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from bt_hf import (
     PreferenceLoRAConfig,
     PreferenceLoRATrainer,
     PreferenceScorer,
+    RewardLoRAConfig,
+    RewardLoRATrainer,
     generate_preference_pairs,
 )
 from bt_hf.cli.lora import unpair
@@ -51,9 +54,24 @@ LORA = {  # for every run below, where it does not say otherwise
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
 }
+GUIDED = {  # chosen on training prompts
+    "learning_rate": 1e-3,
+    "max_steps": 60,
+    "per_device_train_batch_size": 8,
+    "num_inference_steps": 10,
+    "guidance_scale": 3.0,
+    "bf16": True,
+}
+NAMED = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
 SOME = ("noto", "fluent_3d", "mono")
-PART_TASTES = {"losses": SOME, "beta": SOME, "draws": ("fluent", "mono"), "rate": ("mono",)}  # others: all five
+PART_TASTES = {
+    "losses": SOME,
+    "beta": SOME,
+    "draws": ("fluent", "mono"),
+    "rate": ("mono",),
+    "guided": SOME[1:],
+}  # others: all five
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 METHODS = {
     "sft on winners": {"loss_type": "sft"},
@@ -183,7 +201,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--tastes", nargs="+", choices=STYLES, help="by default all five; of beta, draws and rate fewer"
+        "--tastes", nargs="+", choices=STYLES, help="by default all five; of beta, draws, guided and rate fewer"
     )
     parser.add_argument("--seeds", type=int, default=3, help="people for each taste in part taste; the others ask one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")
@@ -300,33 +318,12 @@ def rate(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> N
 
 def loop(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
     """Go from clicks only: 64 clicks -> reward -> pairs of the pipeline's own drawings -> LoRA."""
-    captions = list(dict.fromkeys(load_emoji("train")["caption"]))
-    prompts = captions[3 :: len(captions) // PAIRS][:PAIRS]
-    named = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
     found: dict[str, list[dict[str, Any]]] = {"before": [studio.before(report, 0)] * len(tastes)}
     for name, templates in (
-        ("**drawn from prompts that name styles, too**", named),
-        ("drawn from bare prompts", None),
+        ("**drawn from prompts that name styles, too**", NAMED),
+        ("drawn from bare prompts", NAMED[:1]),
     ):
-        found[name] = []
-        for taste in tastes:
-
-            def measure(taste: str = taste, templates: list[str] | None = templates) -> dict[str, Any]:
-                with torch.autocast("cpu", torch.bfloat16):
-                    pairs = generate_preference_pairs(
-                        studio.pipeline(),
-                        prompts,
-                        reward(taste),
-                        candidates=12,
-                        pairs_per_prompt=2,
-                        prompt_templates=templates or ["{prompt}"],
-                        batch_size=48,
-                        **DRAWING,
-                    )
-                pipeline, facts = studio.fit(pairs, 0)
-                return studio.measure(pipeline, 0) | facts
-
-            found[name].append(report.run(f"{taste}, {len(templates or [1])} templates", measure))
+        found[name] = [from_drawings(studio, report, taste, templates) for taste in tastes]
     rows = [
         tastes_row(f"{SPLIT_NAMES[split]} prompts: {name}", results, tastes, split)
         for split in studio.prompts
@@ -335,6 +332,74 @@ def loop(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> N
     title = "From clicks to images, the LoRA never sees a real drawing: share of the preferred style"
     formats = [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f"]
     report.table("styles", title, [*STYLES, "mean", "caption", "both"], rows, formats)
+
+
+def guided(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Go from clicks only, by pairs of the pipeline's own drawings and by the reward's gradient."""
+    found: dict[str, list[dict[str, Any]]] = {
+        "before": [studio.before(report, 0) | {"drawing": 0.0, "seconds": 0.0}] * len(tastes),
+        "pairs drawn from prompts that name styles, too": [],
+        "pairs drawn from bare prompts": [],
+        "**guided by the reward, bare prompts**": [],
+    }
+    _, named, bare, gradient = found.values()
+    for taste in tastes:
+        named.append(from_drawings(studio, report, taste, NAMED))
+        bare.append(from_drawings(studio, report, taste, NAMED[:1]))
+        gradient.append(report.run(f"{taste}, guided", partial(by_gradient, studio, taste)))
+    rows = [
+        [*tastes_row(f"{SPLIT_NAMES[split]} prompts: {name}", results, tastes, split), seconds(results)]
+        for split in studio.prompts
+        for name, results in found.items()
+    ]
+    title = "From clicks to images, with and without drawn pairs: share of the preferred style"
+    formats = [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f", ".0f"]
+    report.table("styles", title, [*STYLES, "mean", "caption", "both", "seconds"], rows, formats)
+
+
+def seconds(results: Sequence[Mapping[str, float]]) -> float | None:
+    """Return the mean seconds of drawing and training; `None` for no training."""
+    mean = np.mean([one["drawing"] + one["seconds"] for one in results]).item()
+    return mean or None
+
+
+def prompts_to_draw() -> list[str]:
+    captions = list(dict.fromkeys(load_emoji("train")["caption"]))
+    return captions[3 :: len(captions) // PAIRS][:PAIRS]
+
+
+def from_drawings(studio: Studio, report: Report, taste: str, templates: Sequence[str]) -> dict[str, Any]:
+    """Return the judgement after a LoRA of pairs that the pipeline has drawn and a reward of 64 clicks has ranked."""
+
+    def measure() -> dict[str, Any]:
+        scorer, began = reward(taste), time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            pairs = generate_preference_pairs(
+                studio.pipeline(),
+                prompts_to_draw(),
+                scorer,
+                candidates=12,
+                pairs_per_prompt=2,
+                prompt_templates=list(templates),
+                batch_size=48,
+                **DRAWING,
+            )
+        drawing = time.perf_counter() - began
+        pipeline, facts = studio.fit(pairs, 0)
+        return studio.measure(pipeline, 0) | facts | {"drawing": drawing}
+
+    return report.run(f"{taste}, {len(templates)} templates", measure)
+
+
+def by_gradient(studio: Studio, taste: str) -> dict[str, Any]:
+    """Return the judgement after a LoRA that a reward of 64 clicks has guided, with `seconds` of the training."""
+    pipeline = studio.pipeline()
+    config = RewardLoRAConfig("unused", cache_dir=studio.cache.name, **QUIET, **GUIDED)
+    trainer = RewardLoRATrainer(pipeline, config, reward(taste), prompts_to_draw())
+    trainer.remove_callback(PrinterCallback)
+    began = time.perf_counter()
+    trainer.train()
+    return studio.measure(pipeline, 0) | {"drawing": 0.0, "seconds": time.perf_counter() - began}
 
 
 def reward(taste: str) -> PreferenceScorer:
@@ -356,6 +421,7 @@ PARTS: dict[str, Callable[[Studio, Report, Sequence[str], int], None]] = {
     "beta": beta,
     "draws": draws,
     "loop": loop,
+    "guided": guided,
 }
 
 

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from bt_hf.diffusion.pipeline_config import PipelineConfig, check_positive
 from bt_hf.training.option_checks import check_bounds
 
-_POSITIVE = ("num_inference_steps", "gradient_steps", "renoisings", "reward_samples", "reward_clip", "max_anchor")
+_POSITIVE = (
+    "num_inference_steps",
+    "gradient_steps",
+    "jump_steps",
+    "renoisings",
+    "reward_samples",
+    "reward_clip",
+    "max_anchor",
+)
 
 
 @dataclass
@@ -40,6 +48,13 @@ class RewardLoRAConfig(PipelineConfig):
     gradient_steps: int = field(
         default=1, metadata={"help": "Last denoising steps that the gradient flows through (K of DRaFT-K)."}
     )
+    jump_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Instead, stop before a random one of so many last steps, differentiate it alone, and jump to the "
+            "image that it predicts (ReFL, arXiv 2304.05977)."
+        },
+    )
     renoisings: int = field(
         default=1,
         metadata={
@@ -73,17 +88,19 @@ class RewardLoRAConfig(PipelineConfig):
         check_positive(self, _POSITIVE)
         amount = (0, 1e300, "a finite number of at least 0")
         check_bounds(self, {"anchor_weight": amount, "guidance_scale": amount})
-        if self.gradient_steps >= self.num_inference_steps:
-            raise ValueError(
-                f"`gradient_steps={self.gradient_steps}` should be below `num_inference_steps="
-                f"{self.num_inference_steps}`: the first steps of a drawing have no gradient."
-            )
+        for name, steps in {"gradient_steps": self.gradient_steps, "jump_steps": self.jump_steps}.items():
+            if steps is not None and steps >= self.num_inference_steps:
+                raise ValueError(
+                    f"`{name}={steps}` should be below `num_inference_steps={self.num_inference_steps}`: the first "
+                    "step of a drawing has no gradient."
+                )
         if self.reward_samples < 2:
             raise ValueError("`reward_samples` should be at least 2: the spread is that of two drawings of a prompt.")
         self.refuse_without_effect(
             {
                 "label_smoothing": (False, "pairs: it is for `PreferenceLoRATrainer`"),
                 "max_anchor": (self.guards, "`guards=True`"),
-                "renoisings": (self.gradient_steps == 1, "`gradient_steps=1`"),
+                "gradient_steps": (not self.jump_steps, "`jump_steps=None`"),
+                "renoisings": (self.gradient_steps == 1 and not self.jump_steps, "`gradient_steps=1` and no jump"),
             }
         )

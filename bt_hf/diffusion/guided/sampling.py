@@ -11,6 +11,7 @@ from torch import nn
 
 from bt_hf.diffusion.drawing import drawing_arguments, own_guidance
 from bt_hf.diffusion.families.base import Conditions, Family, Size
+from bt_hf.diffusion.families.schedules import NoiseSchedule
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # noisy latents, times (N,) -> prediction
 
@@ -41,7 +42,6 @@ class Sampler:
         size: Height and width of the images.
         steps: Denoising steps.
         guidance: Strength of guidance; `None` for the pipeline's own.
-        left: Number of the last steps.
         channels_last: Memory format of what a UNet is given.
 
     Raises:
@@ -55,7 +55,6 @@ class Sampler:
         size: Size,
         steps: int,
         guidance: float | None,
-        left: int,
         channels_last: bool,
     ) -> None:
         self.family = family
@@ -64,7 +63,6 @@ class Sampler:
         self.steps = steps
         self.guidance = guidance
         self.scale = own_guidance(family) if guidance is None else guidance
-        self.left = left
         self.memory_format = (
             torch.channels_last if channels_last and family.denoiser == "unet" else torch.contiguous_format
         )
@@ -79,18 +77,19 @@ class Sampler:
             raise ValueError("The pipeline's VAE overflows in float16: load the pipeline in bfloat16 or float32.")
 
     @torch.no_grad()
-    def start(self, conditions: Conditions, generators: list[torch.Generator]) -> Unfinished:
+    def start(self, conditions: Conditions, generators: list[torch.Generator], left: int) -> Unfinished:
         """Draw all but the last steps, by the pipeline's own call.
 
         Args:
             conditions: Embeddings of N prompts, each (N, ...).
             generators: N generators, of the first noise and of whatever a scheduler adds.
+            left: Number of the last steps.
         """
         pipeline, found = self.family.pipeline, []
 
         def stop(drawing: Any, index: int, time: Any, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             times = drawing.scheduler.timesteps[index + 1 :]
-            if len(times) == self.left:
+            if len(times) == left:
                 scheduler = copy.deepcopy(drawing.scheduler)
                 found.append(Unfinished(values["latents"].float(), times, scheduler, generators))
                 drawing._interrupt = True
@@ -111,12 +110,19 @@ class Sampler:
         scheduler, latents = copy.deepcopy(drawing.scheduler), drawing.latents
         known = inspect.signature(scheduler.step).parameters
         options = {"generator": drawing.generators} if "generator" in known else {}
-        scale = getattr(scheduler, "scale_model_input", None)
         for time in drawing.times:
-            inputs = latents if scale is None else scale(latents, time)
-            predicted = predict(self._unpacked(inputs), time.expand(len(latents)).to(latents.device))
+            noisy = self._unpacked(_scaled(scheduler, latents, time))
+            predicted = predict(noisy, time.expand(len(latents)).to(latents.device))
             latents = scheduler.step(predicted, time, latents, return_dict=False, **options)[0]
         return latents
+
+    def jump(self, drawing: Unfinished, predict: Predict, schedule: NoiseSchedule) -> torch.Tensor:
+        """Return the latents (N, ...), packed, that the next prediction means, without the steps between (ReFL)."""
+        time = drawing.times[0]
+        noisy = self._unpacked(_scaled(copy.deepcopy(drawing.scheduler), drawing.latents, time))
+        times = time.expand(len(noisy)).to(noisy.device)
+        predicted = self.family.unpack(predict(noisy, times), self.size)
+        return self.family.pack(schedule.clean(noisy, predicted, times))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode packed latents (N, ...) to images (N, 3, H, W) float32 in [0, 1], as the pipeline does."""
@@ -171,6 +177,11 @@ class Sampler:
 
     def _negative(self, count: int) -> dict[str, torch.Tensor]:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.negative.items()}
+
+
+def _scaled(scheduler: Any, latents: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """Return what the denoiser is given; some schedulers step latents on another scale."""
+    return scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
 
 
 def _add_noise(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:

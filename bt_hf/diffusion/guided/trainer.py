@@ -29,7 +29,7 @@ from bt_hf.training.arguments import check_arguments
 from bt_hf.training.saving import prepare_run
 
 # Purposes of random numbers, so that none repeats those of another: see `seeded_generator`.
-_DRAW, _BASE, _RENOISE = range(3)
+_DRAW, _BASE, _RENOISE, _JUMP = range(4)
 
 
 class RewardLoRATrainer(LoRATrainer):
@@ -109,7 +109,6 @@ class RewardLoRATrainer(LoRATrainer):
             self.size,
             steps=args.num_inference_steps,
             guidance=args.guidance_scale,
-            left=args.gradient_steps,
             channels_last=args.channels_last,
         )
         self.encoder.release(keep_vae=True)
@@ -210,15 +209,16 @@ class RewardLoRATrainer(LoRATrainer):
 
     # --- One step ---
 
-    def _start(self, batch: Batch, purpose: int, sample: int) -> Unfinished:
+    def _start(self, batch: Batch, purpose: int, sample: int, left: int | None = None) -> Unfinished:
         """Draw all but the last steps, with noise that depends on the seed, the row and the sample alone."""
+        left = self.args.gradient_steps if left is None else left
         generators = [seeded_generator(self.args.seed, row, purpose, sample) for row in batch["row"].tolist()]
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         try:
             with self.accelerator.autocast():
-                return self.sampler.start(_conditions(batch), generators)
+                return self.sampler.start(_conditions(batch), generators, left)
         finally:
             model.train(training)
 
@@ -231,7 +231,10 @@ class RewardLoRATrainer(LoRATrainer):
             return self.sampler.predict(model, noisy, times, conditions)
 
     def _anchored(self, model: nn.Module, start: Unfinished, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the last steps; return the latents (N, ...), and the distances (N,) from the base, with gradients."""
+        """Take the last steps; return the latents (N, ...), and the distances (N,) from the base, with gradients.
+
+        The base's predictions have none, also where they move with the input of a second step.
+        """
         distances = []
 
         def predict(noisy: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -242,7 +245,10 @@ class RewardLoRATrainer(LoRATrainer):
             distances.append(self.schedule.noise_factors(times).square() * change / 2)
             return predicted
 
-        latents = self.sampler.finish(start, predict)
+        if self.args.jump_steps:
+            latents = self.sampler.jump(start, predict, self.schedule)
+        else:
+            latents = self.sampler.finish(start, predict)
         return latents, torch.stack(distances).mean(0)
 
     def _renoised(self, model: nn.Module, start: Unfinished, batch: Batch, sample: int) -> Unfinished:
@@ -261,6 +267,12 @@ class RewardLoRATrainer(LoRATrainer):
         ]
         return self.sampler.renoised(start, latents, noises)
 
+    def _steps_left(self) -> int | None:
+        if not self.args.jump_steps:
+            return None
+        generator = seeded_generator(self.args.seed, _JUMP, self.state.global_step)
+        return int(torch.randint(1, self.args.jump_steps + 1, (), generator=generator))
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -271,7 +283,7 @@ class RewardLoRATrainer(LoRATrainer):
         """Loss of the drawings of a batch of prompts: see `RewardLoRAConfig`."""
         assert self.scale is not None  # `_begin` has measured it
         sample = self.position.epochs_completed
-        start = self._start(inputs, _DRAW, sample)
+        start = self._start(inputs, _DRAW, sample, self._steps_left())
         if self.args.renoisings > 1:
             start = self._renoised(model, start, inputs, sample)
         latents, anchors = self._anchored(model, start, inputs)
