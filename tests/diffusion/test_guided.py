@@ -104,7 +104,7 @@ def test_without_guidance_one_prediction_is_enough(name: str) -> None:
     torch.testing.assert_close(finished(pipeline, 2, off), expected(pipeline, **{option: off}), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers, with NumPy 2
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers with NumPy 2
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -265,7 +265,7 @@ def test_a_reward_beyond_the_limit_counts_for_nothing(tmp_path: Path) -> None:
 def test_scale_of_rewards() -> None:
     """Half the mean squared difference of two independent draws is their variance."""
     torch.manual_seed(0)
-    levels = 100 * torch.randn(4000, 1)  # what prompts differ by does not count
+    levels = 100 * torch.randn(4000, 1)  # differences between prompts do not count
     scale = RewardScale.of(levels + 3 * torch.randn(4000, 2))
     assert scale.spread == pytest.approx(3, rel=0.05)
     assert scale.gain(torch.tensor([scale.mean + 6])).item() == pytest.approx(6 / scale.spread, rel=1e-4)
