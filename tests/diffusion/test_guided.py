@@ -31,6 +31,7 @@ from tiny_pipelines import PIPELINES, SIZE, build, draw
 from tiny_trainers import QUIET, adapter, logged
 
 PROMPTS = ["a red apple", "a boat", "a house", "a bird"]
+LAST = {"gradient_steps": 1, "renoisings": 2}  # DRaFT-LV
 all_pipelines = pytest.mark.parametrize("name", PIPELINES)
 
 
@@ -171,9 +172,8 @@ def loss_and_gradients(trainer: RewardLoRATrainer) -> tuple[float, dict[str, tor
 
 def test_loss_and_gradient_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
     """Unmodified scheduler and VAE, guidance 3: the last step with a gradient, the anchor from the untouched UNet."""
-    trainer = make(
-        tmp_path, with_scheduler(DDIMScheduler), anchor_weight=20.0, guidance_scale=3.0, channels_last=False
-    )
+    options = {"gradient_steps": 1, "anchor_weight": 20.0, "guidance_scale": 3.0, "channels_last": False}
+    trainer = make(tmp_path, with_scheduler(DDIMScheduler), **options)
     trainer.scale = RewardScale(mean=0.1, spread=0.02)
     randomise(trainer)
     loss, found = loss_and_gradients(trainer)
@@ -215,7 +215,7 @@ def test_loss_and_gradient_are_those_of_a_loop_written_by_hand(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
-@pytest.mark.parametrize("options", [{}, {"gradient_steps": 2}, {"renoisings": 2}, {"jump_steps": 3}], ids=str)
+@pytest.mark.parametrize("options", [{"gradient_steps": 1}, {}, LAST, {"jump_steps": 3}], ids=str)
 def test_gradient_against_finite_differences(
     name: str, options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +223,7 @@ def test_gradient_against_finite_differences(
 
     Nor has the base, whose predictions move with the input of the second step: there without an anchor.
     """
-    weight = 0.0 if "gradient_steps" in options else 5.0
+    weight = 5.0 if options else 0.0
     trainer = make(tmp_path, name, anchor_weight=weight, **options)
     randomise(trainer)
     trainer.scale = RewardScale(0.0, 0.05)
@@ -298,9 +298,7 @@ def test_reward_rises_and_unmodified_clients_draw_the_same(name: str, tmp_path: 
     assert str(tmp_path) not in card
 
 
-@pytest.mark.parametrize(
-    "options", [{"renoisings": 2}, {"gradient_steps": 2}, {"gradient_checkpointing": True}], ids=str
-)
+@pytest.mark.parametrize("options", [LAST, {"gradient_steps": 3}, {"jump_steps": 3}], ids=str)
 def test_every_way_of_drawing_trains(options: dict, tmp_path: Path) -> None:
     trainer = make(tmp_path, max_steps=10, anchor_weight=0.1, **options)
     trainer.train()
@@ -339,7 +337,7 @@ def test_a_scorer_guides_and_its_own_weights_get_no_gradient(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["sd", "flux"])
-@pytest.mark.parametrize("options", [{"jump_steps": 3}, {"renoisings": 2, "max_anchor": 5.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"jump_steps": 3}, LAST | {"max_anchor": 5.0}], ids=str)
 def test_resuming_gives_the_same_adapter_to_the_bit(name: str, options: dict, tmp_path: Path) -> None:
     def run(folder: Path, resume: bool) -> RewardLoRATrainer:
         saving = {"save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": resume or None}
@@ -453,6 +451,7 @@ def test_a_scheduler_that_cannot_be_differentiated(tmp_path: Path) -> None:
         ({"gradient_steps": 2, "renoisings": 2}, ValueError, "`renoisings=2` has no effect"),
         ({"jump_steps": 2, "renoisings": 2}, ValueError, "`renoisings=2` has no effect"),
         ({"jump_steps": 2, "gradient_steps": 2}, ValueError, "`gradient_steps=2` has no effect"),
+        ({"renoisings": 2}, ValueError, "`renoisings=2` has no effect"),
         ({"jump_steps": 9}, ValueError, "`jump_steps=9` should be below"),
         ({"reward_samples": 1}, ValueError, "`reward_samples` should be at least 2"),
         ({"label_smoothing": 0.1}, ValueError, "`label_smoothing=0.1` has no effect"),

@@ -211,7 +211,7 @@ class RewardLoRATrainer(LoRATrainer):
 
     def _start(self, batch: Batch, purpose: int, sample: int, left: int | None = None) -> Unfinished:
         """Draw all but the last steps, with noise that depends on the seed, the row and the sample alone."""
-        left = self.args.gradient_steps if left is None else left
+        left = left or self.args.gradient_steps or 1
         generators = [seeded_generator(self.args.seed, row, purpose, sample) for row in batch["row"].tolist()]
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
