@@ -16,6 +16,8 @@ _MODULES = {
     "PreferenceLoRAConfig": "bt_hf.diffusion.config",
     "PreferenceLoRATrainer": "bt_hf.diffusion.trainer",
     "PreferenceScorer": "bt_hf.reward.scorer",
+    "RewardLoRAConfig": "bt_hf.diffusion.guided.config",
+    "RewardLoRATrainer": "bt_hf.diffusion.guided.trainer",
     "best_of_n": "bt_hf.diffusion.generation.generate",
     "bradley_terry_loss": "bt_hf.losses",
     "cross_validate": "bt_hf.reward.cross_validation",
@@ -33,6 +35,8 @@ __all__ = [
     "PreferenceLoRAConfig",
     "PreferenceLoRATrainer",
     "PreferenceScorer",
+    "RewardLoRAConfig",
+    "RewardLoRATrainer",
     "best_of_n",
     "bradley_terry_loss",
     "cross_validate",
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from bt_hf.data.pairs import load_preference_pairs
     from bt_hf.diffusion.config import PreferenceLoRAConfig
     from bt_hf.diffusion.generation.generate import best_of_n, generate_preference_pairs
+    from bt_hf.diffusion.guided.config import RewardLoRAConfig
+    from bt_hf.diffusion.guided.trainer import RewardLoRATrainer
     from bt_hf.diffusion.trainer import PreferenceLoRATrainer
     from bt_hf.hub.pull import pull_adapter
     from bt_hf.hub.push import push_adapter

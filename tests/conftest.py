@@ -23,4 +23,4 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute alike on every machine: as on one without bfloat16, where a test does not ask for it."""
-    monkeypatch.setattr("bt_hf.diffusion.config.multiplies_bfloat16", lambda use_cpu: False)
+    monkeypatch.setattr("bt_hf.diffusion.pipeline_config.multiplies_bfloat16", lambda use_cpu: False)

@@ -110,7 +110,7 @@ def encode_once(
 
     Args:
         pairs: Rows with `prompt` and images.
-        columns: The columns that hold images.
+        columns: The columns that hold images; none for prompts alone.
         encode_images: Images and what to call them in errors -> tensors (N, ...), of the same shapes for all images.
         encode_prompts: Prompts -> tensors (N, ...), of the same shapes for all prompts.
         model: A digest of all that the results depend on besides images and prompts.
@@ -134,7 +134,9 @@ def encode_once(
     root.mkdir(parents=True, exist_ok=True)
     with _room_on_disk(root, len(pairs)):
         digests = _digests(pairs, columns, root, description)
-    first_image, image_numbers = _distinct(np.stack([digests[name] for name in columns], axis=1).ravel())
+    cells = [digests[name] for name in columns]
+    contents = np.stack(cells, axis=1).ravel() if cells else np.empty(0, dtype=np.int64)
+    first_image, image_numbers = _distinct(contents)
     first_text, text_numbers = _distinct(digests["prompt"])
     texts = digests["prompt"][first_text]
     tokens = texts if tokens_of is None else _read_tokens(pairs, first_text, tokens_of)
@@ -152,8 +154,7 @@ def encode_once(
     def prompts_of(batch: dict[str, list[Any]]) -> Encoded:
         return encode_prompts([single["prompt"][row]["prompt"] for row in batch["first"]])
 
-    contents = np.stack([digests[name] for name in columns], axis=1).ravel()[first_image]
-    images = _encoded(root, "images", model, contents, first_image, images_of, description)
+    images = _encoded(root, "images", model, contents[first_image], first_image, images_of, description)
     prompts = _encoded(root, "prompts", model, tokens[first_tokens], first_prompt, prompts_of, description)
     rows = pairs.select_columns(
         ["prompt", *(name for name in ("preference", "weight", "label") if name in pairs.column_names)]
@@ -233,6 +234,8 @@ def _encoded(
     root: Path, kind: str, model: str, contents: np.ndarray, first: np.ndarray, encode: _Encode, description: str
 ) -> Dataset:
     """Encode the rows `first`, or open the files named by their `contents`; memory-mapped, in the same order."""
+    if not len(first):
+        return Dataset.from_dict({})
     shards = []
     for start in range(0, len(first), SHARD):
         part = slice(start, start + SHARD)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import Trainer
@@ -10,6 +11,7 @@ from transformers import Trainer
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, Size
 from bt_hf.diffusion.interfaces import find_interface_name
+from bt_hf.diffusion.pipeline_config import PipelineConfig
 from bt_hf.hub.card_sections import plain_line
 from bt_hf.hub.cards import card_metadata, eval_result, write_card
 from bt_hf.hub.facts import Evaluation, Option, RunFacts, schedule_options
@@ -24,6 +26,7 @@ _METHODS = {
     "mapo": "mapo",
     "sft": "sft",
     "kto": "diffusion-kto",
+    "reward": "draft",
 }
 
 
@@ -94,16 +97,22 @@ def lora_facts(
         libraries=("torch", "diffusers", "transformers", "peft", "datasets"),
         rows=rows,
         warnings=warnings,
-        family=family.name,
-        pipeline=type(family.pipeline).__name__,
-        denoiser=family.denoiser,
         loss=args.loss_type,
         beta=beta_in_words,
-        prompts=[_quoted(prompt) for prompt in args.validation_prompts or ()],
-        interface_file=find_interface_name(
-            family, trainer.accelerator.unwrap_model(trainer.model), Path(args.output_dir).resolve().name
-        ),
+        **pipeline_facts(trainer, family, args),
     )
+
+
+def pipeline_facts(trainer: Trainer, family: Family, args: PipelineConfig) -> dict[str, Any]:
+    """Return the fields of `LoRAFacts` that tell of the pipeline and its pictures."""
+    model, run = trainer.accelerator.unwrap_model(trainer.model), Path(args.output_dir).resolve().name
+    return {
+        "family": family.name,
+        "pipeline": type(family.pipeline).__name__,
+        "denoiser": family.denoiser,
+        "prompts": [_quoted(prompt) for prompt in args.validation_prompts or ()],
+        "interface_file": find_interface_name(family, model, run),
+    }
 
 
 def _beta(args: PreferenceLoRAConfig, beta: float | None) -> str | None:

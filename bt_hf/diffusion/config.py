@@ -1,33 +1,23 @@
 """Options of `PreferenceLoRATrainer`."""
 
-import logging
-import math
-import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bt_hf.diffusion.pipeline_config import PipelineConfig, check_positive, positive
 from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.option_checks import check_bounds
-from bt_hf.training.precision import multiplies_bfloat16
 
-logger = logging.getLogger(__name__)
-
-_POSITIVE = [
+_POSITIVE = (
     "num_noise_samples",
     "num_eval_noise_samples",
-    "validation_batch_size",
-    "validation_images",
-    "validation_inference_steps",
-    "resolution",
     "snr_gamma",
     "desirable_weight",
     "undesirable_weight",
-]
-_DTYPES = ("float32", "bfloat16", "float16")
+)
 
 
 @dataclass
-class PreferenceLoRAConfig(PreferenceConfig):
+class PreferenceLoRAConfig(PipelineConfig):
     """Options of `PreferenceLoRATrainer`: those of `transformers.TrainingArguments`, with defaults for few pairs.
 
     With dpo, the default, the loss is the mean over pairs of
@@ -47,12 +37,6 @@ class PreferenceLoRAConfig(PreferenceConfig):
     """
 
     # None only stands for an option that is not given: `__post_init__` replaces it.
-    max_steps: int = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Optimizer steps: 200 by default, unless `num_train_epochs` is given."}
-    )
-    num_train_epochs: float = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "How often each pair is seen, if `max_steps` is not given."}
-    )
     learning_rate: float = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -65,14 +49,6 @@ class PreferenceLoRAConfig(PreferenceConfig):
             "help": "Steer the learning rate by the margins of the training pairs, up to ten times up or down: it "
             "rises while they lag behind a plan that reaches 8 at the last step, and falls where they lead. By "
             "default with dpo and AdamW, if no `learning_rate` is given."
-        },
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute in bfloat16; the LoRA itself stays in float32. By default where the device multiplies in "
-            "it natively (NVIDIA GPUs from Ampere on, CPUs with AMX or AVX512-BF16), unless `fp16` or `deepspeed` is "
-            "given. False for float32."
         },
     )
     per_device_train_batch_size: int = field(
@@ -131,16 +107,6 @@ class PreferenceLoRAConfig(PreferenceConfig):
         default=8,
         metadata={"help": "Samples of noise and timestep for each held-out pair, the same at every evaluation."},
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32",
-        metadata={
-            "help": "Numbers in which a pipeline given by its name is loaded. bfloat16 halves the memory of the base; "
-            "the LoRA is trained in float32 all the same."
-        },
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
-    )
     sample_latents: bool = field(
         default=False, metadata={"help": "Sample latents from the VAE's posterior instead of taking its mean."}
     )
@@ -151,27 +117,6 @@ class PreferenceLoRAConfig(PreferenceConfig):
             "VAE and text encoders then leave memory. Off for streams."
         },
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where that file goes; by default beside the cache of datasets."}
-    )
-    channels_last: bool = field(
-        default=True,
-        metadata={
-            "help": "Memory format of a UNet's convolutions, made for tensor cores of GPUs; on a CPU it is no faster."
-        },
-    )
-    validation_prompts: list[str] | None = field(
-        default=None, metadata={"help": "Prompts to draw before, at every evaluation and after, with fixed seeds."}
-    )
-    validation_images: int = field(default=4, metadata={"help": "Images for each validation prompt."})
-    validation_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Validation images drawn at once, such as 1 to save memory; by default all of a prompt."},
-    )
-    validation_inference_steps: int = field(default=25, metadata={"help": "Denoising steps of a validation image."})
-    validation_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance of validation images; by default the pipeline's."}
-    )
     guards: bool = field(
         default=True,
         metadata={
@@ -181,40 +126,17 @@ class PreferenceLoRAConfig(PreferenceConfig):
     )
 
     def __post_init__(self) -> None:
-        self.warn_of_two_lengths()
-        if self.max_steps is None:
-            self.max_steps = 200 if self.num_train_epochs is None else -1
-        if self.num_train_epochs is None:
-            self.num_train_epochs = 3.0  # as in `TrainingArguments`
-        if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
-            self.validation_prompts = [self.validation_prompts]
         given = self.learning_rate is not None
         if not given:
             self.learning_rate = PreferenceConfig.learning_rate
-        if self.bf16 is None:
-            self._choose_precision()
         super().__post_init__()
         if self.adapt_rate is None:
             self.adapt_rate = not given and self._can_adapt_rate()
-        if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
-            self.validation_prompts = [self.validation_prompts]
         if self.beta not in ("auto", "published"):
-            self.beta = _positive("beta", self.beta, ", 'auto' or 'published'")
-        for name in _POSITIVE:
-            if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        amount = (0, 1e300, "a finite number of at least 0")
-        check_bounds(self, {"safeguard_mu": (0, 1, "in [0, 1]"), "validation_guidance_scale": amount})
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"`dtype` should be one of {', '.join(_DTYPES)}, but got {self.dtype!r}.")
+            self.beta = positive("beta", self.beta, ", 'auto' or 'published'")
+        check_positive(self, _POSITIVE)
+        check_bounds(self, {"safeguard_mu": (0, 1, "in [0, 1]")})
         self._check_effects()
-
-    def _choose_precision(self) -> None:
-        """Compute in bfloat16 where that is fast, and nothing else was asked for."""
-        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # says no if it was told nothing, too
-        self.bf16 = not self.fp16 and not self.deepspeed and launcher == "no" and multiplies_bfloat16(self.use_cpu)
-        if self.bf16:
-            logger.info("Computing in bfloat16, in which this device is fast: pass `bf16=False` for float32.")
 
     def _can_adapt_rate(self) -> bool:
         """True if margins mean what `MarginRate` takes them for, and the rate can be changed on the way."""
@@ -224,7 +146,6 @@ class PreferenceLoRAConfig(PreferenceConfig):
     def _check_effects(self) -> None:
         """Raise a `ValueError` for an option that would have no effect beside the others."""
         kto = (self.loss_type == "kto", "`loss_type='kto'`")
-        drawn = (bool(self.validation_prompts), "`validation_prompts`")
         adaptable = "`loss_type='dpo'`, AdamW without DeepSpeed, and a schedule that is constant or falls"
         self.refuse_without_effect(
             {
@@ -235,10 +156,6 @@ class PreferenceLoRAConfig(PreferenceConfig):
                 "undesirable_weight": kto,
                 "label_smoothing": (self.loss_type != "kto", "a loss of pairs, and not `loss_type='kto'`"),
                 "safeguard_mu": (self.safeguard, "`safeguard=True`"),
-                "validation_batch_size": drawn,
-                "validation_guidance_scale": drawn,
-                "validation_images": drawn,
-                "validation_inference_steps": drawn,
             }
         )
         if self.safeguard and self.loss_type in ("sft", "kto"):
@@ -246,13 +163,3 @@ class PreferenceLoRAConfig(PreferenceConfig):
                 f"`safeguard` scales the gradient of a pair's rejected image, but `{self.loss_type}` has no such "
                 "pair: leave it out, or choose another `loss_type`."
             )
-
-
-def _positive(name: str, value: float | str | None, otherwise: str = "") -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"`{name}` should be a positive number{otherwise}, but got {value!r}.")
-    return number

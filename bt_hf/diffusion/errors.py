@@ -119,13 +119,14 @@ def sample_noise(
     """
     noise, quantiles = [], []
     for row in rows.tolist():
-        start = torch.rand((), generator=_generator(seed, row, purpose)).item()
+        start = torch.rand((), generator=seeded_generator(seed, row, purpose)).item()
         quantiles.append((start + sample * _GOLDEN_RATIO) % 1.0)
-        noise.append(torch.randn(shape, generator=_generator(seed, row, purpose, sample)))
+        noise.append(torch.randn(shape, generator=seeded_generator(seed, row, purpose, sample)))
     # Rounding to float32 may give 1.0, beyond the last quantile.
     return torch.stack(noise), torch.tensor(quantiles).clamp(max=1 - 2**-24)
 
 
-def _generator(seed: int, *key: int) -> torch.Generator:
+def seeded_generator(seed: int, *key: int) -> torch.Generator:
+    """Return a generator on the CPU whose numbers depend on the seed and the key alone."""
     state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)

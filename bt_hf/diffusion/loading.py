@@ -15,9 +15,9 @@ from bt_hf.data.cache import without_format
 from bt_hf.data.checks import check_unpaired, warn_of_truncation
 from bt_hf.diffusion.cache import Evaluated, LatentPairs, Pairs
 from bt_hf.diffusion.collator import is_unpaired
-from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, check_adapter, check_tensors, find_family
 from bt_hf.diffusion.origin import LOAD_ERRORS, from_pretrained, known_name
+from bt_hf.diffusion.pipeline_config import PipelineConfig
 from bt_hf.hub.loading import find_adapter_config, load_adapter
 from bt_hf.training.adapters import put_on, saved_names, take_over, train_in_float32, unwrapped
 from bt_hf.training.arguments import check_datasets, check_kind
@@ -102,9 +102,7 @@ def _without_safety_checker(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
-def add_adapter(
-    family: Family, peft_config: LoraConfig | None, args: PreferenceLoRAConfig, base: str | None
-) -> PeftModel:
+def add_adapter(family: Family, peft_config: LoraConfig | None, args: PipelineConfig, base: str | None) -> PeftModel:
     """Return the pipeline's denoiser with a fresh LoRA, or with the one that it has; all else is frozen.
 
     The layers are put into the pipeline's own denoiser, so that the pipeline draws with them.
@@ -159,11 +157,14 @@ def set_memory_format(family: Family, model: PeftModel, channels_last: bool) -> 
 
 
 def leave_as_loaded(family: Family, model: PeftModel) -> None:
-    """Leave the denoiser as diffusers loads one: in evaluation mode, contiguous, without gradient checkpointing."""
+    """Leave denoiser and VAE as diffusers loads them: in evaluation mode, contiguous, no gradient checkpointing."""
     set_memory_format(family, model, channels_last=False)
     model.eval()
     if model.get_base_model().is_gradient_checkpointing:
         model.get_base_model().disable_gradient_checkpointing()
+    vae = family.pipeline.vae
+    if vae is not None and vae.is_gradient_checkpointing:
+        vae.disable_gradient_checkpointing()
 
 
 def training_size(family: Family, resolution: int | None) -> tuple[int, int]:

@@ -1,8 +1,5 @@
 """Train a preference LoRA for a diffusers pipeline."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from transformers import EvalPrediction, TrainerCallback
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import PredictionOutput
 
 from bt_hf.diffusion import loading
 from bt_hf.diffusion.against_base import against_base
@@ -25,7 +21,7 @@ from bt_hf.diffusion.collator import Batch, DiffusionCollator
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
-from bt_hf.diffusion.interfaces import save_for_interfaces
+from bt_hf.diffusion.lora_trainer import LoRATrainer
 from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
 from bt_hf.diffusion.rate import MarginRate
 from bt_hf.diffusion.reference import Reference, samples_come_again
@@ -36,12 +32,10 @@ from bt_hf.metrics import preference_metrics
 from bt_hf.training.arguments import check_arguments
 from bt_hf.training.finite import check_losses
 from bt_hf.training.saving import prepare_run
-from bt_hf.training.trainer import Metrics, PreferenceTrainer
-
-logger = logging.getLogger(__name__)
+from bt_hf.training.trainer import Metrics
 
 
-class PreferenceLoRATrainer(PreferenceTrainer):
+class PreferenceLoRATrainer(LoRATrainer):
     """Train a LoRA, so that a diffusers pipeline draws what one person prefers.
 
     The denoiser's own errors are the reward: an image is preferred if the LoRA lowered its denoising error more than
@@ -148,21 +142,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
 
     # --- Training and evaluation, with what goes before and after ---
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train as `Trainer.train` does, between two drawings of the validation prompts."""
-        loading.set_memory_format(self.family, self.model, self.args.channels_last and not self.sharded)
-        try:
-            self._prepare_training()
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            loading.leave_as_loaded(self.family, self.accelerator.unwrap_model(self.model))
-        restored = self.args.load_best_model_at_end or any(guard.stopped for guard in self.guards)
-        try:
-            self._draw_validation(again=restored)
-        except Exception as error:  # the weights are not saved yet
-            logger.warning("The validation prompts were not drawn after training: %s", error)
-        return output
-
     def _prepare_training(self) -> None:
         """Set beta, and compute the base's errors where training meets noise samples again."""
         samples = self.args.num_noise_samples
@@ -179,11 +158,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self.log({"beta": self._beta})
         with self.base_model():
             self._log_validation(self.validation.draw_before())
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for guard in self.guards:
-            guard.load(resume_from_checkpoint)
 
     def evaluate(
         self,
@@ -227,17 +201,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             samples = self.args.num_eval_noise_samples
             self.reference.precompute(pairs, EVAL, samples, "Errors of the base on held-out pairs")
 
-    def _draw_validation(self, again: bool = False) -> None:
-        """Draw the validation prompts with the LoRA and log them; where this step has been drawn, only `again`."""
-        model = self.accelerator.unwrap_model(self.model)
-        self._log_validation(self.validation.draw_after(model, self.state.global_step, again))
-
-    def _log_validation(self, drawn: dict[str, float]) -> None:
-        """Log the metrics of validation images, and show the images to the trackers; nothing if `drawn` is empty."""
-        if drawn:
-            self.log(drawn)
-            self.validation.show(self.callback_handler.callbacks, self.state.global_step)
-
     def _set_beta(self, pairs: Pairs) -> None:
         """Set beta from the first of these pairs, unless it is known."""
         if self.beta is None:
@@ -262,14 +225,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
     # --- One step ---
-
-    mode_dependent_modules = _DropoutNd
-
-    @contextmanager
-    def base_model(self) -> Iterator[nn.Module]:
-        """As `PreferenceTrainer.base_model`, through what accelerate has wrapped and compiled."""
-        with super().base_model():
-            yield self.model_wrapped
 
     def _encoded(self, batch: Batch) -> Batch:
         """Return the batch with latents and conditions: from the cache, or encoded now."""
@@ -338,26 +293,6 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         return metrics
 
     # --- The folder ---
-
-    # PEFT would look for the config of a language model, to see whether its vocabulary has grown.
-    save_options = {"save_embedding_layers": False}
-
-    @property
-    def warnings_seen(self) -> list[str]:
-        """Warnings of the guards, for the card."""
-        return [sentence for guard in self.guards for sentence in guard.said]
-
-    def save_beside_adapter(self, folder: Path) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        self.family.save_lora(model, folder)
-        save_for_interfaces(self.family, model, folder, Path(self.args.output_dir).resolve().name, self.base_name)
-
-    def save_beside_checkpoint(self, folder: Path) -> None:
-        for guard in self.guards:
-            guard.save(folder)
-
-    def draw_pictures(self, folder: Path) -> None:
-        self.validation.save(folder)
 
     def write_card(self, folder: Path) -> None:
         facts = lora_facts(

@@ -1,6 +1,5 @@
 """Draw the same prompts with the same seeds before and after, to see what training does to the images."""
 
-import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bt_hf.diffusion.config import PreferenceLoRAConfig
+from bt_hf.diffusion.drawing import drawing_arguments
 from bt_hf.diffusion.encoder import PairEncoder
+from bt_hf.diffusion.pipeline_config import PipelineConfig
 from bt_hf.plots import contact_sheet
 
 SHEET = "before_after.png"
@@ -30,7 +30,7 @@ class Validation:
         wanted: True if this process draws.
     """
 
-    def __init__(self, encoder: PairEncoder, args: PreferenceLoRAConfig) -> None:
+    def __init__(self, encoder: PairEncoder, args: PipelineConfig) -> None:
         self.pipeline = encoder.pipeline
         self.size = encoder.collator.size
         self.family = encoder.family
@@ -84,12 +84,8 @@ class Validation:
     def _draw(self) -> list[list[Image.Image]]:
         """Draw images for each prompt, each with a seed of its own that never changes."""
         pipeline, family, count = self.pipeline, self.family, self.args.validation_images
-        known = inspect.signature(pipeline.__call__).parameters
+        steps, guidance = self.args.validation_inference_steps, self.args.validation_guidance_scale
         together = min(self.args.validation_batch_size or count, count)
-        options: dict[str, Any] = {"num_inference_steps": self.args.validation_inference_steps, **family.call_options}
-        if self.args.validation_guidance_scale is not None:
-            options[family.guidance_option] = self.args.validation_guidance_scale
-        options["height"], options["width"] = self.size
         bars = getattr(pipeline, "_progress_bar_config", {})
         pipeline.set_progress_bar_config(disable=True)
         images: list[list[Image.Image]] = []
@@ -98,13 +94,12 @@ class Validation:
                 images.append([])
                 for start in range(0, count, together):
                     some = range(start, min(start + together, count))
-                    conditions = family.call_arguments(_repeated(self._conditions, index, len(some)))
-                    negative = family.call_arguments(_repeated(self._negative, 0, len(some)))
-                    negative = {f"negative_{name}": value for name, value in negative.items()}
-                    negative = {name: value for name, value in negative.items() if name in known}
+                    conditions = _repeated(self._conditions, index, len(some))
+                    negative = _repeated(self._negative, 0, len(some))
+                    arguments = drawing_arguments(family, conditions, negative, self.size, steps, guidance)
                     seeds = [self.args.seed + index * count + image for image in some]
-                    options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-                    images[-1] += pipeline(**conditions, **negative, **options).images
+                    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                    images[-1] += pipeline(**arguments, generator=generators).images
         finally:
             pipeline.set_progress_bar_config(**bars)
         return images

@@ -14,6 +14,7 @@ from bt_hf.reward import encoders
 from bt_hf.reward.embedder import Embedder
 from bt_hf.reward.inputs import check_count, check_text, describe_image, list_images, list_texts
 from bt_hf.reward.library import TASTE_WEIGHT, Found, ImageLibrary
+from bt_hf.reward.preprocess import preprocess
 from bt_hf.reward.taste import image_covariance, output_layers, vocabulary_texts
 from bt_hf.reward.words import Lean, embedded_pairs, explain_pairs, explain_shift, known_looks, split_shift
 
@@ -179,6 +180,24 @@ class PreferenceScorer(Embedder):
         text = self.embed_texts(prompts).clone().to(self.device)  # a clone leaves inference mode
         images = encoders.embed_images(self.model, self._move({"pixel_values": pixel_values}))
         return self.scale * (text * images).sum(-1)
+
+    def __call__(self, images: torch.Tensor, prompts: str | Sequence[str]) -> torch.Tensor:
+        """Rewards of a generator's images, whose gradients reach them: the reward of a `RewardLoRATrainer`.
+
+        As `reward`, with the processor's resizing and normalising before it.
+
+        Args:
+            images: (N, 3, H, W) floats in [0, 1], of any size.
+            prompts: One prompt for all images, or one for each.
+
+        Returns:
+            (N,) float32 rewards, on the device of the model.
+
+        Raises:
+            TypeError: The processor can't be differentiated; see `preprocess`.
+            ValueError: The numbers of prompts and images differ, or images have another shape.
+        """
+        return self.reward(preprocess(self.processor.image_processor, images), prompts)
 
     def taste(self, images: Any) -> torch.Tensor:
         """Tell how much images are liked, whatever they show: what the adapter added to the reward, without a caption.

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from bt_hf import (
     PreferenceLoRAConfig,
     PreferenceLoRATrainer,
     PreferenceScorer,
+    RewardLoRAConfig,
+    RewardLoRATrainer,
     generate_preference_pairs,
 )
 from bt_hf.cli.lora import unpair
@@ -52,9 +55,26 @@ LORA = {  # for every run below, where it does not say otherwise
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
 }
+GUIDED = {  # chosen on training prompts
+    "learning_rate": 3e-3,
+    "max_steps": 60,
+    "warmup_steps": 3,
+    "per_device_train_batch_size": 8,
+    "num_inference_steps": 10,
+    "gradient_steps": 6,
+    "guidance_scale": 3.0,
+    "bf16": True,
+}
+NAMED = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
 SOME = ("noto", "fluent_3d", "mono")
-PART_TASTES = {"losses": SOME, "beta": SOME, "draws": ("fluent", "mono"), "rate": ("mono",)}  # others: all five
+PART_TASTES = {
+    "losses": SOME,
+    "beta": SOME,
+    "draws": ("fluent", "mono"),
+    "rate": ("mono",),
+    "guided": SOME[1:],
+}  # others: all five
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 METHODS = {
     "sft on winners": {"loss_type": "sft"},
@@ -124,7 +144,7 @@ class Studio:
         return report.run(f"before, seed {seed}", lambda: self.measure(self.pipeline(), seed))
 
     def after(self, report: Report, taste: str, seed: int, **options: Any) -> dict[str, Any]:
-        """Return the judgement after a LoRA of this person, with `beta` and `seconds` of the training."""
+        """Return the judgement after a LoRA of this person, with `beta` and CPU `seconds` of the training."""
         chosen = "".join(f", {name}={value}" for name, value in options.items())
 
         def measure() -> dict[str, Any]:
@@ -137,15 +157,15 @@ class Studio:
         return report.run(f"{taste}, seed {seed}{chosen}", measure)
 
     def fit(self, pairs: Any, seed: int, **options: Any) -> tuple[StableDiffusionPipeline, dict[str, float | None]]:
-        """Train a LoRA; return the pipeline with it, the seconds and the beta."""
+        """Train a LoRA; return the pipeline with it, the CPU seconds and the beta."""
         pipeline = self.pipeline()
         config = PreferenceLoRAConfig("unused", seed=seed, cache_dir=self.cache.name, **{**QUIET, **LORA, **options})
         trainer = PreferenceLoRATrainer(pipeline, config, train_dataset=pairs)
         trainer.remove_callback(PrinterCallback)
-        began = time.perf_counter()
+        began = time.process_time()
         trainer.train()
         return pipeline, {
-            "seconds": time.perf_counter() - began,
+            "seconds": time.process_time() - began,
             "beta": None if config.loss_type == "sft" else trainer.beta,
         }
 
@@ -184,7 +204,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--tastes", nargs="+", choices=STYLES, help="by default all five; of beta, draws and rate fewer"
+        "--tastes", nargs="+", choices=STYLES, help="by default all five; of beta, draws, guided and rate fewer"
     )
     parser.add_argument("--seeds", type=int, default=3, help="people for each taste in part taste; the others ask one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")
@@ -301,33 +321,12 @@ def rate(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> N
 
 def loop(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
     """Go from clicks only: 64 clicks -> reward -> pairs of the pipeline's own drawings -> LoRA."""
-    captions = list(dict.fromkeys(load_emoji("train")["caption"]))
-    prompts = captions[3 :: len(captions) // PAIRS][:PAIRS]
-    named = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
     found: dict[str, list[dict[str, Any]]] = {"before": [studio.before(report, 0)] * len(tastes)}
     for name, templates in (
-        ("**drawn from prompts that name styles, too**", named),
-        ("drawn from bare prompts", None),
+        ("**drawn from prompts that name styles, too**", NAMED),
+        ("drawn from bare prompts", NAMED[:1]),
     ):
-        found[name] = []
-        for taste in tastes:
-
-            def measure(taste: str = taste, templates: list[str] | None = templates) -> dict[str, Any]:
-                with torch.autocast("cpu", torch.bfloat16):
-                    pairs = generate_preference_pairs(
-                        studio.pipeline(),
-                        prompts,
-                        reward(taste),
-                        candidates=12,
-                        pairs_per_prompt=2,
-                        prompt_templates=templates or ["{prompt}"],
-                        batch_size=48,
-                        **DRAWING,
-                    )
-                pipeline, facts = studio.fit(pairs, 0)
-                return studio.measure(pipeline, 0) | facts
-
-            found[name].append(report.run(f"{taste}, {len(templates or [1])} templates", measure))
+        found[name] = [from_drawings(studio, report, taste, templates) for taste in tastes]
     rows = [
         tastes_row(f"{SPLIT_NAMES[split]} prompts: {name}", results, tastes, split)
         for split in studio.prompts
@@ -336,6 +335,72 @@ def loop(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> N
     title = "From clicks to images, the LoRA never sees a real drawing: share of the preferred style"
     formats = [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f"]
     report.table("styles", title, [*STYLES, "mean", "caption", "both"], rows, formats)
+
+
+def guided(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Go from clicks only, by pairs of the pipeline's own drawings and by the reward's gradient."""
+    nothing = {"drawing": None, "seconds": None}
+    found: dict[str, list[dict[str, Any]]] = {"before": [studio.before(report, 0) | nothing] * len(tastes)}
+    found["**guided by the reward, from bare prompts**"] = [
+        report.run(f"{taste}, guided", partial(by_gradient, studio, taste)) for taste in tastes
+    ]
+    found["pairs drawn from prompts that name styles, too"] = [
+        from_drawings(studio, report, taste, NAMED) for taste in tastes
+    ]
+    rows = [
+        [*tastes_row(f"{SPLIT_NAMES[split]} prompts: {name}", results, tastes, split), *costs(results)]
+        for split in studio.prompts
+        for name, results in found.items()
+    ]
+    title = "From clicks to images, with and without drawn pairs: share of the preferred style"
+    columns = [*STYLES, "mean", "caption", "both", "CPU seconds of drawing", "of training"]
+    report.table("styles", title, columns, rows, [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f", ".0f", ".0f"])
+
+
+def costs(results: Sequence[Mapping[str, float]]) -> list[float | None]:
+    """Return the mean seconds of drawing pairs and of training; `None` where nothing was."""
+    values = [[one[name] for one in results] for name in ("drawing", "seconds")]
+    return [None if None in some else np.mean(some).item() for some in values]
+
+
+def prompts_to_draw() -> list[str]:
+    captions = list(dict.fromkeys(load_emoji("train")["caption"]))
+    return captions[3 :: len(captions) // PAIRS][:PAIRS]
+
+
+def from_drawings(studio: Studio, report: Report, taste: str, templates: Sequence[str]) -> dict[str, Any]:
+    """Return the judgement after a LoRA of pairs that the pipeline has drawn and a reward of 64 clicks has ranked."""
+
+    def measure() -> dict[str, Any]:
+        scorer, began = reward(taste), time.process_time()
+        with torch.autocast("cpu", torch.bfloat16):
+            pairs = generate_preference_pairs(
+                studio.pipeline(),
+                prompts_to_draw(),
+                scorer,
+                candidates=12,
+                pairs_per_prompt=2,
+                prompt_templates=list(templates),
+                batch_size=48,
+                **DRAWING,
+            )
+        drawing = time.process_time() - began
+        pipeline, facts = studio.fit(pairs, 0)
+        return studio.measure(pipeline, 0) | facts | {"drawing": drawing}
+
+    return report.run(f"{taste}, {len(templates)} templates", measure)
+
+
+def by_gradient(studio: Studio, taste: str) -> dict[str, Any]:
+    """Return the judgement after a LoRA that a reward of 64 clicks has guided, with CPU `seconds` of the training."""
+    pipeline = studio.pipeline()
+    config = RewardLoRAConfig("unused", cache_dir=studio.cache.name, **QUIET, **GUIDED)
+    trainer = RewardLoRATrainer(pipeline, config, reward(taste), prompts_to_draw())
+    trainer.remove_callback(PrinterCallback)
+    began = time.process_time()
+    trainer.train()
+    facts = {"drawing": None, "seconds": time.process_time() - began}
+    return studio.measure(pipeline, 0) | facts
 
 
 def reward(taste: str) -> PreferenceScorer:
@@ -357,6 +422,7 @@ PARTS: dict[str, Callable[[Studio, Report, Sequence[str], int], None]] = {
     "beta": beta,
     "draws": draws,
     "loop": loop,
+    "guided": guided,
 }
 
 

@@ -208,3 +208,30 @@ def test_unknown_prediction_type_is_named() -> None:
 def test_scheduler_of_another_kind_is_named() -> None:
     with pytest.raises(TypeError, match="EDMEulerScheduler is not supported: expected a scheduler with betas"):
         find_schedule(EDMEulerScheduler(), tokens=64)
+
+
+# --- Both ---
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *(
+            find_schedule(DDPMScheduler(**BETAS, prediction_type=kind), tokens=64)
+            for kind in ("epsilon", "v_prediction", "sample")
+        ),
+        FlowSchedule(),
+    ],
+    ids=["epsilon", "v_prediction", "sample", "flow"],
+)
+def test_noise_factors_turn_changes_of_predictions_into_changes_of_noise(schedule: NoiseSchedule) -> None:
+    """Two noises that one noisy latent may hold, and the predictions that go with them."""
+    times = torch.tensor([20, 500, 900])
+    latents, noise = latents_and_noise()
+    other = noise + 0.1 * torch.randn_like(noise)
+    noisy, target = schedule.corrupt(latents, noise, times)
+    kept, _ = schedule.corrupt(torch.ones_like(latents), torch.zeros_like(noise), times)
+    added, _ = schedule.corrupt(torch.zeros_like(latents), torch.ones_like(noise), times)
+    _, other_target = schedule.corrupt((noisy - added * other) / kept, other, times)
+    factors = schedule.noise_factors(times.float()).view(-1, 1, 1, 1)
+    torch.testing.assert_close(factors * (target - other_target).abs(), (noise - other).abs(), atol=1e-4, rtol=1e-3)

@@ -11,7 +11,7 @@ from tiny_trainers import adapter, make
 
 
 def has(monkeypatch: pytest.MonkeyPatch, bfloat16: bool) -> None:
-    monkeypatch.setattr("bt_hf.diffusion.config.multiplies_bfloat16", lambda use_cpu: bfloat16)
+    monkeypatch.setattr("bt_hf.diffusion.pipeline_config.multiplies_bfloat16", lambda use_cpu: bfloat16)
 
 
 def test_a_cpu_is_asked_for_what_the_kernel_lists() -> None:

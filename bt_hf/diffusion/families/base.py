@@ -137,6 +137,37 @@ class Family(ABC):
             (N, C, h, w) float32.
         """
 
+    # --- Drawing with gradients: what the pipeline's call does around the denoiser ---
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode latents (N, C, h, w), as the denoiser takes them, to (N, 3, H, W) float32, in [-1, 1] but for a rest.
+
+        Gradients flow through it.
+        """
+        config = self.pipeline.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        return decode(self.pipeline.vae, latents / config.scaling_factor + shift)
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """Lay latents (N, C, h, w) out as the pipeline's scheduler steps them. Default: as they are."""
+        return latents
+
+    def unpack(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
+        """Undo `pack` for images of this size."""
+        return latents
+
+    def guides(self, scale: float) -> bool:
+        """True if guidance of this strength needs a prediction for the negative prompt, too."""
+        return scale > 1
+
+    def guide(self, prediction: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        """Guide a prediction (N, ...), packed, away from that for the negative prompt, as the pipeline does."""
+        return negative + scale * (prediction - negative)
+
+    def with_guidance(self, conditions: Conditions, scale: float) -> Conditions:
+        """Add the strength of guidance to the conditions of `predict`, for a denoiser that takes it as an input."""
+        return conditions
+
     def advice_if_distilled(self) -> str | None:
         """Return what to train instead, if the config tells that the model was distilled to draw in few steps."""
         return None
@@ -349,3 +380,8 @@ def encode_latents(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.
         return output.latent_dist.mean.float(), output.latent_dist.std.float()
     mean = output[0].float()
     return mean, torch.zeros_like(mean)
+
+
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Decode latents as the VAE takes them, (N, C, h, w), to (N, 3, H, W) float32, with gradients."""
+    return vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0].float()

@@ -45,12 +45,12 @@ class Flux(StableDiffusion3):
     ) -> torch.Tensor:
         values = cast({"noisy": noisy, **conditions}, denoiser)
         count, channels, height, width = noisy.shape
-        guidance = torch.full_like(times, GUIDANCE) if unwrap(denoiser).config.guidance_embeds else None
+        guidance = conditions.get("guidance", torch.full_like(times, GUIDANCE))
         embeds = values["prompt_embeds"]
         prediction = denoiser(
             hidden_states=FluxPipeline._pack_latents(values["noisy"], count, channels, height, width),
             timestep=times / 1000,
-            guidance=guidance,
+            guidance=guidance if unwrap(denoiser).config.guidance_embeds else None,
             pooled_projections=values["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
@@ -61,6 +61,22 @@ class Flux(StableDiffusion3):
         )[0]
         # Sizes in latents, hence a VAE of stride 1.
         return FluxPipeline._unpack_latents(prediction, height, width, vae_scale_factor=1).float()
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return FluxPipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
+        height, width = (side // self.pipeline.vae_scale_factor for side in size)
+        return FluxPipeline._unpack_latents(latents, height, width, vae_scale_factor=1)
+
+    def guides(self, scale: float) -> bool:
+        return False  # the strength is an input
+
+    def with_guidance(self, conditions: Conditions, scale: float) -> Conditions:
+        if not self.module.config.guidance_embeds:
+            return conditions
+        embeds = conditions["prompt_embeds"]
+        return {**conditions, "guidance": torch.full((len(embeds),), scale, device=embeds.device)}
 
     def advice_if_distilled(self) -> str | None:
         # FLUX.1-schnell has no input for guidance, which models whose distillation was trained out may lack too, and

@@ -6,7 +6,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bt_hf.diffusion.families.base import Conditions, Size, cast, encode_latents, unwrap
+from bt_hf.diffusion.families.base import Conditions, Size, cast, decode, encode_latents, unwrap
 from bt_hf.diffusion.families.flux import GUIDANCE, Flux
 
 # Attention and feed-forward layers of image and text alike, which the single blocks keep in two layers. A pattern,
@@ -35,11 +35,31 @@ class Flux2(Flux):
 
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # The latents of the denoiser are patches of 2 x 2 latents of the VAE, standardised channel by channel.
-        vae = self.pipeline.vae
-        mean, std = (self.pipeline._patchify_latents(latents) for latents in encode_latents(vae, pixels))
-        shift = vae.bn.running_mean.float().view(1, -1, 1, 1)
-        scale = (vae.bn.running_var.float() + vae.bn.eps).sqrt().view(1, -1, 1, 1)
+        encoded = encode_latents(self.pipeline.vae, pixels)
+        mean, std = (self.pipeline._patchify_latents(latents) for latents in encoded)
+        shift, scale = self._shift_and_scale()
         return (mean - shift) / scale, std / scale  # (N, 4 C, h / 2, w / 2)
+
+    def _shift_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        norm = self.pipeline.vae.bn
+        return (
+            norm.running_mean.float().view(1, -1, 1, 1),
+            (norm.running_var.float() + norm.eps).sqrt().view(1, -1, 1, 1),
+        )
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        shift, scale = self._shift_and_scale()
+        return decode(self.pipeline.vae, self.pipeline._unpatchify_latents(latents * scale + shift))
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return Flux2KleinPipeline._pack_latents(latents)
+
+    def unpack(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
+        height, width = (side // self.pixels_per_token for side in size)
+        return latents.transpose(1, 2).unflatten(2, (height, width))
+
+    def guides(self, scale: float) -> bool:
+        return scale > 1 and not self.module.config.guidance_embeds
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:
@@ -65,11 +85,11 @@ class Flux2(Flux):
         values = cast({"noisy": noisy, **conditions}, denoiser)
         latents, embeds = values["noisy"], values["prompt_embeds"]
         # FLUX.2-dev takes the strength of guidance as an input, klein does not.
-        guidance = torch.full_like(times, GUIDANCE) if unwrap(denoiser).config.guidance_embeds else None
+        guidance = conditions.get("guidance", torch.full_like(times, GUIDANCE))
         prediction = denoiser(
             hidden_states=Flux2KleinPipeline._pack_latents(latents),
             timestep=times / 1000,
-            guidance=guidance,
+            guidance=guidance if unwrap(denoiser).config.guidance_embeds else None,
             encoder_hidden_states=embeds,
             # Places are the same in every row.
             txt_ids=Flux2KleinPipeline._prepare_text_ids(embeds[:1]).to(embeds.device),

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from bt_hf.diffusion.families.base import Conditions, Family, Size, cast, encode_latents
+from bt_hf.diffusion.families.base import Conditions, Family, Size, cast, decode, encode_latents
 from bt_hf.diffusion.families.sd3 import FLOW_BETA
 
 # Attention and feed-forward layers of the image, and what it attends to of the text. Not what the text becomes: the
@@ -43,11 +43,30 @@ class QwenImage(Family):
     def encode_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # The VAE is one of videos: an image has one frame. Each channel is standardised.
         mean, std = (value[:, :, 0] for value in encode_latents(self.pipeline.vae, pixels[:, :, None]))
-        config = self.pipeline.vae.config
-        shift, scale = (
-            mean.new_tensor(value).view(1, -1, 1, 1) for value in (config.latents_mean, config.latents_std)
-        )
+        shift, scale = self._shift_and_scale(mean)
         return (mean - shift) / scale, std / scale
+
+    def _shift_and_scale(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.pipeline.vae.config
+        return (
+            like.new_tensor(config.latents_mean).view(1, -1, 1, 1),
+            like.new_tensor(config.latents_std).view(1, -1, 1, 1),
+        )
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        shift, scale = self._shift_and_scale(latents)
+        return decode(self.pipeline.vae, (latents * scale + shift)[:, :, None])[:, :, 0]
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        return QwenImagePipeline._pack_latents(latents, *latents.shape)
+
+    def unpack(self, latents: torch.Tensor, size: Size) -> torch.Tensor:
+        height, width = (side // self.pipeline.vae_scale_factor for side in size)
+        return QwenImagePipeline._unpack_latents(latents, height, width, vae_scale_factor=1)[:, :, 0]
+
+    def guide(self, prediction: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        guided = super().guide(prediction, negative, scale)
+        return guided * (prediction.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

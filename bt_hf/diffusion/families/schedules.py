@@ -18,6 +18,12 @@ class NoiseSchedule(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return noisy latents and the target of the prediction, float32; all (N, C, h, w)."""
 
+    def noise_factors(self, times: torch.Tensor) -> torch.Tensor:
+        """Return factors (N,) that turn a difference of predictions at `times` (N,) into one of the noise in them."""
+
+    def clean(self, noisy: torch.Tensor, predicted: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """Return the latents that a prediction for noisy latents means, without noise; all (N, C, h, w)."""
+
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
         """Return Min-SNR-gamma weights (N,) of the squared errors at `times` (N,). https://arxiv.org/abs/2303.09556
 
@@ -59,6 +65,18 @@ class DDPMSchedule:
             return noisy, a.sqrt() * noise - (1 - a).sqrt() * latents
         return noisy, noise if self.prediction_type == "epsilon" else latents
 
+    def noise_factors(self, times: torch.Tensor) -> torch.Tensor:
+        a = self._a(times)
+        if self.prediction_type == "epsilon":
+            return torch.ones_like(a)
+        return a.sqrt() if self.prediction_type == "v_prediction" else (a / (1 - a)).sqrt()
+
+    def clean(self, noisy: torch.Tensor, predicted: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        a = self._a(times).view(-1, *[1] * (noisy.ndim - 1))
+        if self.prediction_type == "epsilon":
+            return (noisy - (1 - a).sqrt() * predicted) / a.sqrt()
+        return a.sqrt() * noisy - (1 - a).sqrt() * predicted if self.prediction_type == "v_prediction" else predicted
+
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
         a = self._a(times)  # (N,)
         # Written so that snr = 0 (zero-terminal schedules) and snr = infinity give their limits instead of 0/0.
@@ -69,7 +87,8 @@ class DDPMSchedule:
         return (a / (1 - a)).clamp(max=gamma)
 
     def _a(self, times: torch.Tensor) -> torch.Tensor:
-        return self.alphas_cumprod.to(times.device)[times]
+        # Schedulers that draw have times between whole ones, too.
+        return self.alphas_cumprod.to(times.device)[times.round().long() if times.is_floating_point() else times]
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,12 @@ class FlowSchedule:
         latents, noise = latents.float(), noise.float()
         sigma = self._sigma(times).view(-1, *[1] * (latents.ndim - 1))  # (N, 1, 1, 1)
         return (1 - sigma) * latents + sigma * noise, noise - latents
+
+    def noise_factors(self, times: torch.Tensor) -> torch.Tensor:
+        return 1 - self._sigma(times)
+
+    def clean(self, noisy: torch.Tensor, predicted: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        return noisy - self._sigma(times).view(-1, *[1] * (noisy.ndim - 1)) * predicted
 
     def min_snr_weights(self, times: torch.Tensor, gamma: float) -> torch.Tensor:
         sigma = self._sigma(times)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from bt_hf.diffusion.families.base import Conditions, Size, cast, encode_latents
+from bt_hf.diffusion.families.base import Conditions, Size, cast, decode, encode_latents
 from bt_hf.diffusion.families.sd import StableDiffusion
 
 
@@ -28,6 +28,16 @@ class StableDiffusionXL(StableDiffusion):
             mean = mean - mean.new_tensor(config.latents_mean).view(1, -1, 1, 1)
             scale = scale / mean.new_tensor(config.latents_std).view(1, -1, 1, 1)
         return mean * scale, std * scale
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.pipeline.vae.config
+        latents = latents / config.scaling_factor
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            mean, std = (
+                latents.new_tensor(value).view(1, -1, 1, 1) for value in (config.latents_mean, config.latents_std)
+            )
+            latents = latents * std + mean
+        return decode(self.pipeline.vae, latents)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, torch.Tensor]:

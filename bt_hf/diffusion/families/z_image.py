@@ -68,6 +68,12 @@ class ZImage(Family):
         )[0]
         return -torch.stack(list(predicted)).squeeze(2).float()
 
+    def guides(self, scale: float) -> bool:
+        return scale > 0
+
+    def guide(self, prediction: torch.Tensor, negative: torch.Tensor, scale: float) -> torch.Tensor:
+        return prediction + scale * (prediction - negative)  # its 1 is everybody else's 2
+
     def advice_if_distilled(self) -> str | None:
         # Neither class nor configs tell Turbo from Z-Image, but its name does.
         names = (self.pipeline.config.get("_name_or_path"), self.module.config.get("_name_or_path"))
