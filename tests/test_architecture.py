@@ -45,6 +45,7 @@ ROOMS = {
         "pairs",
     ],
     "diffusion": [
+        "quantization",
         "__init__ beta callbacks collator config kto losses origin summary",
         "families rate safeguard",
         "encoder errors interfaces pair_loss",

@@ -10,6 +10,7 @@ from transformers import Trainer
 from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, Size
 from bt_hf.diffusion.interfaces import find_interface_name
+from bt_hf.diffusion.quantization import describe_quantization
 from bt_hf.hub.card_sections import plain_line
 from bt_hf.hub.cards import card_metadata, eval_result, write_card
 from bt_hf.hub.facts import Evaluation, Option, RunFacts, schedule_options
@@ -77,6 +78,7 @@ def lora_facts(
         "loss": args.loss_type,
         "beta": beta_in_words,
         "safeguard": "on" if args.safeguard else None,
+        "quantisation of the base": describe_quantization(family.module),
         "size of the images": f"{size[1]} x {size[0]}",
         "label smoothing": args.label_smoothing,
         "noise samples of a pair": args.num_noise_samples,

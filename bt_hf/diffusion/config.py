@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bt_hf.diffusion.quantization import read_quantization
 from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.option_checks import check_bounds
 
@@ -125,6 +126,13 @@ class PreferenceLoRAConfig(PreferenceConfig):
             "the LoRA is trained in float32 all the same."
         },
     )
+    quantization_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantise the denoiser of a pipeline given by its name: bitsandbytes_4bit, bitsandbytes_8bit, "
+            "torchao (8 bits, weights only), or a quantisation config of diffusers as JSON or the path of a JSON file."
+        },
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
     )
@@ -175,6 +183,8 @@ class PreferenceLoRAConfig(PreferenceConfig):
             self.num_train_epochs = 3.0  # as in `TrainingArguments`
         if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
             self.validation_prompts = [self.validation_prompts]
+        if self.quantization_config is not None:
+            self.quantization_config = read_quantization(self.quantization_config)
         given = self.learning_rate is not None
         if not given:
             self.learning_rate = PreferenceConfig.learning_rate

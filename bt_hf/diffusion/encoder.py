@@ -10,6 +10,7 @@ from torch import nn
 from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights, tokenize_plainly
 from bt_hf.diffusion.collator import Batch, DiffusionCollator, hash_pixels
 from bt_hf.diffusion.families.base import Family
+from bt_hf.diffusion.quantization import move
 
 
 class PairEncoder:
@@ -35,7 +36,7 @@ class PairEncoder:
         self.device = device
         self._homes = {name: next(module.parameters()).device for name, module in self.modules().items()}
         for module in self.modules().values():
-            module.to(device)
+            move(module, device)
         self.released = False
 
     def modules(self) -> dict[str, nn.Module]:
@@ -79,7 +80,7 @@ class PairEncoder:
         for name, module in self.modules().items():
             if name == "vae" and keep_vae:
                 continue
-            module.to(self._homes[name])
+            move(module, self._homes[name])
             self.pipeline.register_modules(**{name: None})
 
     def check_available(self) -> None:

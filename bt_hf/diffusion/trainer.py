@@ -27,6 +27,7 @@ from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
 from bt_hf.diffusion.interfaces import save_for_interfaces
 from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
+from bt_hf.diffusion.quantization import check_unsharded
 from bt_hf.diffusion.rate import MarginRate
 from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.summary import Summary
@@ -101,7 +102,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         loading.check_rows(args.loss_type, train_dataset, eval_dataset)
         prepare_run(args)
         self.data_digest = digest_rows(train_dataset)
-        self.family, self.base_name = loading.load_family(model, args.dtype)
+        self.family, self.base_name = loading.load_family(model, args.dtype, args.quantization_config)
         self.pipeline = self.family.pipeline
         self.size = loading.training_size(self.family, args.resolution)
         self.denoising = Denoising(self.family, self.size, args)
@@ -127,6 +128,7 @@ class PreferenceLoRATrainer(PreferenceTrainer):
             optimizers=optimizers,
         )
         self.validation.check_sharding(self.sharded)
+        check_unsharded(self.family.module, self.sharded)
         self.reference = Reference(
             self.denoising,
             self.base_model,
