@@ -53,7 +53,7 @@ ROOMS = {
         "loading reference",
         "generation trainer",
     ],
-    "diffusion.families": ["__init__ schedules", "base", "sd sd3", "flux qwen sana sdxl z_image", "flux2"],
+    "diffusion.families": ["__init__ schedules", "base", "sd sd3", "flux qwen sana sdxl wan z_image", "flux2"],
     "diffusion.generation": ["__init__ pair_folder", "candidates", "generate"],
     "evaluate_modules": ["__init__ base", "preference_accuracy preference_calibration preference_log_loss"],
     "hub": [

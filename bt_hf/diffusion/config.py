@@ -9,6 +9,7 @@ from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.option_checks import check_bounds
 
 _POSITIVE = [
+    "num_frames",
     "num_noise_samples",
     "num_eval_noise_samples",
     "validation_batch_size",
@@ -135,6 +136,13 @@ class PreferenceLoRAConfig(PreferenceConfig):
     )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
+    )
+    num_frames: int = field(
+        default=1,
+        metadata={
+            "help": "Frames of each clip, for a pipeline that draws videos: the first of an animated GIF, WebP, AVIF "
+            "or PNG. 1 trains on images."
+        },
     )
     sample_latents: bool = field(
         default=False, metadata={"help": "Sample latents from the VAE's posterior instead of taking its mean."}

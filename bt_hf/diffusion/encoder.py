@@ -57,7 +57,15 @@ class PairEncoder:
         modules = self.modules()
         configs = {name: describe(module) for name, module in modules.items()}
         switches = {name: value for name, value in self.pipeline.config.items() if isinstance(value, bool | int)}
-        options = (self.family.name, self.collator.size, self.sample_latents, tokenizers, configs, switches)
+        options = (
+            self.family.name,
+            self.collator.size,
+            self.collator.frames,
+            self.sample_latents,
+            tokenizers,
+            configs,
+            switches,
+        )
         return digest(digest_weights(modules.values()), repr(options))
 
     def tokens_of(self, prompts: list[str]) -> list[bytes]:
@@ -100,8 +108,11 @@ class PairEncoder:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode (N, H, W, 3) uint8 to `latents` (N, C, h, w), with `std` of the same shape if they are sampled."""
-        signed = pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        """Encode (N, H, W, 3) uint8 to `latents` (N, C, h, w), with `std` of the same shape if they are sampled.
+
+        Clips are (N, F, H, W, 3).
+        """
+        signed = pixels.to(self.device).movedim(-1, 1).float() / 127.5 - 1
         mean, std = self.family.encode_images(signed)
         return {"latents": mean, "std": std} if self.sample_latents else {"latents": mean}
 

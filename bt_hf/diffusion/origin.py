@@ -69,7 +69,8 @@ def from_pretrained(
 
 def _of_denoisers(name: str, quantization: Any) -> PipelineQuantizationConfig:
     """Quantise the denoiser of a pipeline, or both of two: the encoders leave memory once everything is encoded."""
-    parts = [part for part in DiffusionPipeline.load_config(name) if part.startswith(("unet", "transformer"))]
+    config = DiffusionPipeline.load_config(name)
+    parts = [part for part in config if part.startswith(("unet", "transformer")) and all(config[part])]
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(parts, quantization))
 
 

@@ -104,9 +104,10 @@ class PreferenceLoRATrainer(PreferenceTrainer):
         self.data_digest = digest_rows(train_dataset)
         self.family, self.base_name = loading.load_family(model, args.dtype, args.quantization_config)
         self.pipeline = self.family.pipeline
+        self.family.train_on_clips(args.num_frames)
         self.size = loading.training_size(self.family, args.resolution)
         self.denoising = Denoising(self.family, self.size, args)
-        collator = DiffusionCollator(self.size, smallest=self.pipeline.vae_scale_factor)
+        collator = DiffusionCollator(self.size, self.family.stride, args.num_frames)
         self.encoder = PairEncoder(self.family, collator, args.sample_latents, args.device)
         denoiser = loading.add_adapter(self.family, peft_config, args, self.base_name)
         loading.warn_of_long_prompts(self.family, each_dataset(train_dataset, eval_dataset), args.validation_prompts)

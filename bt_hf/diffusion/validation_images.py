@@ -104,7 +104,7 @@ class Validation:
                     negative = {name: value for name, value in negative.items() if name in known}
                     seeds = [self.args.seed + index * count + image for image in some]
                     options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-                    images[-1] += pipeline(**conditions, **negative, **options).images
+                    images[-1] += family.images_of(pipeline(**conditions, **negative, **options))
         finally:
             pipeline.set_progress_bar_config(**bars)
         return images
