@@ -45,6 +45,7 @@ ROOMS = {
         "pairs",
     ],
     "diffusion": [
+        "quantization",
         "__init__ beta callbacks collator kto losses origin pipeline_config summary",
         "config",
         "families rate safeguard",
@@ -54,7 +55,7 @@ ROOMS = {
         "generation lora_trainer",
         "guided trainer",
     ],
-    "diffusion.families": ["__init__ schedules", "base", "sd sd3", "flux qwen sana sdxl z_image", "flux2"],
+    "diffusion.families": ["__init__ schedules", "base", "sd sd3", "flux qwen sana sdxl wan z_image", "flux2"],
     "diffusion.generation": ["__init__ pair_folder", "candidates", "generate"],
     "diffusion.guided": ["__init__ config prompts rewards sampling", "callbacks", "card", "trainer"],
     "evaluate_modules": ["__init__ base", "preference_accuracy preference_calibration preference_log_loss"],

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, IterableDataset
+from PIL import Image as PILImage
 
 from bt_hf.data.formats import NOTES, ROW, ROW_COLUMNS, SHARD, Layout, PreferenceDataError
-from bt_hf.data.images import digest_pixels, short, to_rgb
+from bt_hf.data.images import digest_pixels, short, to_frames, to_rgb
 from bt_hf.data.places import PROBLEM
 from bt_hf.data.reading import features_of
 from bt_hf.data.recognition import check_kinds, recognise
@@ -201,9 +202,15 @@ def _problem(row: dict[str, Any]) -> str | None:
         except ValueError as error:
             reason, _, detail = str(error).partition(": ")
             return f"{reason}: {name} {detail}"
-    if pixels[0].size == pixels[1].size and pixels[0].tobytes() == pixels[1].tobytes():
+    if _same([pixels[0]], [pixels[1]]) and _same(*(to_frames(row[name]) for name in ("chosen", "rejected"))):
         return "identical images: chosen and rejected have the same pixels, so there is nothing to prefer"
     return None
+
+
+def _same(one: list[PILImage.Image], other: list[PILImage.Image]) -> bool:
+    """True for clips of the same frames; they may begin with the same one."""
+    first, second = ([(frame.size, frame.tobytes()) for frame in frames] for frames in (one, other))
+    return first == second
 
 
 def _note(row: dict[str, Any], index: int, label: str, on_bad_rows: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import stat
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -72,8 +73,32 @@ def to_rgb(image: Any, name: str = "") -> Image.Image:
         >>> to_rgb(np.zeros((4, 6, 4), dtype=np.uint8)).getpixel((0, 0))  # fully transparent: the white shows
         (255, 255, 255)
     """
+    return to_frames(image, 1, name)[0]
+
+
+def to_frames(image: Any, count: int | None = None, name: str = "") -> list[Image.Image]:
+    """Return the first frames of a clip, an animated GIF, WebP, AVIF or PNG, each as `to_rgb` returns an image.
+
+    Args:
+        image: As in `to_rgb`. A still image is a clip of one frame.
+        count: Frames to return. Default: all.
+        name: As in `to_rgb`.
+
+    Raises:
+        ValueError: As in `to_rgb`, or the clip has fewer frames.
+
+    Example:
+        >>> len(to_frames(np.zeros((4, 6, 3), dtype=np.uint8)))
+        1
+    """
     try:
-        return _to_rgb(image)
+        frames = _to_frames(image, count)
+        if count is not None and len(frames) < count:
+            raise ValueError(
+                f"clip too short: {len(frames)} frame{'' if len(frames) == 1 else 's'}, and {count} are asked for; "
+                "leave the row out, bring a longer one (an animated GIF, WebP, AVIF or PNG), or ask for fewer"
+            )
+        return frames
     except ValueError as error:
         if not name:
             raise
@@ -145,13 +170,13 @@ def _is_image(start: bytes) -> bool:
     return start.startswith(_SIGNATURES) or start[4:8] == b"ftyp"  # the latter is AVIF and HEIF
 
 
-def _to_rgb(image: Any) -> Image.Image:
+def _to_frames(image: Any, count: int | None) -> list[Image.Image]:
     if image is None:
         raise ValueError("image missing: the value is empty")
     if isinstance(image, Image.Image):
-        return _decode(image, "the image")
+        return _decode(image, "the image", count)
     if isinstance(image, np.ndarray):
-        return _convert(_from_array(image), "the array")
+        return [_convert(_from_array(image), "the array")]
     path = None
     if isinstance(image, Mapping):
         path, image = image.get("path"), image.get("bytes")
@@ -167,13 +192,13 @@ def _to_rgb(image: Any) -> Image.Image:
             path = os.fsdecode(path)
         image = embedded_bytes(path)
         if image is None:
-            return _decode(open_regular(path), short(path))
+            return _decode(open_regular(path), short(path), count)
     if not isinstance(image, bytes | bytearray | memoryview):
         raise ValueError(
             "unreadable image: expected a PIL image, bytes, a path, {'bytes', 'path'} or a uint8 array, "
             f"found {type(image).__name__}"
         )
-    return _decode(io.BytesIO(image), short(path) if path else f"{len(image)} bytes")
+    return _decode(io.BytesIO(image), short(path) if path else f"{len(image)} bytes", count)
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -208,17 +233,17 @@ def open_regular(path: str) -> BinaryIO:
         raise
 
 
-def _decode(file: BinaryIO | Image.Image, name: str) -> Image.Image:
+def _decode(file: BinaryIO | Image.Image, name: str, count: int | None) -> list[Image.Image]:
     """Decode an encoded image, or one that the caller has opened, once its format and size are known to be good."""
     try:
         # PIL only warns between one and two times its limit on pixels; here both are refused, and only here.
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(file, Image.Image):
-                return _load(file, name)
+                return _load(file, name, count)
             Image.init()
             with file, Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN]) as image:
-                return _load(image, name)
+                return _load(image, name, count)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"image too large: {name} has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels; "
@@ -234,12 +259,25 @@ def _decode(file: BinaryIO | Image.Image, name: str) -> Image.Image:
         raise ValueError(f"unreadable image: {name} ({one_line(error)})") from error
 
 
-def _load(image: Image.Image, name: str) -> Image.Image:
+def _load(image: Image.Image, name: str, count: int | None) -> list[Image.Image]:
     if image.format and image.format not in FORMATS:
         raise ValueError(f"unreadable image: {name} is in the format {image.format}, expected {', '.join(FORMATS)}")
     _check_size(image, name)
     image.load()
-    return _convert(image, name)
+    if count == 1:
+        return [_convert(image, name)]
+    length = min(count or sys.maxsize, getattr(image, "n_frames", 1))
+    if Image.MAX_IMAGE_PIXELS and length * image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"image too large: {name} has more than PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS} pixels in "
+            f"{length} frames; make it smaller or shorter, or raise that limit if you trust the file"
+        )
+    frames = []
+    for index in range(length):
+        image.seek(index)
+        frames.append(_convert(image, name))
+    image.seek(0)
+    return frames
 
 
 def _check_size(image: Image.Image, name: str) -> None:

@@ -12,6 +12,7 @@ from bt_hf.diffusion.config import PreferenceLoRAConfig
 from bt_hf.diffusion.families.base import Family, Size
 from bt_hf.diffusion.interfaces import find_interface_name
 from bt_hf.diffusion.pipeline_config import PipelineConfig
+from bt_hf.diffusion.quantization import describe_quantization
 from bt_hf.hub.card_sections import plain_line
 from bt_hf.hub.cards import card_metadata, eval_result, write_card
 from bt_hf.hub.facts import Evaluation, Option, RunFacts, schedule_options
@@ -41,6 +42,8 @@ class LoRAFacts(RunFacts):
         loss: Loss type.
         beta: Beta in words; `None` for a loss without one.
         prompts: Validation prompts, quoted for Markdown.
+        task: Task of the pipeline, as the Hub calls it.
+        frames: Frames of each clip; `None` for a pipeline of images.
         interface_file: Name of the file for ComfyUI, A1111 and Forge; `None` without one.
     """
 
@@ -50,6 +53,8 @@ class LoRAFacts(RunFacts):
     loss: str
     beta: str | None
     prompts: Sequence[str]
+    task: str = "text-to-image"
+    frames: int | None = None
     interface_file: str | None = None
 
 
@@ -76,11 +81,14 @@ def lora_facts(
     """
     rows = "liked or disliked images" if args.loss_type == "kto" else "pairs"
     beta_in_words = _beta(args, beta)
+    frames = family.frames if family.task == "text-to-video" else None
     options: dict[str, Option] = {
         "loss": args.loss_type,
         "beta": beta_in_words,
         "safeguard": "on" if args.safeguard else None,
+        "quantisation of the base": describe_quantization(family.module),
         "size of the images": f"{size[1]} x {size[0]}",
+        "frames of a clip": frames,
         "label smoothing": args.label_smoothing,
         "noise samples of a pair": args.num_noise_samples,
         "weights of timesteps, Min-SNR gamma": args.snr_gamma,
@@ -110,6 +118,8 @@ def pipeline_facts(trainer: Trainer, family: Family, args: PipelineConfig) -> di
         "family": family.name,
         "pipeline": type(family.pipeline).__name__,
         "denoiser": family.denoiser,
+        "task": family.task,
+        "frames": family.frames if family.task == "text-to-video" else None,
         "prompts": [_quoted(prompt) for prompt in args.validation_prompts or ()],
         "interface_file": find_interface_name(family, model, run),
     }
@@ -136,17 +146,17 @@ def write_lora_card(folder: Path, facts: LoRAFacts) -> None:
 
 def lora_metadata(facts: LoRAFacts) -> ModelCardData:
     """Build the metadata of the card, for the Hub's search and its widgets."""
-    tags = ["bt_hf", "lora", "diffusers", "text-to-image", "preference", _METHODS[facts.loss]]
+    tags = ["bt_hf", "lora", "diffusers", facts.task, "preference", _METHODS[facts.loss]]
     return card_metadata(
         facts,
         library="diffusers",
-        task="text-to-image",
+        task=facts.task,
         tags=list(dict.fromkeys([*tags, facts.family])),
-        results=[_result(evaluation) for evaluation in facts.evaluations],
+        results=[_result(evaluation, facts.task) for evaluation in facts.evaluations],
     )
 
 
-def _result(evaluation: Evaluation) -> EvalResult:
+def _result(evaluation: Evaluation, task: str) -> EvalResult:
     """Build the number of an evaluation for the metadata."""
     numbers = evaluation.numbers
     return eval_result(
@@ -155,7 +165,7 @@ def _result(evaluation: Evaluation) -> EvalResult:
         "Implicit preference accuracy",
         numbers["accuracy"],
         evaluation.subset,
-        task_type="text-to-image",
+        task_type=task,
         low_95=numbers["accuracy_low"],
         high_95=numbers["accuracy_high"],
     )

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from bt_hf.data.fingerprint import number_of
-from bt_hf.data.images import to_rgb
+from bt_hf.data.images import to_frames
 from bt_hf.data.rows import image_name
 
 Row: TypeAlias = Mapping[str, Any]
@@ -36,6 +36,7 @@ class DiffusionCollator:
         size: Height and width that images are fitted to: scaled, then cropped in the middle. The same for both images
             of a pair, and without flips, since taste may be about framing.
         smallest: Images with a shorter side are refused: they would be less than one latent pixel.
+        frames: Frames of each clip, in which case `pixels` are (N, F, H, W, 3). Default 1: images.
 
     Example:
         Two rows become
@@ -53,9 +54,10 @@ class DiffusionCollator:
 
     opens_images = True  # rows come to it as they are stored
 
-    def __init__(self, size: tuple[int, int], smallest: int = 1) -> None:
+    def __init__(self, size: tuple[int, int], smallest: int = 1, frames: int = 1) -> None:
         self.size = size
         self.smallest = smallest
+        self.frames = frames
 
     def __call__(self, rows: list[Row]) -> Batch:
         columns = image_columns(list(rows[0]))
@@ -66,21 +68,24 @@ class DiffusionCollator:
         return {"prompt": prompts, "pixels": pixels, "row": hash_rows(prompts, hashes), **batch_labels(rows)}
 
     def preprocess(self, images: Sequence[Any], names: Sequence[str]) -> torch.Tensor:
-        """Fit images, in any form that a dataset may hold, to the size: (N, H, W, 3) uint8.
+        """Fit images, in any form that a dataset may hold, to the size: (N, H, W, 3) uint8, of clips (N, F, H, W, 3).
 
         Raises:
-            ValueError: An image is unreadable or too small; the message begins with its name in `names`.
+            ValueError: An image is unreadable or too small, or a clip too short; the message begins with its name in
+                `names`.
         """
         fitted = []
         for value, name in zip(images, names, strict=True):
-            image = to_rgb(value, name)
+            images = to_frames(value, self.frames, name)
+            image = images[0]
             if min(image.size) < self.smallest:
                 raise ValueError(
                     f"{name}: image too small: {image.width}x{image.height} pixels, but the model's latents have one "
                     f"pixel for {self.smallest}x{self.smallest}; leave the row out, or bring a larger image"
                 )
             height, width = self.size
-            fitted.append(np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)))
+            clip = [np.asarray(ImageOps.fit(one, (width, height), Image.Resampling.LANCZOS)) for one in images]
+            fitted.append(np.stack(clip) if self.frames > 1 else clip[0])
         return torch.from_numpy(np.stack(fitted))
 
 
@@ -98,7 +103,7 @@ def batch_labels(rows: list[Row]) -> dict[str, torch.Tensor]:
 
 
 def hash_pixels(pixels: torch.Tensor) -> torch.Tensor:
-    """Hash images (N, H, W, 3) uint8 to (N,) int64, the same for the same pixels."""
+    """Hash images or clips (N, ...) uint8 to (N,) int64, the same for the same pixels."""
     return torch.tensor([number_of(image.numpy().tobytes()) for image in pixels])
 
 

@@ -8,6 +8,7 @@ from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.option_checks import check_bounds
 
 _POSITIVE = (
+    "num_frames",
     "num_noise_samples",
     "num_eval_noise_samples",
     "snr_gamma",
@@ -106,6 +107,13 @@ class PreferenceLoRAConfig(PipelineConfig):
     num_eval_noise_samples: int = field(
         default=8,
         metadata={"help": "Samples of noise and timestep for each held-out pair, the same at every evaluation."},
+    )
+    num_frames: int = field(
+        default=1,
+        metadata={
+            "help": "Frames of each clip, for a pipeline that draws videos: the first of an animated GIF, WebP, AVIF "
+            "or PNG. 1 trains on images."
+        },
     )
     sample_latents: bool = field(
         default=False, metadata={"help": "Sample latents from the VAE's posterior instead of taking its mean."}

@@ -10,6 +10,7 @@ from torch import nn
 from bt_hf.data.fingerprint import describe, describe_tokenizer, digest, digest_weights, tokenize_plainly
 from bt_hf.diffusion.collator import Batch, DiffusionCollator, hash_pixels
 from bt_hf.diffusion.families.base import Family
+from bt_hf.diffusion.quantization import move
 
 
 class PairEncoder:
@@ -35,7 +36,7 @@ class PairEncoder:
         self.device = device
         self._homes = {name: next(module.parameters()).device for name, module in self.modules().items()}
         for module in self.modules().values():
-            module.to(device)
+            move(module, device)
         self.released = False
 
     def modules(self) -> dict[str, nn.Module]:
@@ -56,7 +57,15 @@ class PairEncoder:
         modules = self.modules()
         configs = {name: describe(module) for name, module in modules.items()}
         switches = {name: value for name, value in self.pipeline.config.items() if isinstance(value, bool | int)}
-        options = (self.family.name, self.collator.size, self.sample_latents, tokenizers, configs, switches)
+        options = (
+            self.family.name,
+            self.collator.size,
+            self.collator.frames,
+            self.sample_latents,
+            tokenizers,
+            configs,
+            switches,
+        )
         return digest(digest_weights(modules.values()), repr(options))
 
     def tokens_of(self, prompts: list[str]) -> list[bytes]:
@@ -79,7 +88,7 @@ class PairEncoder:
         for name, module in self.modules().items():
             if name == "vae" and keep_vae:
                 continue
-            module.to(self._homes[name])
+            move(module, self._homes[name])
             self.pipeline.register_modules(**{name: None})
 
     def check_available(self) -> None:
@@ -99,8 +108,11 @@ class PairEncoder:
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode (N, H, W, 3) uint8 to `latents` (N, C, h, w), with `std` of the same shape if they are sampled."""
-        signed = pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        """Encode (N, H, W, 3) uint8 to `latents` (N, C, h, w), with `std` of the same shape if they are sampled.
+
+        Clips are (N, F, H, W, 3).
+        """
+        signed = pixels.to(self.device).movedim(-1, 1).float() / 127.5 - 1
         mean, std = self.family.encode_images(signed)
         return {"latents": mean, "std": std} if self.sample_latents else {"latents": mean}
 

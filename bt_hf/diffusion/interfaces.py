@@ -19,7 +19,7 @@ def find_interface_name(family: Family, model: PeftModel, run: str) -> str | Non
     """Return the name of the file, or `None` if ComfyUI, A1111 and Forge can't read such a LoRA.
 
     Args:
-        family: Family of the pipeline; none of the three reads LoRAs for Sana.
+        family: Family of the pipeline; none of the three reads LoRAs for Sana, nor those for Wan by these names.
         model: The denoiser with its LoRA; DoRA and biases are not read by all of them, or not alike.
         run: Name of the run, that of its folder.
     """
@@ -40,7 +40,11 @@ def save_for_interfaces(family: Family, model: PeftModel, folder: str | Path, ru
     """
     name = find_interface_name(family, model, run)
     if name is None:
-        why = "no DoRA or biases" if family.interface_metadata() is not None else f"no LoRA for {family.name}"
+        why = (
+            "no DoRA or biases"
+            if family.interface_metadata() is not None
+            else f"no LoRA for {family.name} by the names of diffusers"
+        )
         _log_once(f"There is no file for ComfyUI, A1111 and Forge beside the LoRA: they read {why}.")
         return
     config = model.peft_config[model.active_adapter].to_dict()

@@ -18,18 +18,23 @@ from bt_hf.diffusion.collator import is_unpaired
 from bt_hf.diffusion.families.base import Family, check_adapter, check_tensors, find_family
 from bt_hf.diffusion.origin import LOAD_ERRORS, from_pretrained, known_name
 from bt_hf.diffusion.pipeline_config import PipelineConfig
+from bt_hf.diffusion.quantization import is_quantized, model_quantization, move, read_quantization
 from bt_hf.hub.loading import find_adapter_config, load_adapter
 from bt_hf.training.adapters import put_on, saved_names, take_over, train_in_float32, unwrapped
 from bt_hf.training.arguments import check_datasets, check_kind
 from bt_hf.training.lora_options import check_adapter_options
 
 
-def load_family(model: str | Path | DiffusionPipeline, dtype: str = "float32") -> tuple[Family, str | None]:
+def load_family(
+    model: str | Path | DiffusionPipeline, dtype: str = "float32", quantization: Any = None
+) -> tuple[Family, str | None]:
     """Load a pipeline and wrap it in its family.
 
     Args:
         model: Hub id or folder of a pipeline or of a preference LoRA, or a loaded `DiffusionPipeline`.
         dtype: Numbers in which a pipeline is loaded by its name; one that is loaded keeps its own. Default "float32".
+        quantization: Config by which the denoiser of such a pipeline is quantised, as `read_quantization` takes it.
+            Default: none.
 
     Returns:
         The family around the pipeline, which has no safety checker, and whose denoiser is a `PeftModel` if `model` is
@@ -37,12 +42,20 @@ def load_family(model: str | Path | DiffusionPipeline, dtype: str = "float32") -
         is a copy with the same components.
 
     Raises:
+        ImportError: The backend of the quantisation is not installed.
         OSError: The pipeline, or the adapter's base, can't be found.
         TypeError: It is not a text-to-image pipeline that is supported.
-        ValueError: A dtype is asked of a loaded pipeline, or the adapter doesn't say what its base is, or doesn't fit.
+        ValueError: A dtype or a quantisation is asked of a loaded pipeline, or can't be had; or the adapter doesn't
+            say what its base is, or doesn't fit.
     """
     if isinstance(model, str | Path):
-        return _load_by_name(str(model), getattr(torch, dtype))
+        config = None if quantization is None else model_quantization(read_quantization(quantization), dtype)
+        return _load_by_name(str(model), getattr(torch, dtype), config)
+    if quantization is not None:
+        raise ValueError(
+            "`quantization_config` is for a pipeline given by its name: give the name, or load it quantised with "
+            "`DiffusionPipeline.from_pretrained(..., quantization_config=...)`, and leave the option out."
+        )
     if dtype != "float32":
         raise ValueError(f"`dtype={dtype!r}` is for a pipeline given by its name: this one keeps the dtype it has.")
     if not isinstance(model, DiffusionPipeline):
@@ -58,11 +71,11 @@ def load_family(model: str | Path | DiffusionPipeline, dtype: str = "float32") -
     return find_family(pipeline), known_name(pipeline)
 
 
-def _load_by_name(name: str, dtype: torch.dtype) -> tuple[Family, str]:
+def _load_by_name(name: str, dtype: torch.dtype, quantization: Any) -> tuple[Family, str]:
     """Load a pipeline, or the base of a preference LoRA and the LoRA onto its denoiser."""
     config = find_adapter_config(name)
     if config is None:
-        return find_family(_without_safety_checker(from_pretrained(name, dtype))), name
+        return find_family(_without_safety_checker(from_pretrained(name, dtype, quantization))), name
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
@@ -70,7 +83,7 @@ def _load_by_name(name: str, dtype: torch.dtype) -> tuple[Family, str]:
             "denoiser with `PeftModel.from_pretrained(..., is_trainable=True)`, and pass the pipeline."
         )
     try:
-        pipeline = from_pretrained(base, dtype)
+        pipeline = from_pretrained(base, dtype, quantization)
     except OSError as error:
         raise OSError(
             f"The base {base!r} of the adapter {name!r} can't be loaded; if it has moved, load its pipeline from "
@@ -117,6 +130,8 @@ def add_adapter(family: Family, peft_config: LoraConfig | None, args: PipelineCo
         if isinstance(component, nn.Module) and not isinstance(component, PeftModel):
             component.requires_grad_(False).eval()
     denoiser = getattr(pipeline, family.denoiser)
+    if is_quantized(denoiser):
+        move(denoiser, args.device)  # the Trainer would leave it where it was loaded
     check_adapter_options(denoiser, args, peft_config)
     if isinstance(denoiser, PeftModel):
         take_over(denoiser)

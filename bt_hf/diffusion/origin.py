@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
+from bt_hf.diffusion.quantization import is_quantized
 from bt_hf.hub.contract import LORA_WEIGHTS
 from bt_hf.hub.loading import load_pretrained
 
@@ -25,7 +26,9 @@ _VARIANT = re.compile(r".+\.(?P<variant>\w+?)(-\d+-of-\d+)?\.safetensors")
 _ROUNDED = (torch.float16, torch.bfloat16)
 
 
-def from_pretrained(name_or_path: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def from_pretrained(
+    name_or_path: str, dtype: torch.dtype = torch.float32, quantization: Any = None
+) -> DiffusionPipeline:
     """Load a pipeline in one dtype, also from files of half precision alone (`variant="fp16"`).
 
     Without a dtype, diffusers takes float32 for its own models, but leaves a text encoder in the dtype that it was
@@ -34,16 +37,25 @@ def from_pretrained(name_or_path: str, dtype: torch.dtype = torch.float32) -> Di
     Args:
         name_or_path: Hub id or folder of a pipeline.
         dtype: Numbers of all its models. Default float32.
+        quantization: Config of diffusers by which the denoiser is quantised. Default: as it was saved.
 
     Raises:
         OSError: There is no pipeline of this name; says what is there instead.
+        ValueError: The backend of `quantization` can't work on this machine.
     """
     _refuse_others(name_or_path)
     folder = Path(name_or_path)
     variants = _variants(folder) if folder.is_dir() else [None, "fp16"]
     for variant in variants:
         try:
-            return load_pretrained(DiffusionPipeline, name_or_path, dtype=dtype, variant=variant)
+            config = None if quantization is None else _of_denoisers(name_or_path, quantization)
+            return load_pretrained(
+                DiffusionPipeline, name_or_path, dtype=dtype, variant=variant, quantization_config=config
+            )
+        except RuntimeError as error:
+            if quantization is None:
+                raise
+            raise ValueError(f"`quantization_config` can't be followed here: {_one_line(error)}") from error
         except LOAD_ERRORS as error:
             if "asks to run code" in str(error):
                 raise
@@ -53,6 +65,13 @@ def from_pretrained(name_or_path: str, dtype: torch.dtype = torch.float32) -> Di
         f"No pipeline can be loaded from {name_or_path!r}: it is neither a folder that a pipeline's `save_pretrained` "
         f"wrote nor a Hub id of one that can be reached now. ({_one_line(first)})"
     ) from first
+
+
+def _of_denoisers(name: str, quantization: Any) -> PipelineQuantizationConfig:
+    """Quantise the denoiser of a pipeline, or both of two: the encoders leave memory once everything is encoded."""
+    config = DiffusionPipeline.load_config(name)
+    parts = [part for part in config if part.startswith(("unet", "transformer")) and all(config[part])]
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(parts, quantization))
 
 
 def _refuse_others(name: str) -> None:
@@ -125,7 +144,7 @@ def _local_folder(name: str) -> Path | None:
 @torch.no_grad()
 def _differs(module: nn.Module, files: Iterable[Path]) -> bool:
     """True if a weight of `module` is not that of the same name in one of the files, in any precision."""
-    if getattr(getattr(module, "config", None), "quantization_config", None) is not None:
+    if is_quantized(module):
         return False  # other numbers by intention
     model = module.get_base_model() if isinstance(module, PeftModel) else module
     state = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bt_hf.diffusion.quantization import read_quantization
 from bt_hf.training.config import PreferenceConfig
 from bt_hf.training.option_checks import check_bounds
 from bt_hf.training.precision import multiplies_bfloat16
@@ -43,6 +44,13 @@ class PipelineConfig(PreferenceConfig):
             "the LoRA is trained in float32 all the same."
         },
     )
+    quantization_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Quantise the denoiser of a pipeline given by its name: bitsandbytes_4bit, bitsandbytes_8bit, "
+            "torchao (8 bits, weights only), or a quantisation config of diffusers as JSON or the path of a JSON file."
+        },
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
     )
@@ -76,6 +84,8 @@ class PipelineConfig(PreferenceConfig):
             self.num_train_epochs = 3.0  # as in `TrainingArguments`
         if isinstance(self.validation_prompts, str):  # one prompt, and not its letters
             self.validation_prompts = [self.validation_prompts]
+        if self.quantization_config is not None:
+            self.quantization_config = read_quantization(self.quantization_config)
         if self.bf16 is None:
             self._choose_precision()
         super().__post_init__()

@@ -23,6 +23,7 @@ from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import EVAL, TRAIN, Denoising, NoisyBatch
 from bt_hf.diffusion.lora_trainer import LoRATrainer
 from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
+from bt_hf.diffusion.quantization import check_unsharded
 from bt_hf.diffusion.rate import MarginRate
 from bt_hf.diffusion.reference import Reference, samples_come_again
 from bt_hf.diffusion.summary import Summary
@@ -95,11 +96,12 @@ class PreferenceLoRATrainer(LoRATrainer):
         loading.check_rows(args.loss_type, train_dataset, eval_dataset)
         prepare_run(args)
         self.data_digest = digest_rows(train_dataset)
-        self.family, self.base_name = loading.load_family(model, args.dtype)
+        self.family, self.base_name = loading.load_family(model, args.dtype, args.quantization_config)
         self.pipeline = self.family.pipeline
+        self.family.train_on_clips(args.num_frames)
         self.size = loading.training_size(self.family, args.resolution)
         self.denoising = Denoising(self.family, self.size, args)
-        collator = DiffusionCollator(self.size, smallest=self.pipeline.vae_scale_factor)
+        collator = DiffusionCollator(self.size, self.family.stride, args.num_frames)
         self.encoder = PairEncoder(self.family, collator, args.sample_latents, args.device)
         denoiser = loading.add_adapter(self.family, peft_config, args, self.base_name)
         loading.warn_of_long_prompts(self.family, each_dataset(train_dataset, eval_dataset), args.validation_prompts)
@@ -121,6 +123,7 @@ class PreferenceLoRATrainer(LoRATrainer):
             optimizers=optimizers,
         )
         self.validation.check_sharding(self.sharded)
+        check_unsharded(self.family.module, self.sharded)
         self.reference = Reference(
             self.denoising,
             self.base_model,

@@ -99,7 +99,7 @@ class Validation:
                     arguments = drawing_arguments(family, conditions, negative, self.size, steps, guidance)
                     seeds = [self.args.seed + index * count + image for image in some]
                     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                    images[-1] += pipeline(**arguments, generator=generators).images
+                    images[-1] += family.images_of(pipeline(**arguments, generator=generators))
         finally:
             pipeline.set_progress_bar_config(**bars)
         return images

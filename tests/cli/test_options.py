@@ -51,6 +51,8 @@ def option_for(field: dataclasses.Field, kind: Any) -> tuple[list[str], Any]:
         return [option, value], value
     if get_origin(kinds[0]) is list:
         return [option, "a", "b"], ["a", "b"]
+    if field.name == "quantization_config":
+        return [option, '{"load_in_8bit": true}'], {"load_in_8bit": True}
     if field.name in WORDS or str in kinds:
         value = WORDS.get(field.name, "x")
         return [option, value], value

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bt_hf.data.images import to_rgb
+from bt_hf.data.images import to_frames, to_rgb
 
 
 def encoded(image, format="PNG", **options):
@@ -128,3 +128,31 @@ def test_decompression_bombs_are_refused_and_settings_stay(monkeypatch, pixels):
         to_rgb(data)
     assert warnings.filters == filters
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_frames_of_clips() -> None:
+    shown = [Image.new("RGB", (8, 6), (40 * index, 0, 0)) for index in range(5)]
+    buffer = io.BytesIO()
+    shown[0].save(buffer, "WEBP", save_all=True, append_images=shown[1:], lossless=True)
+    clip = buffer.getvalue()
+    for source in (clip, {"bytes": clip, "path": None}, Image.open(io.BytesIO(clip))):
+        found = to_frames(source)
+        assert [frame.getpixel((0, 0))[0] for frame in found] == [0, 40, 80, 120, 160]
+        assert len(to_frames(source, 3)) == 3
+        assert to_rgb(source).tobytes() == found[0].tobytes()
+    still = np.zeros((4, 4, 3), dtype=np.uint8)
+    assert len(to_frames(still)) == 1
+    with pytest.raises(ValueError, match="row 3: clip too short: 5 frames, and 9 are asked for"):
+        to_frames(clip, 9, "row 3")
+    with pytest.raises(ValueError, match="clip too short: 1 frame, and 2"):
+        to_frames(still, 2)
+
+
+def test_a_clip_of_too_many_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = [Image.new("RGB", (8, 8), (40 * index, 0, 0)) for index in range(5)]
+    buffer = io.BytesIO()
+    shown[0].save(buffer, "GIF", save_all=True, append_images=shown[1:])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    assert len(to_frames(buffer.getvalue(), 3)) == 3
+    with pytest.raises(ValueError, match=r"image too large: .* pixels in 4 frames; make it smaller or shorter"):
+        to_frames(buffer.getvalue(), 4)

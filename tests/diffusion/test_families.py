@@ -24,6 +24,8 @@ NAMES = {
     "sana": "sana",
     "qwen": "qwen-image",
     "z_image": "z-image",
+    "wan": "wan",
+    "wan22": "wan",
 }
 PROMPTS = ["a red apple", "a drawing of the old boat and the small bird"]
 
@@ -55,8 +57,10 @@ def test_tiny_pipelines_depend_on_seed_and_prompt(name: str) -> None:
     assert image.shape == (3, *SIZE)
     assert torch.equal(image, draw(build(name)))
     assert not torch.allclose(image, draw(build(name, seed=1)), atol=0.05)
-    # To a tiny tokenizer the chat of Qwen-Image is twenty times as long as the prompt.
-    assert not torch.allclose(image, draw(build(name), "the old boat"), atol=0.002 if name == "qwen" else 0.02)
+    # To a tiny tokenizer the chat of Qwen-Image is twenty times as long as the prompt. Wan's text counts for little.
+    assert not torch.allclose(
+        image, draw(build(name), "the old boat"), atol=0.001 if name in ("qwen", "wan", "wan22") else 0.02
+    )
 
 
 @all_pipelines
@@ -127,7 +131,7 @@ def test_encoded_images_are_what_the_pipeline_decodes(name: str) -> None:
         scale = (norm.running_var + config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
         shift = norm.running_mean.view(1, -1, 1, 1)
         raw, spread = (pipeline._unpatchify_latents(value) for value in (mean * scale + shift, std * scale))
-    elif name == "qwen":  # an image is a video of one frame
+    elif name in ("qwen", "wan", "wan22"):  # an image is a video of one frame
         scale, shift = (torch.tensor(one).view(1, -1, 1, 1) for one in (config.latents_std, config.latents_mean))
         raw, spread = (value.unsqueeze(2) for value in (mean * scale + shift, std * scale))
         pixels = pixels.unsqueeze(2)
@@ -187,6 +191,8 @@ def test_predict_is_what_the_pipeline_asks_its_denoiser(name: str, size: tuple[i
             pipeline._unpack_latents(one, *size, vae_scale_factor=4)[:, :, 0] for one in (sample, expected)
         )
         time = time * 1000
+    elif name in ("wan", "wan22"):  # one frame; a time for each token of Wan 2.2
+        sample, expected, time = sample.squeeze(2), expected.squeeze(2), time.flatten()[0]
     elif name == "flux":
         latent = (size[0] // 4, size[1] // 4)
         sample = pipeline._unpack_latents(sample, *latent, vae_scale_factor=1)
@@ -293,10 +299,10 @@ def test_every_default_target_is_there(name: str) -> None:
 def test_sizes(name: str) -> None:
     pipeline = build(name)
     family = find_family(pipeline)
-    assert family.multiple == (32 if name == "sana" else 8)
+    assert family.multiple == {"sana": 32, "wan": 16, "wan22": 16}.get(name, 8)
     # FLUX and Qwen-Image have no size in their configs: the pipeline's own default, 128 latents. Z-Image says 1024.
     side = {"flux": 512, "flux2": 512, "flux2_dev": 512, "qwen": 512, "z_image": 1024}.get(name, SIZE[0])
-    assert family.default_size == (side, side)
+    assert family.default_size == ((480, 832) if family.name == "wan" else (side, side))
 
 
 def test_default_size_of_a_wide_unet() -> None:
@@ -304,7 +310,91 @@ def test_default_size_of_a_wide_unet() -> None:
     assert find_family(pipeline).default_size == (32, 48)
 
 
+# --- Clips ---
+
+clips = pytest.mark.parametrize("name", ["wan", "wan22"])
+
+
+@clips
+@pytest.mark.parametrize("frames", [5, 9])
+def test_encoded_clips_are_what_the_pipeline_decodes(name: str, frames: int) -> None:
+    pipeline = build(name)
+    family = find_family(pipeline)
+    pixels = torch.rand(2, 3, frames, *SIZE) * 2 - 1
+    mean, std = family.encode_images(pixels)
+    latent, side = (frames - 1) // 4 + 1, 32 // pipeline.vae_scale_factor_spatial
+    assert mean.shape == std.shape == (2, 4 * latent, side, side)
+    raw = mean.unflatten(1, (4, latent)) * torch.tensor(pipeline.vae.config.latents_std).view(1, 4, 1, 1, 1)
+    raw = raw + torch.tensor(pipeline.vae.config.latents_mean).view(1, 4, 1, 1, 1)
+    with torch.no_grad():
+        decoded = torch.cat([pipeline.vae.decode(one).sample for one in raw.split(1)])
+        found = [pipeline.vae.encode(clip).latent_dist.mode() for clip in pixels.split(1)]
+        expected = torch.cat([pipeline.vae.decode(one).sample for one in found])
+    assert decoded.shape[2] == frames
+    torch.testing.assert_close(decoded, expected)
+
+
+@clips
+def test_predict_of_a_clip_is_what_the_pipeline_asks_its_denoiser(name: str) -> None:
+    pipeline = build(name)
+    family = find_family(pipeline)
+    calls: list[tuple[dict, torch.Tensor]] = []
+    hook = pipeline.transformer.register_forward_hook(
+        lambda _, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
+    )
+    draw(pipeline, PROMPTS, num_frames=5, num_inference_steps=1)
+    hook.remove()
+    kwargs, expected = calls[0]
+    with torch.no_grad():
+        prediction = family.predict(
+            pipeline.transformer,
+            kwargs["hidden_states"].flatten(1, 2),
+            kwargs["timestep"].flatten()[:1].expand(2),
+            family.encode_prompts(PROMPTS),
+            SIZE,
+        )
+    torch.testing.assert_close(prediction.unflatten(1, (4, 2)), expected, atol=1e-5, rtol=1e-5)
+
+
+@clips
+@pytest.mark.parametrize(("frames", "near"), [(2, 1), (4, 5), (82, 81)])
+def test_clips_of_a_length_that_the_vae_reads(name: str, frames: int, near: int) -> None:
+    family = find_family(build(name))
+    family.train_on_clips(5)
+    assert family.call_options["num_frames"] == 5
+    with pytest.raises(ValueError, match=rf"1, 5, 9, \.\.\. .* but got {frames}: take {near}, "):
+        family.train_on_clips(frames)
+
+
+def test_clips_are_for_pipelines_of_videos() -> None:
+    find_family(build("sd")).train_on_clips(1)
+    with pytest.raises(ValueError, match="`num_frames=5` is for a pipeline that draws videos"):
+        find_family(build("sd")).train_on_clips(5)
+
+
 # --- Particular models ---
+
+
+def test_wan_keeps_some_layers_in_float32(tmp_path: Path) -> None:
+    """As `from_pretrained` leaves them; the others get their inputs in bfloat16, as the pipeline gives them."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(save(tmp_path, "wan"), dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    assert {value.dtype for value in pipeline.transformer.parameters()} == {torch.float32, torch.bfloat16}
+    family = find_family(pipeline)
+    calls: list[tuple[dict, torch.Tensor]] = []
+    pipeline.transformer.register_forward_hook(
+        lambda _, args, kwargs, output: calls.append((kwargs, output[0])), with_kwargs=True
+    )
+    draw(pipeline, PROMPTS, num_inference_steps=1)
+    kwargs, expected = calls[0]
+    times = kwargs["timestep"].expand(2)
+    with torch.no_grad():
+        found = family.predict(
+            pipeline.transformer, kwargs["hidden_states"].squeeze(2), times, family.encode_prompts(PROMPTS), SIZE
+        )
+    assert torch.equal(found, expected.squeeze(2).float())
 
 
 def test_sd3_without_t5() -> None:

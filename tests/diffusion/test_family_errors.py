@@ -89,6 +89,25 @@ def test_z_image_turbo_is_known_by_its_name(name: str) -> None:
     assert find_family(turbo).name == "z-image"
 
 
+@pytest.mark.parametrize("part", ["boundary_ratio", "transformer_2"])
+def test_wan_with_two_transformers_is_refused(part: str) -> None:
+    pipeline = build("wan")
+    if part == "boundary_ratio":
+        pipeline.register_to_config(boundary_ratio=0.875)
+    else:
+        pipeline.register_modules(transformer_2=build("wan").transformer)
+    with pytest.raises(ValueError, match=r"A14B hands over .* train on Wan 2\.2 TI2V-5B or Wan 2\.1"):
+        find_family(pipeline)
+
+
+@pytest.mark.parametrize("name", ["FastVideo/FastWan2.1-T2V-1.3B-Diffusers", "me/Wan2.1-T2V-14B-StepDistill"])
+def test_distilled_wan_is_known_by_its_name(name: str) -> None:
+    pipeline = build("wan")
+    pipeline.register_to_config(_name_or_path=name)
+    with pytest.raises(ValueError, match=r"few steps.* Train on the Wan that it comes from"):
+        find_family(pipeline)
+
+
 def test_unknown_prediction_type_is_named() -> None:
     pipeline = build("sd")
     pipeline.scheduler.register_to_config(prediction_type="flow_prediction")

@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -32,6 +33,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -53,6 +57,8 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from bt_hf.diffusion.collator import DiffusionCollator
@@ -366,6 +372,49 @@ def make_z_image() -> DiffusionPipeline:
     )
 
 
+def make_wan(expand_timesteps: bool = False, **kwargs: Any) -> DiffusionPipeline:
+    """Wan 2.1; with `expand_timesteps` the build of Wan 2.2 TI2V-5B."""
+    tokenizer = t5_tokenizer()
+    text = UMT5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0
+    )
+    # The VAE of 2.2 packs patches of 2 x 2 pixels, and so has twice the stride.
+    patched = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "is_residual": True} if expand_timesteps else {}
+    autoencoder = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],  # both read four frames at a time
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.5, 1.5, 2.0, 1.0],
+        scale_factor_temporal=4,
+        scale_factor_spatial=8 if expand_timesteps else 4,
+        **patched,
+    )
+    denoiser = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=UMT5EncoderModel(text),
+        vae=autoencoder,
+        transformer=denoiser,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000
+        ),
+        expand_timesteps=expand_timesteps,
+        **kwargs,
+    )
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd": make_sd,
     "sd2": make_sd2,
@@ -377,6 +426,8 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sana": make_sana,
     "qwen": make_qwen,
     "z_image": make_z_image,
+    "wan": make_wan,
+    "wan22": lambda: make_wan(expand_timesteps=True),
 }
 
 
@@ -404,7 +455,7 @@ def save(folder: Path, name: str = "sd", seed: int = 0) -> str:
 
 
 def draw(pipeline: DiffusionPipeline, prompt: str | list[str] | None = "a red apple", **kwargs: Any) -> torch.Tensor:
-    """The first image (3, H, W) in [0, 1] after two steps, always from the same noise."""
+    """The first image (3, H, W) in [0, 1], or clip (F, 3, H, W), after two steps, always from the same noise."""
     height, width = SIZE
     options = {"height": height, "width": width, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
     if isinstance(pipeline, SanaPipeline):
@@ -413,6 +464,11 @@ def draw(pipeline: DiffusionPipeline, prompt: str | list[str] | None = "a red ap
         options["true_cfg_scale"] = options.pop("guidance_scale")  # the other name is for distilled models
     if isinstance(pipeline, ZImagePipeline):
         options["guidance_scale"] = 0.0  # its 1 is everybody else's 2
+    if isinstance(pipeline, WanPipeline):
+        clip = pipeline(
+            prompt=prompt, generator=torch.Generator().manual_seed(0), **{"num_frames": 1, **options, **kwargs}
+        ).frames[0]
+        return clip[0] if len(clip) == 1 else clip
     prompt = list(prompt) if isinstance(prompt, list) else prompt  # Z-Image writes its chat into the list
     return pipeline(prompt=prompt, generator=torch.Generator().manual_seed(0), **options | kwargs).images[0]
 

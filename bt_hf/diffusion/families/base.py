@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -41,6 +42,8 @@ class Family(ABC):
             the size it is asked for.
         optional: Text encoders and tokenizers that the pipeline draws without. Default none.
         guidance_option: Name of the strength of guidance in the pipeline's call. Default "guidance_scale".
+        task: Task on the Hub of what the pipeline draws. Default "text-to-image".
+        frames: Frames of each clip that is trained on; 1 for images.
     """
 
     name: ClassVar[str]
@@ -50,6 +53,8 @@ class Family(ABC):
     call_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     optional: ClassVar[frozenset[str]] = frozenset()
     guidance_option: ClassVar[str] = "guidance_scale"
+    task: ClassVar[str] = "text-to-image"
+    frames: int = 1
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline: Any = pipeline
@@ -62,9 +67,14 @@ class Family(ABC):
     # --- Sizes ---
 
     @property
+    def stride(self) -> int:
+        """Side, in pixels, of one latent pixel."""
+        return self.pipeline.vae_scale_factor
+
+    @property
     def pixels_per_token(self) -> int:
         """Side, in pixels, of what is one token to the denoiser. Default: one latent pixel."""
-        return self.pipeline.vae_scale_factor
+        return self.stride
 
     @property
     def multiple(self) -> int:
@@ -76,7 +86,15 @@ class Family(ABC):
         """Height and width that the model was made for."""
         sample = self.module.config.sample_size
         height, width = (sample, sample) if isinstance(sample, int) else sample
-        return height * self.pipeline.vae_scale_factor, width * self.pipeline.vae_scale_factor
+        return height * self.stride, width * self.stride
+
+    def train_on_clips(self, frames: int) -> None:
+        """Set the frames of each clip; raise a `ValueError` if the pipeline draws images, or not that many frames."""
+        if frames != 1:
+            raise ValueError(
+                f"`num_frames={frames}` is for a pipeline that draws videos, and {type(self.pipeline).__name__} draws "
+                "images: leave it out."
+            )
 
     # --- Noise, images and prompts ---
 
@@ -89,10 +107,10 @@ class Family(ABC):
         """Return mean and standard deviation of the latents, as the denoiser takes them.
 
         Args:
-            pixels: (N, 3, H, W) in [-1, 1].
+            pixels: (N, 3, H, W) in [-1, 1]; of clips (N, 3, F, H, W).
 
         Returns:
-            Both (N, C, h, w) float32.
+            Both (N, C, h, w) float32. The frames of a clip stand beside its channels.
         """
         mean, std = encode_latents(self.pipeline.vae, pixels)
         config = self.pipeline.vae.config
@@ -117,6 +135,10 @@ class Family(ABC):
     def longest_prompt(self) -> tuple[PreTrainedTokenizerBase, int]:
         """Return the tokenizer that reads prompts furthest, and the tokens that it reads, its own included."""
         return self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length
+
+    def images_of(self, output: Any) -> list[Image.Image]:
+        """Return the images of what the pipeline returns; of a clip its middle frame."""
+        return output.images
 
     # --- The denoiser ---
 
@@ -266,6 +288,7 @@ FAMILIES = {
     "Flux2Pipeline": "flux2.Flux2",
     "QwenImagePipeline": "qwen.QwenImage",
     "SanaPipeline": "sana.Sana",
+    "WanPipeline": "wan.Wan",
     "ZImagePipeline": "z_image.ZImage",
 }
 
@@ -347,7 +370,13 @@ def unwrap(denoiser: nn.Module) -> Any:
 def cast(values: Mapping[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
     """Move tensors to the denoiser's device, floating ones in its dtype."""
     model = unwrap(denoiser)
-    weight = next(value for value in model.parameters() if value.is_floating_point())
+    # Some layers of some models stay in float32, whatever the others are in.
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    weight = next(
+        value
+        for name, value in model.named_parameters()
+        if value.is_floating_point() and not any(part in name for part in kept)
+    )
     # `model.dtype` would look through all of the model at every step; weights of 8 bits alone need it.
     device, dtype = weight.device, weight.dtype if weight.itemsize > 1 else model.dtype
     return {

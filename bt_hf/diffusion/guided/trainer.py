@@ -94,7 +94,7 @@ class RewardLoRATrainer(LoRATrainer):
         prompts = list_prompts(train_dataset)
         prepare_run(args)
         self.data_digest = digest_rows(prompts)
-        self.family, self.base_name = loading.load_family(model, args.dtype)
+        self.family, self.base_name = loading.load_family(model, args.dtype, args.quantization_config)
         self.pipeline = self.family.pipeline
         self.size = loading.training_size(self.family, args.resolution)
         self.schedule = self.family.schedule(self.size)
