@@ -76,6 +76,7 @@ def lora_facts(
     options: dict[str, Option] = {
         "loss": args.loss_type,
         "beta": beta_in_words,
+        "RPO alpha": args.rpo_alpha or None,
         "safeguard": "on" if args.safeguard else None,
         "size of the images": f"{size[1]} x {size[0]}",
         "label smoothing": args.label_smoothing,
