@@ -85,6 +85,7 @@ def lora_facts(
     options: dict[str, Option] = {
         "loss": args.loss_type,
         "beta": beta_in_words,
+        "RPO alpha": args.rpo_alpha or None,
         "safeguard": "on" if args.safeguard else None,
         "quantisation of the base": describe_quantization(family.module),
         "size of the images": f"{size[1]} x {size[0]}",

@@ -137,6 +137,28 @@ def sft(errors: Errors, preference: Tensor | float, beta: float = 0.0, label_smo
     return target * errors.chosen + (1 - target) * errors.rejected
 
 
+def preferred_change(errors: Errors, preference: Tensor | float, label_smoothing: float = 0.0) -> Tensor:
+    """Return by how much the error of the preferred image has risen, |2p - 1| times: of a tie none is preferred.
+
+    Added to a preference loss, it is the supervised term of RPO (`rpo_alpha` in TRL). A preference loss is content
+    where both errors rise as long as the rejected image's rises more; this keeps the denoiser on what is drawn.
+
+    Args:
+        errors: Errors of B pairs; without reference, the error itself is returned, which has the same gradient.
+        preference: P(chosen preferred to rejected), (B,) or a number.
+        label_smoothing: As in `bradley_terry_loss`.
+
+    Source:
+        Liu et al., Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial
+        Regularizer (https://arxiv.org/abs/2405.16436).
+    """
+    target = _smooth(preference, label_smoothing, errors.chosen)
+    chosen, rejected = errors.chosen, errors.rejected
+    if errors.reference_chosen is not None and errors.reference_rejected is not None:
+        chosen, rejected = chosen - errors.reference_chosen, rejected - errors.reference_rejected
+    return (2 * target - 1).abs() * torch.where(target >= 0.5, chosen, rejected)
+
+
 LOSSES: dict[str, Callable[[Errors, Tensor | float, float, float], Tensor]] = {
     "dpo": dpo,
     "ipo": ipo,

@@ -20,7 +20,7 @@ class PairLoss:
     those of the base, `None` if the loss needs none.
 
     Args:
-        args: Options `loss_type`, `label_smoothing`, `safeguard*` and `*desirable_weight`.
+        args: Options `loss_type`, `label_smoothing`, `rpo_alpha`, `safeguard*` and `*desirable_weight`.
         gather: Gives the rows of all processes' tensors.
         track: Takes values of the rows that count, by name, into the means of the log.
     """
@@ -70,7 +70,11 @@ class PairLoss:
             )
             self.track(batch["weight"], safeguard_scale=scale)
             pair = with_safeguard(pair, scale, preference)
-        return losses.LOSSES[self.args.loss_type](pair, preference, beta, self.args.label_smoothing)
+        smoothing = self.args.label_smoothing
+        values = losses.LOSSES[self.args.loss_type](pair, preference, beta, smoothing)
+        if not self.args.rpo_alpha:
+            return values
+        return values + self.args.rpo_alpha * beta / 2 * losses.preferred_change(pair, preference, smoothing)
 
     def _kto(self, errors: torch.Tensor, reference: torch.Tensor, batch: Batch, beta: float) -> torch.Tensor:
         # All processes' images share a baseline: the mean of clamped means would be another number.

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback
@@ -46,6 +47,7 @@ from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
 from judge import JUDGE_FOLDER, Judge
 from results import Report, make_parser
 from taste import preference_pairs
+from unseen import UNSEEN, House
 
 PAIRS = 64
 LORA = {  # for every run below, where it does not say otherwise
@@ -86,6 +88,8 @@ METHODS = {
     "mapo": {"loss_type": "mapo"},
     "kto, 32 single images a step": {"loss_type": "kto", "per_device_train_batch_size": 32},
 }
+SCALES = (0.5, 0.75, 1.0, 1.25)  # of the LoRA, when drawing
+FRONTIER: dict[str, dict[str, Any]] = {}
 SPLIT_NAMES = {"held_out": "held-out", "train": "training"}
 Found = dict[str, dict[str, Any]]  # by split, what `Studio.measure` returns
 
@@ -139,6 +143,17 @@ class Studio:
             }
         return found
 
+    def named(self, report: Report, split: str, style: str) -> list[float]:
+        """Return share of the style, and captions, of what the untouched pipeline draws when asked for it by name."""
+
+        def measure() -> list[float]:
+            prompts = self.prompts[split]
+            images = self.draw(self.pipeline(), [f"{text}, {STYLE_NAMES[style]}" for text in prompts], 0)
+            own = self.judge.style_probabilities(images).argmax(1) == STYLES.index(style)
+            return [own.float().mean().item(), (self.judge.caption_ranks(images, prompts) < 5).float().mean()]
+
+        return report.run(f"{split}, named {style}", measure)
+
     def before(self, report: Report, seed: int) -> Found:
         """Return the judgement of the untouched pipeline's drawings."""
         return report.run(f"before, seed {seed}", lambda: self.measure(self.pipeline(), seed))
@@ -156,10 +171,29 @@ class Studio:
 
         return report.run(f"{taste}, seed {seed}{chosen}", measure)
 
-    def fit(self, pairs: Any, seed: int, **options: Any) -> tuple[StableDiffusionPipeline, dict[str, float | None]]:
-        """Train a LoRA; return the pipeline with it, the CPU seconds and the beta."""
+    def after_scales(self, report: Report, taste: str, **options: Any) -> dict[str, Any]:
+        """Return what `after` does for each of `SCALES` of a LoRA trained with the trainer's own defaults."""
+        chosen = "".join(f", {name}={value}" for name, value in options.items())
+
+        def measure() -> dict[str, Any]:
+            pipeline, facts = self.fit(preference_pairs(taste, PAIRS), 0, own=True, **options)
+            layers = [layer for layer in pipeline.unet.modules() if isinstance(layer, LoraLayer)]
+            found = {}
+            for scale in SCALES:
+                for layer in layers:
+                    layer.set_scale("default", scale)
+                found[f"{scale:g}"] = self.measure(pipeline, 0) | facts
+            return found
+
+        return report.run(f"{taste}, own=True, {len(SCALES)} scales{chosen}", measure)
+
+    def fit(
+        self, pairs: Any, seed: int, own: bool = False, **options: Any
+    ) -> tuple[StableDiffusionPipeline, dict[str, float | None]]:
+        """Train a LoRA, by the trainer's `own` defaults or by `LORA`; return pipeline, CPU seconds and beta."""
         pipeline = self.pipeline()
-        config = PreferenceLoRAConfig("unused", seed=seed, cache_dir=self.cache.name, **{**QUIET, **LORA, **options})
+        given = {**QUIET, **({} if own else LORA), **options}
+        config = PreferenceLoRAConfig("unused", seed=seed, cache_dir=self.cache.name, **given)
         trainer = PreferenceLoRATrainer(pipeline, config, train_dataset=pairs)
         trainer.remove_callback(PrinterCallback)
         began = time.process_time()
@@ -239,20 +273,9 @@ def number(text: str) -> Any:
 def base(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
     """Ask the untouched pipeline for each style: is it neutral, and does it know the styles by name?"""
     rows = []
-    pipeline = studio.pipeline()
-    for split, prompts in studio.prompts.items():
+    for split in studio.prompts:
         bare = studio.before(report, 0)[split]
-        shares, captions = [], []
-        for index, style in enumerate(STYLES):
-
-            def named(style: str = style, index: int = index, prompts: list[str] = prompts) -> list[float]:
-                images = studio.draw(pipeline, [f"{text}, {STYLE_NAMES[style]}" for text in prompts], 0)
-                right = studio.judge.style_probabilities(images).argmax(1) == index
-                return [right.float().mean().item(), (studio.judge.caption_ranks(images, prompts) < 5).float().mean()]
-
-            share, caption = report.run(f"{split}, named {style}", named)
-            shares.append(share)
-            captions.append(caption)
+        shares, captions = zip(*(studio.named(report, split, style) for style in STYLES), strict=True)
         name = f"{SPLIT_NAMES[split]} prompts"
         rows.append((f"{name}: share of the style", *bare["shares"], None))
         rows.append((f"{name}, style named: its share", *shares, np.mean(shares)))
@@ -317,6 +340,53 @@ def rate(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> N
     methods = {"**found by itself (default)**": own | {"learning_rate": None}}
     methods |= {f"learning rate {value:g}": own | {"learning_rate": value} for value in (1e-3, 1e-4)}
     grid(studio, report, f"200 steps of 4 pairs, one person of {', '.join(tastes)}", tastes, methods)
+
+
+def frontier(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Vary the LoRA's scale with and without retention: what does a share of the style cost in captions?"""
+    columns, formats = means_columns(list(studio.prompts))
+    rows = [means_row("before", [studio.before(report, 0)] * len(tastes), tastes, studio.prompts)[:-1]]
+    asked = [{split: studio.named(report, split, taste) for split in studio.prompts} for taste in tastes]
+    means = [np.mean([one[split] for one in asked], 0).tolist() for split in studio.prompts]
+    rows.append(["style asked for by name", *(cell for share, caption in means for cell in (share, caption, None))])
+    for name, options in FRONTIER.items():
+        found = [studio.after_scales(report, taste, **options) for taste in tastes]
+        for scale in SCALES:
+            at_scale = [one[f"{scale:g}"] for one in found]
+            rows.append(means_row(f"{name}, scale {scale:g}", at_scale, tastes, studio.prompts)[:-1])
+        title = f"The trainer's own steps and rate, one person for each of {len(tastes)} tastes"
+        report.table("means", title, columns[:-1], rows, formats[:-1])
+
+
+def defaults(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Pass nothing but pairs and a folder: for the houses of the pretraining, then for two that it never saw."""
+    rows = []
+    before = [studio.before(report, 0)] * len(tastes)
+    after = [studio.after_scales(report, taste)["1"] for taste in tastes]
+    for split in studio.prompts:
+        name = f"{SPLIT_NAMES[split]} prompts"
+        rows.append(tastes_row(f"{name}, before", before, tastes, split))
+        rows.append(tastes_row(f"**{name}, after**", after, tastes, split))
+    title = "Nothing passed but pairs and a folder: share of the preferred style"
+    formats = [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f"]
+    report.table("styles", title, [*STYLES, "mean", "caption", "both"], rows, formats)
+    columns = ["before", "after", "its real drawings", "caption, before", "caption, after"]
+    found = [(house, *report.run(f"{house}, own=True", lambda house=house: unseen(studio, house))) for house in UNSEEN]
+    report.table("unseen", "Houses that the pipeline never saw: share on held-out prompts", columns, found, ".2f")
+
+
+def unseen(studio: Studio, name: str) -> list[float]:
+    """Return share before, after and of real drawings through the decoder, and captions before and after."""
+    house = House(name, PAIRS)
+    ceiling = house.fit_probe(studio.judge)
+    count = len(studio.prompts["held_out"])
+    prompts = house.captions[:: len(house.captions) // count][:count]
+    shares, captions = [], []
+    for pipeline in (studio.pipeline(), studio.fit(house.pairs, 0, own=True)[0]):
+        images = studio.draw(pipeline, prompts, 0)
+        shares.append(house.share(images))
+        captions.append((studio.judge.caption_ranks(images, prompts) < 5).float().mean().item())
+    return [*shares, ceiling, *captions]
 
 
 def loop(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
@@ -423,6 +493,8 @@ PARTS: dict[str, Callable[[Studio, Report, Sequence[str], int], None]] = {
     "draws": draws,
     "loop": loop,
     "guided": guided,
+    "frontier": frontier,
+    "defaults": defaults,
 }
 
 

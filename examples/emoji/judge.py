@@ -50,6 +50,11 @@ class Block(nn.Module):
         return hidden + update if self.residual else update
 
 
+def pooled(values: torch.Tensor) -> torch.Tensor:
+    """Return mean and maximum over the pixels of (N, C, H, W): (N, 2 C)."""
+    return torch.cat([values.mean((2, 3)), values.amax((2, 3))], 1)
+
+
 class Judge(nn.Module, PyTorchModelHubMixin):
     """Small CNN with a head for styles, and one for captions beside a bag of words and of pieces of words.
 
@@ -71,7 +76,6 @@ class Judge(nn.Module, PyTorchModelHubMixin):
             Block(3, first, 5, 2), Block(first, second, 3, 2), Block(second, second)
         )
         self.far = nn.Sequential(Block(second, third, 3, 2), Block(third, third))  # -> (N, third, 8, 8)
-        # A style is told by surfaces and lines, near by; the concept needs the whole drawing.
         self.style_head = nn.Linear(2 * (second + third), len(STYLES))
         self.image_head = nn.Linear(2 * third, embedding_dim)
         self.words = nn.EmbeddingBag(buckets, word_dim, mode="sum")
@@ -81,14 +85,17 @@ class Judge(nn.Module, PyTorchModelHubMixin):
         self.logit_scale = nn.Parameter(torch.tensor(2.5))
         nn.init.normal_(self.words.weight, std=0.5)
 
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits of the styles (N, 5) and normalised embeddings (N, D) of `pixels` (N, 3, 64, 64) in [0, 1]."""
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return what a style is told by, surfaces and lines near by and the whole: (N, 304) of (N, 3, 64, 64)."""
         near = self.near((0.5 - pixels).contiguous(memory_format=torch.channels_last) * 2)
         far = self.far(near)
-        whole = torch.cat([far.mean((2, 3)), far.amax((2, 3))], 1)
-        style = self.style_head(torch.cat([near.mean((2, 3)), near.amax((2, 3)), whole], 1))
-        shown = self.image_head(whole)
-        return style, F.normalize(shown.float(), dim=1)
+        return torch.cat([pooled(values) for values in (near, far)], 1)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits of the styles (N, 5) and normalised embeddings (N, D) of `pixels` (N, 3, 64, 64) in [0, 1]."""
+        features = self.features(pixels)
+        shown = self.image_head(features[:, -self.image_head.in_features :])  # the concept needs the whole drawing
+        return self.style_head(features), F.normalize(shown.float(), dim=1)
 
     def embed_captions(self, captions: Sequence[str]) -> torch.Tensor:
         """Return normalised embeddings (N, D) of captions, in the space of `embed_images`."""

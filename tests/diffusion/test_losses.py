@@ -9,7 +9,18 @@ from torch import Tensor
 
 from bt_hf.diffusion.beta import MAPO_BETA, SPREAD, auto_beta, fixed_beta
 from bt_hf.diffusion.kto import kto, kto_baseline
-from bt_hf.diffusion.losses import LOSSES, REFERENCE_FREE, Errors, denoising_margin, dpo, hinge, ipo, mapo, sft
+from bt_hf.diffusion.losses import (
+    LOSSES,
+    REFERENCE_FREE,
+    Errors,
+    denoising_margin,
+    dpo,
+    hinge,
+    ipo,
+    mapo,
+    preferred_change,
+    sft,
+)
 from bt_hf.diffusion.safeguard import safeguard_scale, scale_gradient, with_safeguard
 
 every_loss = pytest.mark.parametrize("name", sorted(LOSSES))
@@ -160,6 +171,26 @@ def test_a_pair_does_not_depend_on_its_batch(name: str) -> None:
     first = Errors(*(getattr(errors, field)[:1] for field in errors.__dataclass_fields__))
     alone = LOSSES[name](first, preference[:1], 3.0, 0.0)
     torch.testing.assert_close(LOSSES[name](errors, preference, 3.0, 0.0)[:1], alone)
+
+
+# --- The supervised term ---
+
+
+def test_preferred_change_by_hand() -> None:
+    """The chosen image's error rose by 0.5 - 0.2 = 0.3, the rejected one's fell by 0.6 - 0.5 = 0.1."""
+    errors = Errors(*(double(*4 * [value]) for value in (0.5, 0.5, 0.2, 0.6)))
+    torch.testing.assert_close(preferred_change(errors, PREFERENCES), double(0.3, -0.1, 0.0, 0.15))
+    # A fifth of the labels taken to be wrong: 0.8, 0.2, 0.5 and 0.65.
+    torch.testing.assert_close(preferred_change(errors, PREFERENCES, 0.2), double(0.18, -0.06, 0.0, 0.09))
+    without = replace(errors, reference_chosen=None, reference_rejected=None)
+    torch.testing.assert_close(preferred_change(without, PREFERENCES), double(0.5, 0.5, 0.0, 0.25))
+
+
+def test_exchanged_images_and_labels_have_the_same_preferred_change() -> None:
+    errors, preference = random_errors(), double(1.0, 0.0, 0.5, 0.8, 0.3, 0.51)
+    torch.testing.assert_close(
+        preferred_change(errors, preference, 0.1), preferred_change(exchanged(errors), 1 - preference, 0.1)
+    )
 
 
 # --- Gradients ---

@@ -25,11 +25,12 @@ from tiny_trainers import adapter, logged, make
 # --- The loss ---
 
 
-def test_loss_and_gradient_are_those_of_the_paper(tmp_path: Path) -> None:
-    """Diffusion-DPO, equation 14, written out from the scheduler's and the VAE's own numbers."""
+@pytest.mark.parametrize("rpo_alpha", [0.0, 0.3])
+def test_loss_and_gradient_are_those_of_the_paper(rpo_alpha: float, tmp_path: Path) -> None:
+    """Diffusion-DPO, equation 14, written out from the scheduler's and the VAE's own numbers; and the term of RPO."""
     beta = 700.0
     pairs = red_pairs(3)
-    trainer = make(tmp_path, pairs=pairs, beta=beta, channels_last=False)
+    trainer = make(tmp_path, pairs=pairs, beta=beta, rpo_alpha=rpo_alpha, channels_last=False)
     with torch.no_grad():  # a LoRA that does something
         for name, weight in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -64,7 +65,8 @@ def test_loss_and_gradient_are_those_of_the_paper(tmp_path: Path) -> None:
                 base = fresh.unet(noisy, step, embeds).sample
             errors.append((((noise - policy) ** 2).mean(), ((noise - base) ** 2).mean()))
         (win, win_base), (lose, lose_base) = errors
-        terms.append(-torch.log(torch.sigmoid(-beta / 2 * ((win - win_base) - (lose - lose_base)))))
+        preference = -torch.log(torch.sigmoid(-beta / 2 * ((win - win_base) - (lose - lose_base))))
+        terms.append(preference + rpo_alpha * beta / 2 * (win - win_base))
     expected = torch.stack(terms).mean()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
@@ -135,6 +137,32 @@ def test_sft_lowers_the_winners_error_and_dpo_the_difference(tmp_path: Path) -> 
         else:
             assert metrics["eval_winner_error_change"] < metrics["eval_loser_error_change"]
             assert metrics["eval_margin"] > 0
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_the_defaults_learn_in_every_family(family: str, tmp_path: Path) -> None:
+    """No `learning_rate` is given, and the supervised term is on: the loss falls, the margin rises."""
+    pairs = red_pairs(8)
+    options = {"learning_rate": None, "warmup_steps": 5, "max_steps": 20, "num_eval_noise_samples": 4}
+    trainer = make(tmp_path, family, pairs=pairs, evaluation=pairs, **options)
+    assert trainer.args.rpo_alpha > 0
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    assert after["eval_margin"] > 0
+
+
+def test_supervised_term_keeps_the_preferred_error_down(tmp_path: Path) -> None:
+    """Also where the rejected image is the preferred one."""
+    pairs = red_pairs(8, preference=[1.0, 0.0] * 4)
+    changes = []
+    for alpha in (0.0, 1.0):
+        options = {"rpo_alpha": alpha, "learning_rate": 1e-3, "num_eval_noise_samples": 8, "max_steps": 20}
+        trainer = make(tmp_path, pairs=pairs, evaluation=pairs, overwrite_output_dir=True, **options)
+        trainer.train()
+        changes.append(trainer.evaluate()["eval_winner_error_change"])
+    assert changes[1] < min(changes[0], 0)
 
 
 def test_auto_beta_follows_the_scale_of_errors(tmp_path: Path) -> None:
@@ -458,6 +486,10 @@ def test_bad_options_are_named(tmp_path: Path) -> None:
         ({"num_noise_samples": 0}, "num_noise_samples"),
         ({"undesirable_weight": -1}, "undesirable_weight"),
         ({"safeguard_mu": 2.0}, "safeguard_mu"),
+        ({"rpo_alpha": -0.1}, "rpo_alpha"),
+        ({"rpo_alpha": 0.1, "loss_type": "sft"}, "rpo_alpha"),
+        ({"rpo_alpha": 0.1, "loss_type": "mapo"}, "rpo_alpha"),
+        ({"rpo_alpha": 0.1, "loss_type": "kto"}, "rpo_alpha"),
     ):
         with pytest.raises(ValueError, match=f"`{word}`"):
             make(tmp_path, **options)
