@@ -10,6 +10,7 @@ pipeline draws, and the reward chooses among its drawings; 7. a preference LoRA 
 
 import argparse
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -110,11 +111,12 @@ def learning_curve(trainer: BradleyTerryTrainer, clicks: Dataset) -> list[tuple[
     points: list[tuple[int, float, float | None]] = []
     for count in (2**power for power in range(2, 20) if 2**power <= len(clicks)):
         pairs = cache.add(clicks.select(range(count)))
-        config = BradleyTerryConfig("unused", **quiet)
-        few = BradleyTerryTrainer(base, config, pairs, trainer.eval_dataset, trainer.processing_class)
-        few.remove_callback(PrinterCallback)
-        few.train()
-        points.append((count, few.evaluate()["eval_accuracy"], None))
+        with tempfile.TemporaryDirectory() as folder:
+            config = BradleyTerryConfig(folder, **quiet)
+            few = BradleyTerryTrainer(base, config, pairs, trainer.eval_dataset, trainer.processing_class)
+            few.remove_callback(PrinterCallback)
+            few.train()
+            points.append((count, few.evaluate()["eval_accuracy"], None))
         base = few.model.unload()
     return points
 

@@ -193,7 +193,7 @@ class Studio:
         """Train a LoRA, by the trainer's `own` defaults or by `LORA`; return pipeline, CPU seconds and beta."""
         pipeline = self.pipeline()
         given = {**QUIET, **({} if own else LORA), **options}
-        config = PreferenceLoRAConfig("unused", seed=seed, cache_dir=self.cache.name, **given)
+        config = PreferenceLoRAConfig(f"{self.cache.name}/run", seed=seed, cache_dir=self.cache.name, **given)
         trainer = PreferenceLoRATrainer(pipeline, config, train_dataset=pairs)
         trainer.remove_callback(PrinterCallback)
         began = time.process_time()
@@ -464,7 +464,7 @@ def from_drawings(studio: Studio, report: Report, taste: str, templates: Sequenc
 def by_gradient(studio: Studio, taste: str) -> dict[str, Any]:
     """Return the judgement after a LoRA that a reward of 64 clicks has guided, with CPU `seconds` of the training."""
     pipeline = studio.pipeline()
-    config = RewardLoRAConfig("unused", cache_dir=studio.cache.name, **QUIET, **GUIDED)
+    config = RewardLoRAConfig(f"{studio.cache.name}/run", cache_dir=studio.cache.name, **QUIET, **GUIDED)
     trainer = RewardLoRATrainer(pipeline, config, reward(taste), prompts_to_draw())
     trainer.remove_callback(PrinterCallback)
     began = time.process_time()
@@ -476,9 +476,10 @@ def by_gradient(studio: Studio, taste: str) -> dict[str, Any]:
 def reward(taste: str) -> PreferenceScorer:
     """Train a reward on 64 clicks."""
     clicks = preference_pairs(taste, PAIRS, split="held_out")
-    trainer = BradleyTerryTrainer(CLIP_FOLDER, BradleyTerryConfig("unused", **QUIET), train_dataset=clicks)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = BradleyTerryTrainer(CLIP_FOLDER, BradleyTerryConfig(folder, **QUIET), train_dataset=clicks)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     scorer = PreferenceScorer(trainer.model, trainer.processing_class)
     scorer.set_scale(8)  # so it asks for the taste before the caption: all drawings of a prompt show the same thing
     return scorer

@@ -431,6 +431,11 @@ def test_a_reward_that_ignores_the_images(tmp_path: Path) -> None:
         make(tmp_path, reward=lambda images, prompts: 2 * own).train()
 
 
+def test_videos_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="WanPipeline draws videos, and a reward judges images"):
+        make(tmp_path, build("wan"))
+
+
 def test_a_scheduler_that_cannot_be_differentiated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Blocked can't be differentiated"):
         make(tmp_path, with_scheduler(Blocked)).train()
