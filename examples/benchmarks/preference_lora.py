@@ -463,9 +463,9 @@ def from_drawings(studio: Studio, report: Report, taste: str, templates: Sequenc
 
 def by_gradient(studio: Studio, taste: str) -> dict[str, Any]:
     """Return the judgement after a LoRA that a reward of 64 clicks has guided, with CPU `seconds` of the training."""
-    pipeline = studio.pipeline()
+    pipeline, scorer = studio.pipeline(), reward(taste)
     config = RewardLoRAConfig(f"{studio.cache.name}/run", cache_dir=studio.cache.name, **QUIET, **GUIDED)
-    trainer = RewardLoRATrainer(pipeline, config, reward(taste), prompts_to_draw())
+    trainer = RewardLoRATrainer(pipeline, config, scorer, prompts_to_draw())
     trainer.remove_callback(PrinterCallback)
     began = time.process_time()
     trainer.train()

@@ -35,7 +35,7 @@ def write(folder: Path, text: str, name: str = "taste.yaml") -> str:
         ("lora_r: {a: 1}", ["`lora_r` should be a whole number"]),
         ("seed: true", ["`seed` should be a whole number, but got True"]),
         ("bf16: maybe", ["--bf16", "maybe"]),
-        ("bf16: 3", ["`bf16` should be True or False, but got 3"]),
+        ("bf16: 3", ["`bf16` should be True or False", "but got 3"]),
         ("streaming: 3", ["`streaming` should be True or False"]),
         ("on_bad_rows: drp", ["on_bad_rows", "drp", "did you mean drop?"]),
         ("split: [a]", ["`split` should be text or None"]),

@@ -44,6 +44,8 @@ def make(
 ) -> RewardLoRATrainer:
     defaults = {"max_steps": 3, "learning_rate": 1e-2, "warmup_steps": 0, "logging_steps": 1}
     drawing = {"num_inference_steps": 4, "reward_samples": 8, "cache_dir": str(tmp_path / "prompts")}
+    if options.get("guards", True):
+        drawing["max_anchor"] = 10.0  # at so large a rate
     args = RewardLoRAConfig(str(tmp_path / "out"), **{**QUIET, **defaults, **drawing, **options})
     return RewardLoRATrainer(build(pipeline) if isinstance(pipeline, str) else pipeline, args, reward, prompts)
 

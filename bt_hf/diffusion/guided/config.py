@@ -71,10 +71,10 @@ class RewardLoRAConfig(PipelineConfig):
         },
     )
     anchor_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the distance from the base; 0 lets nothing but the reward count."}
+        default=10.0, metadata={"help": "Weight of the distance from the base; 0 lets nothing but the reward count."}
     )
     max_anchor: float | None = field(
-        default=1.0, metadata={"help": "Stop once the mean distance from the base is larger, with `guards`."}
+        default=0.3, metadata={"help": "Stop once the mean distance from the base is larger, with `guards`."}
     )
     reward_clip: float | None = field(
         default=10.0,
