@@ -283,7 +283,7 @@ class Hub:
     def clear(self) -> None:
         """Forget everything."""
         self.accounts: dict[str, Account] = {}
-        self.repos: dict[str, Repo] = {}  # those of datasets as "datasets/owner/name"
+        self.repos: dict[str, Repo] = {}  # "owner/name", and for datasets "datasets/owner/name"
         self.large: dict[str, bytes] = {}  # SHA-256 -> content
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, bool]] = []  # method, path, True if there was a token
