@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.processing_utils import ProcessorMixin
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -48,6 +49,7 @@ def cross_validate(
     peft_config: PeftConfig | None = None,
     seed: int = 0,
     progress: bool = True,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> CrossValidation:
     """Train on all folds but one, predict that one, for each fold; then compare with the base on the same pairs.
 
@@ -67,6 +69,7 @@ def cross_validate(
         peft_config: As in `BradleyTerryTrainer`.
         seed: Which prompts or pairs share a fold.
         progress: Show a progress bar.
+        callbacks: Callbacks of each training, as in `Trainer`. One that raises ends all of them.
 
     Returns:
         A `CrossValidation`; `print` it for the table and the verdict.
@@ -131,6 +134,7 @@ def cross_validate(
                 train_dataset=pairs.select(np.flatnonzero(assignment != fold).tolist()),
                 processing_class=processor,
                 peft_config=peft_config,
+                callbacks=callbacks,
             )
             trainer.remove_callback(PrinterCallback)
             if difference is None:

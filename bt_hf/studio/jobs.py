@@ -63,6 +63,10 @@ class Handle:
         """Return a callback that tells the progress of a training as a part of the whole, and stops it."""
         return _Progress(self, message, start, end)
 
+    def callback_of_many(self, message: str, start: float, end: float, count: int) -> TrainerCallback:
+        """Return a callback that tells the progress of up to so many trainings, and ends them by `StoppedError`."""
+        return _ProgressOfMany(self, message, start, end, count)
+
 
 class _Progress(TrainerCallback):
     def __init__(self, handle: Handle, message: str, start: float, end: float) -> None:
@@ -77,6 +81,27 @@ class _Progress(TrainerCallback):
         job.progress = self.start + (self.end - self.start) * done
         if self.handle.stopping.is_set():
             control.should_training_stop = True
+
+
+class _ProgressOfMany(TrainerCallback):
+    def __init__(self, handle: Handle, message: str, start: float, end: float, count: int) -> None:
+        self.handle, self.message, self.start, self.end, self.count = handle, message, start, end, count
+        self.begun = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begun += 1
+        self._tell(0.0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tell(state.global_step / max(1, state.max_steps))
+
+    def _tell(self, done: float) -> None:
+        share = min(1.0, (self.begun - 1 + done) / self.count)
+        self.handle.say(f"{self.message} (model {self.begun})", self.start + (self.end - self.start) * share)
 
 
 Work = Callable[[Handle, Mapping[str, Any]], dict[str, Any] | None]

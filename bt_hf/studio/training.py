@@ -80,8 +80,11 @@ class Workshop:
         config = BradleyTerryConfig(str(self.session.folder / REWARD), **_QUIET)
         verdict = None
         if number_pairs(pairs).any():  # else there is one pair alone, and nothing to judge it by
-            handle.say("Judging your clicks: each is predicted by a model that has not seen it", 0.05)
-            verdict = cross_validate(self.base, pairs, config, folds=_FOLDS, progress=False).verdict
+            message = "Judging your clicks: each is predicted by a model that has not seen it"
+            handle.say(message, 0.05)
+            watching = [handle.callback_of_many(message, 0.05, 0.5, _FOLDS)]
+            found = cross_validate(self.base, pairs, config, folds=_FOLDS, progress=False, callbacks=watching)
+            verdict = found.verdict
         handle.say("Learning your taste", 0.5)
         trainer = BradleyTerryTrainer(self.base, config, train_dataset=pairs)
         trainer.verdict = verdict

@@ -4,10 +4,12 @@
 
 A folder of 10,000 images (500 emoji of `examples/emoji`, 5 different ones a prompt) is opened with the base of the
 repository, whose embeddings of the 500 are put into the session's cache, as after an hour of another day. A browser
-clicks a hundred times, faster than a person. The time runs from the click until both pictures of the next pair are
+clicks a thousand times, faster than a person. The time runs from the click until both pictures of the next pair are
 decoded and painted, in the browser's own clock. The server's part is the time from the request of a click to its
-reply: it writes the click to disk and chooses the next pair, behind the picture that is shown already. It needs
-chromium and the development tools. On a machine that is busy with other work, both are times of that work.
+reply: it writes the click to disk and chooses the next pair, behind the picture that is shown already. A fit follows
+it, in another thread: its time is that from its beginning until the taste is there. The memory is the resident one of
+this process, which serves the page and drives the browser. It needs chromium and the development tools. On a machine
+that is busy with other work, all times are those of that work.
 """
 
 import io
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
@@ -33,6 +36,8 @@ from browsing import Served, Visitor, open_browser, serve
 BASE = ROOT / "examples" / "icons" / "base"
 EMOJI = ROOT / "examples" / "emoji" / "emoji64.parquet"
 DISTINCT = 500
+LATE = 400  # clicks after which times are told apart
+EVERY = 100  # clicks between two looks at the memory
 PACE = 0.4  # seconds between a new picture and the click on it: faster than a person who looks at both
 # Resolves to milliseconds from the click until the next pair is painted.
 CLICKED = """side => new Promise(resolve => {
@@ -83,7 +88,7 @@ def _letters(number: int) -> str:
 
 
 def measure(count: int, clicks: int) -> dict[str, Any]:
-    """Return milliseconds from each click to the next picture, and of each reply of the server."""
+    """Return milliseconds from each click to the next picture and of what the server does, and the memory in MB."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "images"
         folder.mkdir()
@@ -102,14 +107,36 @@ def measure(count: int, clicks: int) -> dict[str, Any]:
                     replies.append(request.timing["responseEnd"]) if request.url.endswith("/api/clicks") else None
                 ),
             )
-            shown = []
+            learner = served.studio.desk.learner
+            chosen, shown, fits, memory = timed(served.studio.desk.questions, "pick"), [], {}, {}
             for number in range(clicks):
                 person.pair()
                 time.sleep(PACE)
+                if number % EVERY == 0:
+                    memory[number] = psutil.Process().memory_info().rss / 1e6
                 shown.append(person.page.evaluate(CLICKED, number % 2))
+                told = learner.told()
+                fits[told["clicks"]] = told["fitted_ms"] or 0.0
             person.saved(clicks)
+            memory[clicks] = psutil.Process().memory_info().rss / 1e6
             person.close()
-    return {"next picture": shown, "reply": replies}
+    # A reply chooses no pair where the queue is full, or several.
+    return {"next picture": shown, "reply": replies, "choice": chosen, "fit": list(fits.items()), "memory": memory}
+
+
+def timed(owner: Any, name: str) -> list[float]:
+    """Let a method note the milliseconds of each call, in the list that is returned."""
+    method, taken = getattr(owner, name), []
+
+    def call(*args: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return method(*args)
+        finally:
+            taken.append(1000 * (time.perf_counter() - began))
+
+    setattr(owner, name, call)
+    return taken
 
 
 def wait_for_embeddings(served: Served, count: int) -> None:
@@ -127,16 +154,26 @@ def summary(values: list[float]) -> list[float]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--clicks", type=int, default=100)
+    parser.add_argument("--clicks", type=int, default=1000)
     args = parser.parse_args()
     with Report.of_script(__file__, parser, args) as report:
         found = report.run(f"{args.images} images", lambda: measure(args.images, args.clicks))
-        rows = [
-            ("from the click to the next picture", *summary(found["next picture"])),
-            ("reply of the server, behind it", *summary(found["reply"])),
-        ]
+        fits = [(clicks, taken) for clicks, taken in found["fit"] if taken]
+        values = {
+            "from the click to the next picture": found["next picture"],
+            "reply of the server, behind it": found["reply"],
+            "choice of a pair, within that": found["choice"],
+            "fit, behind it": [taken for _, taken in fits],
+        }
+        late = {name: taken[LATE:] for name, taken in values.items()}
+        late["fit, behind it"] = [taken for clicks, taken in fits if clicks > LATE]
+        rows = [(name, *summary(taken)) for name, taken in values.items()]
+        rows += [(f"{name}, after {LATE} clicks", *summary(taken)) for name, taken in late.items() if taken]
         title = f"{args.clicks} clicks among {args.images:,} images, milliseconds"
         report.table("click", title, ["median", "95th percentile", "maximum"], rows, ".0f")
+        memory = {f"{clicks} clicks": size for clicks, size in found["memory"].items()}
+        title = "Resident memory of the server's process, MB"
+        report.table("memory", title, list(memory), [(f"{args.images:,} images", *memory.values())], ".0f")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """Work in the background: a reward and a LoRA from clicks, blind votes, and publishing to a Hub of our own."""
 
+import io
 import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from peft import PeftModel
 from transformers import CLIPModel
 
@@ -16,11 +21,14 @@ import tiny_models
 import tiny_pipelines
 from bt_hf import PreferenceScorer, load_preference_pairs
 from bt_hf.data.clicks import Asked, Click
+from bt_hf.data.images import to_rgb
+from bt_hf.reward.trainer import BradleyTerryTrainer
 from bt_hf.studio.errors import RefusedError
 from bt_hf.studio.fields import job_options, one_of
 from bt_hf.studio.jobs import Handle, Job, Jobs
 from bt_hf.studio.judging import tally
 from bt_hf.studio.training import Drawing
+from hub_server import STRANGER, Hub
 from studio_page import Client, close, make_desk, serving, write_images
 
 pytest_plugins = ["hub_fixtures"]
@@ -119,6 +127,47 @@ def test_pairs_leave_by_the_checks_of_an_adapter(tmp_path: Path) -> None:
     close(desk)
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_pairs_are_published_as_a_dataset(tmp_path: Path, hub: Hub, online: Path, private: bool) -> None:
+    """By the client of `datasets`: private unless asked, and what the Hub gives back are the clicks."""
+    desk = make_desk(write_images(tmp_path / "images"), tmp_path / "session")
+    for number in range(4):
+        desk.session.keep_picture(number, desk.pool.read(number))
+    for number, choice in enumerate(("left", "tie")):
+        line = {
+            "asked": f"p{number}",
+            "prompt": "a cat",
+            "left": 2 * number,
+            "right": 2 * number + 1,
+            "kind": "random",
+        }
+        desk.session.append(line)
+        desk.click(f"c{number}", f"p{number}", choice, None)
+    options = {"repo_id": "me/clicks", "what": "pairs"} | ({} if private else {"private": False})
+    job = Job("publish")
+    found = desk.sharing.publish(Handle(job), options)
+    assert found == {"url": f"{hub.endpoint}/datasets/me/clicks"}
+    assert job.message == f"Published, for {'you alone' if private else 'everybody to see'}."
+    assert HfApi().dataset_info("me/clicks").private is private
+    own = load_preference_pairs(str(tmp_path / "session"))
+    back = load_dataset("me/clicks", split="train", cache_dir=str(tmp_path / "cache"))
+    for pairs in (back, load_preference_pairs("me/clicks")):
+        assert len(pairs) == 2
+        for one, other in zip(pairs, own, strict=True):
+            assert {name: one[name] for name in ("prompt", "preference", "weight")} == {
+                name: other[name] for name in ("prompt", "preference", "weight")
+            }
+            assert all(to_rgb(one[side]).tobytes() == to_rgb(other[side]).tobytes() for side in ("chosen", "rejected"))
+    with pytest.raises(RepositoryNotFoundError) if private else nullcontext():
+        HfApi(token=STRANGER).dataset_info("me/clicks")
+    desk.click("again", desk.state()["queue"][0]["id"], "left", None)
+    desk.sharing.publish(Handle(job), options)  # once more, with what was clicked since
+    content = hub.files("datasets/me/clicks")["data/train-00000-of-00001.parquet"]
+    assert len(pq.read_table(io.BytesIO(content))) == 3
+    close(desk)
+    assert str(tmp_path).encode() not in hub.everything()
+
+
 def test_clicks_on_one_prompt_are_judged_too(tmp_path: Path, base: str) -> None:
     """With one prompt for all images, folds are by pair."""
     images = write_images(tmp_path / "images")
@@ -165,6 +214,27 @@ def test_drawing_before_and_after_and_a_blind_comparison(client: Client, tmp_pat
     assert reply["share"] == pytest.approx((len(seen) - 0.5) / len(seen))
     assert "LoRA" in reply["sentence"]
     assert len(load_preference_pairs(str(tmp_path / "session"))) == before + len(seen)  # votes are pairs again
+
+
+def test_judging_stops_at_its_next_step(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And does not go on with the other trainings of the cross-validation."""
+    begun = []
+    train = BradleyTerryTrainer.train
+
+    def counted(self: BradleyTerryTrainer, *args: Any, **kwargs: Any) -> Any:
+        begun.append(self.state.global_step)
+        client.post("/api/jobs/stop", {})
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(BradleyTerryTrainer, "train", counted)
+    client.post("/api/jobs", {"kind": "reward"})
+    job = finished(client)
+    assert job["state"] == "stopped", job
+    assert len(begun) == 1
+    assert not (tmp_path / "session" / "reward").exists()
+    monkeypatch.undo()
+    client.post("/api/jobs", {"kind": "reward"})
+    assert finished(client)["state"] == "done"
 
 
 def test_a_job_stops_at_its_next_step(client: Client, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import close_session
+from huggingface_hub import HfFileSystem, close_session
 
 from hub_server import READ_TOKEN, STRANGER, TOKEN, Account, Hub, serving
 
@@ -70,6 +70,10 @@ def online(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     # Two clients that are made once, with the endpoint of then.
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.endpoint)
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    # File systems of datasets are remembered with the endpoint, too.
+    HfFileSystem.clear_instance_cache()
     monkeypatch.delenv("HF_HUB_OFFLINE")  # PEFT looks here each time
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     close_session()

@@ -1,8 +1,9 @@
 """A Hub on this machine, for the unmodified client of `huggingface_hub`, and faults to put between the two.
 
-It speaks what the client speaks without Xet: accounts, repos, commits, branches, tags, pull requests, Git-LFS, and
-downloads with ranges. As on the Hub, every commit is a state of all files, contents are checked against their hashes,
-a private repo does not exist for strangers, and large files live at another host, which must never see a token.
+It speaks what the client speaks without Xet: accounts, repos of models and of datasets, commits, branches, tags, pull
+requests, Git-LFS, and downloads with ranges. As on the Hub, every commit is a state of all files, contents are checked
+against their hashes, a private repo does not exist for strangers, and large files live at another host, which must
+never see a token.
 """
 
 import asyncio
@@ -18,9 +19,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import uvicorn
 import yaml
@@ -34,6 +35,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 LFS_SUFFIXES = (".bin", ".parquet", ".pkl", ".png", ".pt", ".safetensors")
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
+DATASETS = "datasets/"  # in front of their names
 TOKEN = "hf_" + "wRiTeTokenOfTheTests" * 2  # looks like one, so that everything that looks for tokens finds it
 READ_TOKEN = "hf_" + "ReadTokenOfTheTests" * 2
 STRANGER = "hf_" + "StrangersTokenOfTests" * 2
@@ -245,36 +247,43 @@ class Hub:
     def __init__(self) -> None:
         self.endpoint = self.storage = ""
         self.clear()
-        repo = "/{owner}/{name}"
-        model = "/api/models" + repo
         self.app = _Faulty(
             Starlette(
                 routes=[
                     Route("/api/whoami-v2", self.whoami),
                     Route("/api/validate-yaml", self.validate_yaml, methods=["POST"]),
                     Route("/api/repos/create", self.create, methods=["POST"]),
-                    Route(model, self.info),
-                    Route(model + "/revision/{revision:path}", self.info),
-                    Route(model + "/refs", self.refs),
-                    Route(model + "/tree/{revision:path}", self.tree),
-                    Route(model + "/preupload/{revision:path}", self.preupload, methods=["POST"]),
-                    Route(model + "/commit/{revision:path}", self.commit, methods=["POST"]),
-                    Route(model + "/branch/{branch:path}", self.branch, methods=["POST"]),
-                    Route(model + "/tag/{revision:path}", self.tag, methods=["POST"]),
-                    Route(repo + ".git/info/lfs/objects/batch", self.batch, methods=["POST"]),
                     Route("/storage/{sha256}", self.upload, methods=["PUT"]),
                     Route("/storage/{sha256}", self.stored, methods=["GET", "HEAD"]),
-                    Route(repo + "/resolve/{rest:path}", self.resolve, methods=["GET", "HEAD"]),
+                    *self._routes("/api/datasets", "/" + DATASETS),
+                    *self._routes("/api/models", "/"),
                 ],
                 exception_handlers={Refusal: lambda request, refusal: refusal.response},
             ),
             self,
         )
 
+    def _routes(self, api: str, files: str) -> list[Route]:
+        """Routes of one type of repo."""
+        repo, files = api + "/{owner}/{name}", files + "{owner}/{name}"
+        return [
+            Route(repo, self.info),
+            Route(repo + "/revision/{revision:path}", self.info),
+            Route(repo + "/refs", self.refs),
+            Route(repo + "/tree/{revision:path}", self.tree),
+            Route(repo + "/paths-info/{revision:path}", self.paths_info, methods=["POST"]),
+            Route(repo + "/preupload/{revision:path}", self.preupload, methods=["POST"]),
+            Route(repo + "/commit/{revision:path}", self.commit, methods=["POST"]),
+            Route(repo + "/branch/{branch:path}", self.branch, methods=["POST"]),
+            Route(repo + "/tag/{revision:path}", self.tag, methods=["POST"]),
+            Route(files + ".git/info/lfs/objects/batch", self.batch, methods=["POST"]),
+            Route(files + "/resolve/{rest:path}", self.resolve, methods=["GET", "HEAD"]),
+        ]
+
     def clear(self) -> None:
         """Forget everything."""
         self.accounts: dict[str, Account] = {}
-        self.repos: dict[str, Repo] = {}
+        self.repos: dict[str, Repo] = {}  # "owner/name", and for datasets "datasets/owner/name"
         self.large: dict[str, bytes] = {}  # SHA-256 -> content
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, bool]] = []  # method, path, True if there was a token
@@ -341,6 +350,8 @@ class Hub:
 
     def repo_of(self, request: Request, write: bool = False) -> tuple[str, Repo]:
         repo_id = "{owner}/{name}".format(**request.path_params)
+        if request.url.path.startswith(("/api/" + DATASETS, "/" + DATASETS)):
+            repo_id = DATASETS + repo_id
         account, repo = self.account(request), self.repos.get(repo_id)
         owned = account is not None and account.name == request.path_params["owner"]
         if repo is None or (repo.private and not owned):
@@ -394,8 +405,9 @@ class Hub:
         owner = wanted.get("organization") or account.name
         if owner != account.name or not account.writes:
             raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner!r}")
-        repo_id = f"{owner}/{wanted['name']}"
-        answer = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
+        name = f"{owner}/{wanted['name']}"
+        repo_id = (DATASETS if wanted.get("type") == "dataset" else "") + name
+        answer = {"url": f"{self.endpoint}/{repo_id}", "name": name}
         if repo_id in self.repos:
             return JSONResponse({"error": "You already created this model repo", **answer}, 409)
         repo = Repo(private=wanted.get("visibility") == "private")
@@ -413,7 +425,8 @@ class Hub:
         ]
         if "blobs" not in request.query_params:
             siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
-        known = {"id": repo_id, "sha": oid, "private": repo.private, "gated": False, "tags": [], "siblings": siblings}
+        name = repo_id.removeprefix(DATASETS)
+        known = {"id": name, "sha": oid, "private": repo.private, "gated": False, "tags": [], "siblings": siblings}
         if "README.md" in commit.files:
             card = commit.files["README.md"].content.decode(errors="replace")
             known["cardData"] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
@@ -434,13 +447,20 @@ class Hub:
         commit, folder = self._split(repo, request.path_params["revision"])[1:]
         if folder and not any(path.startswith(f"{folder}/") for path in commit.files):
             raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
-        entries = [
-            {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
-            | ({"lfs": {"oid": file.sha256, "size": len(file.content), "pointerSize": 128}} if file.large else {})
-            for path, file in sorted(commit.files.items())
-            if not folder or path.startswith(f"{folder}/")
-        ]
-        return JSONResponse(entries)
+        start = f"{folder}/" if folder else ""
+        inside = {path: file for path, file in commit.files.items() if path.startswith(start)}
+        entries = [entry for entry in _entries(inside) + _folders(inside) if entry["path"].startswith(start)]
+        if request.query_params.get("recursive", "false").lower() == "true":
+            return JSONResponse(entries)
+        return JSONResponse([entry for entry in entries if "/" not in entry["path"].removeprefix(start)])
+
+    async def paths_info(self, request: Request) -> Response:
+        _, repo = self.repo_of(request)
+        _, commit = self.commit_of(repo, request.path_params["revision"])
+        content = await request.body()
+        wanted = json.loads(content)["paths"] if content.startswith(b"{") else parse_qs(content.decode())["paths"]
+        entries = _entries(commit.files) + _folders(commit.files)
+        return JSONResponse([entry for entry in entries if entry["path"] in wanted])
 
     def _split(self, repo: Repo, rest: str) -> tuple[str, Commit, str]:
         """Split "revision/path" at the longest known revision: its commit id, its commit, and the path."""
@@ -569,6 +589,19 @@ class Hub:
         self._check_storage(request)
         sha256 = request.path_params["sha256"]
         return _content(request, self.large[sha256], {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"})
+
+
+def _entries(files: Mapping[str, File]) -> list[dict[str, Any]]:
+    return [
+        {"type": "file", "path": path, "size": len(file.content), "oid": file.oid}
+        | ({"lfs": {"oid": file.sha256, "size": len(file.content), "pointerSize": 128}} if file.large else {})
+        for path, file in sorted(files.items())
+    ]
+
+
+def _folders(files: Mapping[str, File]) -> list[dict[str, Any]]:
+    found = {parent.as_posix() for path in files for parent in PurePosixPath(path).parents} - {"."}
+    return [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(found)]
 
 
 def _content(request: Request, content: bytes, headers: Mapping[str, str]) -> Response:
