@@ -50,7 +50,7 @@ class PreferenceLoRAConfig(PipelineConfig):
         default=None,
         metadata={
             "help": "Steer the learning rate by the margins of the training pairs, up to ten times up or down: it "
-            "rises while they lag behind a plan that reaches 8 at the last step, and falls where they lead. By "
+            "rises while they lag behind a plan that reaches 10 at the last step, and falls where they lead. By "
             "default with dpo and AdamW, if no `learning_rate` is given."
         },
     )

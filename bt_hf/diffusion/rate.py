@@ -13,7 +13,7 @@ from bt_hf.diffusion.callbacks import Guard
 
 # Mean margin of a training pair at the end, to which the plan rises with the root of the steps: fast at first. Chosen
 # on training prompts of the emoji domain. With `beta="auto"` a margin means the same for every model.
-TARGET = 8.0
+TARGET = 10.0
 LOOKS = 40  # in a training
 AHEAD = 4  # looks for which a margin is taken to grow on as it did since the last; without, the rate swings
 GAIN = 1.5  # at most, of the rate at a look
@@ -28,7 +28,7 @@ class MarginRate(Guard):
     A rate that suits one pipeline is ten times too large or too small for another, and so is one for few steps where
     there are many. The loss itself sees margins: at 0 nothing is learnt, and far above there is nothing left to learn,
     while the denoiser goes on drifting from its base. So at each of 40 looks the rate is multiplied by the root of
-    plan over margin, between 2/3 and 3/2. The plan is 8 sqrt(step / steps), the margin a running mean, extrapolated by
+    plan over margin, between 2/3 and 3/2. The plan is 10 sqrt(step / steps), the margin a running mean, extrapolated by
     four looks.
 
     Args:

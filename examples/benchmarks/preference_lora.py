@@ -76,6 +76,7 @@ PART_TASTES = {
     "draws": ("fluent", "mono"),
     "rate": ("mono",),
     "guided": SOME[1:],
+    "frontier": SOME,
 }  # others: all five
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 METHODS = {
@@ -89,7 +90,7 @@ METHODS = {
     "kto, 32 single images a step": {"loss_type": "kto", "per_device_train_batch_size": 32},
 }
 SCALES = (0.5, 0.75, 1.0, 1.25)  # of the LoRA, when drawing
-FRONTIER: dict[str, dict[str, Any]] = {}
+FRONTIER: dict[str, dict[str, Any]] = {"preference alone": {"rpo_alpha": 0.0}, "**default**": {}}
 SPLIT_NAMES = {"held_out": "held-out", "train": "training"}
 Found = dict[str, dict[str, Any]]  # by split, what `Studio.measure` returns
 
@@ -104,6 +105,7 @@ class Studio:
             captions = list(dict.fromkeys(load_emoji(split)["caption"]))
             self.prompts[split] = captions[:: len(captions) // count][:count]
         self.cache = tempfile.TemporaryDirectory()
+        self.trained: dict[str, tuple[StableDiffusionPipeline, dict[str, float | None]]] = {}
 
     @staticmethod
     def pipeline() -> StableDiffusionPipeline:
@@ -171,21 +173,21 @@ class Studio:
 
         return report.run(f"{taste}, seed {seed}{chosen}", measure)
 
-    def after_scales(self, report: Report, taste: str, **options: Any) -> dict[str, Any]:
-        """Return what `after` does for each of `SCALES` of a LoRA trained with the trainer's own defaults."""
+    def at_scale(self, report: Report, taste: str, scale: float = 1.0, **options: Any) -> dict[str, Any]:
+        """Return what `after` does, of the trainer's own defaults, with the LoRA at this scale."""
         chosen = "".join(f", {name}={value}" for name, value in options.items())
+        name = f"{taste}, own=True{chosen}"
 
         def measure() -> dict[str, Any]:
-            pipeline, facts = self.fit(preference_pairs(taste, PAIRS), 0, own=True, **options)
-            layers = [layer for layer in pipeline.unet.modules() if isinstance(layer, LoraLayer)]
-            found = {}
-            for scale in SCALES:
-                for layer in layers:
+            if name not in self.trained:
+                self.trained[name] = self.fit(preference_pairs(taste, PAIRS), 0, own=True, **options)
+            pipeline, facts = self.trained[name]
+            for layer in pipeline.unet.modules():
+                if isinstance(layer, LoraLayer):
                     layer.set_scale("default", scale)
-                found[f"{scale:g}"] = self.measure(pipeline, 0) | facts
-            return found
+            return self.measure(pipeline, 0) | facts
 
-        return report.run(f"{taste}, own=True, {len(SCALES)} scales{chosen}", measure)
+        return report.run(f"{name}, scale {scale:g}", measure)
 
     def fit(
         self, pairs: Any, seed: int, own: bool = False, **options: Any
@@ -238,7 +240,10 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument(
-        "--tastes", nargs="+", choices=STYLES, help="by default all five; of beta, draws, guided and rate fewer"
+        "--tastes",
+        nargs="+",
+        choices=STYLES,
+        help="by default all five; of losses, beta, draws, rate, guided and frontier fewer",
     )
     parser.add_argument("--seeds", type=int, default=3, help="people for each taste in part taste; the others ask one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")
@@ -350,10 +355,9 @@ def frontier(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) 
     means = [np.mean([one[split] for one in asked], 0).tolist() for split in studio.prompts]
     rows.append(["style asked for by name", *(cell for share, caption in means for cell in (share, caption, None))])
     for name, options in FRONTIER.items():
-        found = [studio.after_scales(report, taste, **options) for taste in tastes]
         for scale in SCALES:
-            at_scale = [one[f"{scale:g}"] for one in found]
-            rows.append(means_row(f"{name}, scale {scale:g}", at_scale, tastes, studio.prompts)[:-1])
+            found = [studio.at_scale(report, taste, scale, **options) for taste in tastes]
+            rows.append(means_row(f"{name}, scale {scale:g}", found, tastes, studio.prompts)[:-1])
         title = f"The trainer's own steps and rate, one person for each of {len(tastes)} tastes"
         report.table("means", title, columns[:-1], rows, formats[:-1])
 
@@ -362,7 +366,7 @@ def defaults(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) 
     """Pass nothing but pairs and a folder: for the houses of the pretraining, then for two that it never saw."""
     rows = []
     before = [studio.before(report, 0)] * len(tastes)
-    after = [studio.after_scales(report, taste)["1"] for taste in tastes]
+    after = [studio.at_scale(report, taste) for taste in tastes]
     for split in studio.prompts:
         name = f"{SPLIT_NAMES[split]} prompts"
         rows.append(tastes_row(f"{name}, before", before, tastes, split))
@@ -370,6 +374,8 @@ def defaults(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) 
     title = "Nothing passed but pairs and a folder: share of the preferred style"
     formats = [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f"]
     report.table("styles", title, [*STYLES, "mean", "caption", "both"], rows, formats)
+    if "held_out" not in studio.prompts:  # there are no others of these
+        return
     columns = ["before", "after", "its real drawings", "caption, before", "caption, after"]
     found = [(house, *report.run(f"{house}, own=True", lambda house=house: unseen(studio, house))) for house in UNSEEN]
     report.table("unseen", "Houses that the pipeline never saw: share on held-out prompts", columns, found, ".2f")
@@ -494,8 +500,8 @@ PARTS: dict[str, Callable[[Studio, Report, Sequence[str], int], None]] = {
     "draws": draws,
     "loop": loop,
     "guided": guided,
-    "frontier": frontier,
     "defaults": defaults,
+    "frontier": frontier,
 }
 
 
