@@ -43,8 +43,8 @@ TEMPERATURES = torch.exp(torch.linspace(math.log(0.05), math.log(60.0), 40, dtyp
 TYPICAL_MARGIN, TYPICAL_SPREAD = 1.5, 1.2
 # Factors by which the average margin may be less or more sure than the average probability.
 FACTORS = torch.exp(torch.linspace(math.log(0.05), math.log(2.0), 80, dtype=torch.double))
-# Price of a setting, see `_penalty`: a looser prior costs more by the first for a wrong click and by the second for one
-# that small margins leave to chance; maps by prompt and inputs of the projection cost these nats.
+# Price of a setting, see `_penalty`: a looser prior costs more by the first for a wrong click and by the second for
+# one that small margins leave to chance; maps by prompt and inputs of the projection cost these nats.
 COST_OF_WRONG_CLICKS, COST_OF_CHANCE = 40.0, 6.0
 NATS_OF_PROMPTS, NATS_OF_FEATURES = 1.7, 2.0
 # Settings are compared on this many pairs, and those that matter fitted to up to so many.
