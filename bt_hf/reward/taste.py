@@ -342,6 +342,8 @@ def write_update(
         changes.append((update.along, weights if update.by_feature is None else weights + update.by_feature))
     if update.removed is not None:
         changes.append((update.removed, -update.removed @ projection))
+    # The fit drops inputs that prove to say nothing, and weights of zero have no direction.
+    changes = [(direction, weights) for direction, weights in changes if weights.any()]
     for rank, (direction, weights) in enumerate(changes):
         size = weights.norm()
         down[rank] = (weights / size).to(down)

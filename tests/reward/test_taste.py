@@ -193,6 +193,26 @@ def give_bias(base: torch.nn.Module) -> None:
             torch.nn.init.normal_(module.bias)
 
 
+def test_inputs_that_proved_to_say_nothing_leave_their_rank_alone() -> None:
+    """Weights of zero have no direction: the rank keeps its random start, and the images stay as they are."""
+    base, processor = build()
+    give_bias(base)
+    model = add_adapter(base)
+    layers = taste.output_layers(model)
+    text_layer, image_layer = plain_lora(model, layers.text), plain_lora(model, layers.image)
+    width, features = image_layer.get_base_layer().weight.shape
+    zero, along = torch.zeros(features).double(), torch.eye(width).double()[0]
+    empty = torch.zeros(width, 0).double()
+    update = taste.Update(0.1 * along, empty, empty.T, along, by_feature=zero)
+    before = encoders.embed_images(model, encoders_inputs(processor, red_pairs(4)["chosen"]))
+    assert (
+        write_update(model, text_layer, image_layer, update, 1 + 0.01 * torch.randn(64, text_layer.in_features)) < 0.1
+    )
+    after = encoders.embed_images(model, encoders_inputs(processor, red_pairs(4)["chosen"]))
+    torch.testing.assert_close(after, before)
+    assert all(value.isfinite().all() for name, value in model.named_parameters() if "lora" in name)
+
+
 def test_nothing_is_written_where_no_shift_can_be_expressed() -> None:
     base, _ = build()
     model = add_adapter(base, None)
