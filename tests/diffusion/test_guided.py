@@ -18,6 +18,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from bt_hf import PreferenceScorer, RewardLoRAConfig, RewardLoRATrainer
@@ -26,10 +27,13 @@ from bt_hf.diffusion.errors import seeded_generator
 from bt_hf.diffusion.families.base import find_family
 from bt_hf.diffusion.guided.rewards import RewardScale
 from bt_hf.diffusion.guided.sampling import Sampler, Unfinished
+from bt_hf.hub.contract import CONTRACT_FILES
+from hub_server import TOKEN, Hub
 from tiny_models import build as build_reward
-from tiny_pipelines import PIPELINES, SIZE, build, draw
+from tiny_pipelines import PIPELINES, SIZE, build, draw, save
 from tiny_trainers import QUIET, adapter, logged
 
+pytest_plugins = ["hub_fixtures"]
 PROMPTS = ["a red apple", "a boat", "a house", "a bird"]
 LAST = {"gradient_steps": 1, "renoisings": 2}  # DRaFT-LV
 all_pipelines = pytest.mark.parametrize("name", PIPELINES)
@@ -47,7 +51,7 @@ def make(
     if options.get("guards", True):
         drawing["max_anchor"] = 10.0  # at so large a rate
     args = RewardLoRAConfig(str(tmp_path / "out"), **{**QUIET, **defaults, **drawing, **options})
-    return RewardLoRATrainer(build(pipeline) if isinstance(pipeline, str) else pipeline, args, reward, prompts)
+    return RewardLoRATrainer(build(pipeline) if pipeline in list(PIPELINES) else pipeline, args, reward, prompts)
 
 
 def with_scheduler(scheduler: type) -> DiffusionPipeline:
@@ -392,6 +396,20 @@ def test_prompts_of_a_dataset_and_extra_columns(tmp_path: Path) -> None:
     assert first.data_digest == second.data_digest
     first.train()
     assert first.state.global_step == 3
+
+
+def test_a_published_folder_is_complete(hub: Hub, online: Path, tmp_path: Path) -> None:
+    folder = save(tmp_path / "base", "sd")
+    hub.put("me/tiny-sd", Path(folder))
+    trainer = make(tmp_path, "me/tiny-sd", hub_model_id="me/guided", hub_token=TOKEN)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.files("me/guided")
+    assert set(files) <= CONTRACT_FILES | {"out_comfyui.safetensors"}
+    assert {"pytorch_lora_weights.safetensors", "adapter_model.safetensors", "out_comfyui.safetensors"} <= set(files)
+    data = ModelCard(files["README.md"].decode()).data
+    assert data.base_model == "me/tiny-sd"
+    assert "draft" in data.tags
 
 
 # --- Bad input ---
