@@ -28,8 +28,8 @@ class MarginRate(Guard):
     A rate that suits one pipeline is ten times too large or too small for another, and so is one for few steps where
     there are many. The loss itself sees margins: at 0 nothing is learnt, and far above there is nothing left to learn,
     while the denoiser goes on drifting from its base. So at each of 40 looks the rate is multiplied by the root of
-    plan over margin, between 2/3 and 3/2. The plan is 10 sqrt(step / steps), the margin a running mean, extrapolated by
-    four looks.
+    plan over margin, between 2/3 and 3/2. The plan is 10 sqrt(step / steps), the margin a running mean, extrapolated
+    by four looks.
 
     Args:
         gather: Gives the rows of all processes' tensors, so that all take the same steps.
