@@ -89,7 +89,7 @@ METHODS = {
     "mapo": {"loss_type": "mapo"},
     "kto, 32 single images a step": {"loss_type": "kto", "per_device_train_batch_size": 32},
 }
-SCALES = (0.5, 0.75, 1.0, 1.25)  # of the LoRA, when drawing
+SCALES = (0.5, 0.75, 1.0, 1.25)  # strengths of the LoRA when drawing
 FRONTIER: dict[str, dict[str, Any]] = {"preference alone": {"rpo_alpha": 0.0}, "**default**": {}}
 SPLIT_NAMES = {"held_out": "held-out", "train": "training"}
 Found = dict[str, dict[str, Any]]  # by split, what `Studio.measure` returns
