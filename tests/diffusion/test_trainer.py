@@ -143,7 +143,7 @@ def test_sft_lowers_the_winners_error_and_dpo_the_difference(tmp_path: Path) -> 
 def test_the_defaults_learn_in_every_family(family: str, tmp_path: Path) -> None:
     """No `learning_rate` is given, and the supervised term is on: the loss falls, the margin rises."""
     pairs = red_pairs(8)
-    options = {"learning_rate": None, "warmup_steps": 5, "max_steps": 20, "num_eval_noise_samples": 4}
+    options = {"learning_rate": None, "warmup_steps": 2, "max_steps": 12, "num_eval_noise_samples": 2}
     trainer = make(tmp_path, family, pairs=pairs, evaluation=pairs, **options)
     assert trainer.args.rpo_alpha > 0
     before = trainer.evaluate()
