@@ -437,3 +437,8 @@ def test_candidates_keep_the_prompt_that_was_asked_for() -> None:
     """Z-Image writes its chat into the list of prompts that it is given."""
     drawn = draw(tiny_pipelines.build("z_image"), PROMPTS[:2], [1, 2], 2, **FAST, guidance_scale=0.0)
     assert [one.prompt for one in drawn] == PROMPTS[:2]
+
+
+def test_pipelines_of_videos_are_refused_before_they_draw() -> None:
+    with pytest.raises(ValueError, match="WanPipeline draws videos, and images alone are ranked"):
+        best_of_n(tiny_pipelines.build("wan"), "a red apple", Redness())

@@ -264,6 +264,11 @@ def _loaded(pipeline: Any, options: Mapping[str, Any]) -> Any:
             f"{type(pipeline).__name__}."
         )
     known = inspect.signature(pipeline).parameters
+    if "num_frames" in known:
+        raise ValueError(
+            f"{type(pipeline).__name__} draws videos, and images alone are ranked: draw the clips yourself, and pair "
+            "them as animated images, on which `PreferenceLoRATrainer` trains with `num_frames`."
+        )
     unknown = [name for name in options if name not in known]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         raise ValueError(
