@@ -2,7 +2,7 @@
 
     python examples/benchmarks/clicks.py                    # all kinds of people, about 25 minutes on 2 cores
     python examples/benchmarks/clicks.py --parts wrong --kinds house colour --seeds 1
-    python examples/benchmarks/clicks.py --parts many       # up to 4,096 clicks, about 15 minutes
+    python examples/benchmarks/clicks.py --parts many --kinds colour mixture   # up to 4,096 clicks, about 10 minutes
     python examples/benchmarks/clicks.py --split train      # people of the training concepts, to choose defaults with
 
 Each part writes its tables and every run to `docs/results/clicks_PART.json`, and goes on where it was cut. People,
