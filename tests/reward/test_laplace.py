@@ -28,7 +28,7 @@ def test_dual_weights_meet_the_condition_of_the_optimum(pairs: int) -> None:
 
 
 def test_it_is_logistic_regression() -> None:
-    """In the primal: by LBFGS on the weights of the rows, with a Gaussian prior."""
+    """By LBFGS on the weights of the rows, with a Gaussian prior."""
     rows, kernels, preference, weight = problems(60)
     _, margin = newton(kernels, preference, weight)
     for strength, found in zip(STRENGTHS, margin, strict=True):
