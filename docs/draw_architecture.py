@@ -100,7 +100,7 @@ def draw(house: list[list[str]], files: dict[str, list[Path]], arrows: dict[str,
             axes.text(left + 0.1, bottom + 0.8, listed, fontsize=7.5, va="top", color="#444444", zorder=4)
             middles[wing] = (left + width / 2 - 0.15, bottom)
     for wing, below in arrows.items():
-        for other in below:
+        for other in sorted(below):  # the same file for the same house
             (x, y), (to_x, to_y) = middles[wing], middles[other]
             style = {"arrowstyle": "->", "color": "#767676", "lw": 0.8}
             # Behind the boxes: an arrow that passes a floor hides nothing.

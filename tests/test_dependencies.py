@@ -20,7 +20,7 @@ OPTIONAL = {"plots": ["plots"], "diffusion": ["diffusion"], "cli": ["diffusion"]
 # Tools that `make floor` does without: no version of theirs meets a user.
 TOOLS = {
     *("build", "mypy", "ruff", "resvg-py", "mkdocs", "mkdocs-material", "mkdocstrings", "sentence-transformers"),
-    *("axe-playwright-python", "playwright"),
+    *("axe-playwright-python", "playwright", "torchao"),
 }
 
 

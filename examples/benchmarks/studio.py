@@ -185,30 +185,44 @@ def summary(values: list[float]) -> list[float]:
     return [statistics.median(ordered), ordered[max(0, round(0.95 * len(ordered)) - 1)], ordered[-1]]
 
 
+def report_clicks(report: Report, images: int, clicks: int) -> None:
+    """Measure in a browser, and keep the table of times."""
+    found = report.run(f"{images} images", lambda: measure(images, clicks))
+    fits = [(number, taken) for number, taken in found["fit"] if taken]
+    values = {
+        "from the click to the next picture": found["next picture"],
+        "reply of the server, behind it": found["reply"],
+        "choice of a pair, within that": found["choice"],
+        "fit, behind it": [taken for _, taken in fits],
+    }
+    late = {name: taken[LATE:] for name, taken in values.items()}
+    late["fit, behind it"] = [taken for number, taken in fits if number > LATE]
+    rows = [(name, *summary(taken)) for name, taken in values.items()]
+    rows += [(f"{name}, after {LATE} clicks", *summary(taken)) for name, taken in late.items() if taken]
+    title = f"{clicks} clicks among {images:,} images, milliseconds"
+    report.table("click", title, ["median", "95th percentile", "maximum"], rows, ".0f")
+
+
+def report_memory(report: Report, images: int, clicks: int) -> None:
+    """Measure without a browser, and keep the table of memory."""
+    found = report.run(f"{images} images", lambda: measure_memory(images, clicks))
+    rows = [(f"{number:,} clicks", *sizes) for number, *sizes in found]
+    title = f"Resident memory of the server with {images:,} images, MB"
+    report.table("memory", title, ["resident", "without what the allocator keeps"], rows, ".0f")
+
+
+PARTS = {"click": report_clicks, "memory": report_memory}
+
+
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--clicks", type=int, default=1000)
     args = parser.parse_args()
-    with Report.of_script(__file__, parser, args) as report:
-        found = report.run(f"{args.images} images", lambda: measure(args.images, args.clicks))
-        fits = [(clicks, taken) for clicks, taken in found["fit"] if taken]
-        values = {
-            "from the click to the next picture": found["next picture"],
-            "reply of the server, behind it": found["reply"],
-            "choice of a pair, within that": found["choice"],
-            "fit, behind it": [taken for _, taken in fits],
-        }
-        late = {name: taken[LATE:] for name, taken in values.items()}
-        late["fit, behind it"] = [taken for clicks, taken in fits if clicks > LATE]
-        rows = [(name, *summary(taken)) for name, taken in values.items()]
-        rows += [(f"{name}, after {LATE} clicks", *summary(taken)) for name, taken in late.items() if taken]
-        title = f"{args.clicks} clicks among {args.images:,} images, milliseconds"
-        report.table("click", title, ["median", "95th percentile", "maximum"], rows, ".0f")
-        memory = report.run(f"memory, {args.images} images", lambda: measure_memory(args.images, args.clicks))
-        rows = [(f"{clicks:,} clicks", *sizes) for clicks, *sizes in memory]
-        title = f"Resident memory of the server with {args.images:,} images, MB"
-        report.table("memory", title, ["resident", "without what the allocator keeps"], rows, ".0f")
+    for part in args.parts:
+        with Report.of_script(__file__, parser, args, part) as report:
+            PARTS[part](report, args.images, args.clicks)
 
 
 if __name__ == "__main__":

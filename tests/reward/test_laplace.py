@@ -28,7 +28,7 @@ def test_dual_weights_meet_the_condition_of_the_optimum(pairs: int) -> None:
 
 
 def test_it_is_logistic_regression() -> None:
-    """In the primal: by LBFGS on the weights of the rows, with a Gaussian prior."""
+    """By LBFGS on the weights of the rows, with a Gaussian prior."""
     rows, kernels, preference, weight = problems(60)
     _, margin = newton(kernels, preference, weight)
     for strength, found in zip(STRENGTHS, margin, strict=True):
@@ -51,7 +51,7 @@ def test_it_is_logistic_regression() -> None:
 
 
 def test_a_problem_is_solved_as_if_it_were_alone() -> None:
-    """Those that are solved first no longer move while the others go on."""
+    """Problems that are solved first stay where they are while the others go on."""
     _, kernels, preference, weight = problems(60)
     together = newton(kernels, preference, weight)
     for index in range(len(kernels)):
