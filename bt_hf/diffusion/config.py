@@ -16,7 +16,7 @@ _POSITIVE = (
     "undesirable_weight",
 )
 # Chosen on training prompts of the emoji domain: a larger one keeps more of the captions, and learns less of a style.
-RPO_ALPHA = 0.05
+RPO_ALPHA = 1.5
 
 
 @dataclass
@@ -82,9 +82,9 @@ class PreferenceLoRAConfig(PipelineConfig):
     rpo_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the supervised term, which keeps captions: beta / 2 times the change of the preferred "
-            "image's error, as TRL's option of this name adds its likelihood (RPO, arXiv 2405.16436). By default "
-            f"{RPO_ALPHA:g} with dpo, and 0, which is off, with the other losses."
+            "help": "Weight of the supervised term, which keeps captions: the logarithm of the factor by which the "
+            "preferred image's error has risen, as TRL's option of this name adds its likelihood (RPO, arXiv "
+            f"2405.16436). By default {RPO_ALPHA:g} with dpo, and 0, which is off, with the other losses."
         },
     )
     desirable_weight: float = field(

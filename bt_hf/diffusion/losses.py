@@ -138,13 +138,16 @@ def sft(errors: Errors, preference: Tensor | float, beta: float = 0.0, label_smo
 
 
 def preferred_change(errors: Errors, preference: Tensor | float, label_smoothing: float = 0.0) -> Tensor:
-    """Return by how much the error of the preferred image has risen, |2p - 1| times: of a tie none is preferred.
+    """Return the logarithm of the factor by which the preferred image's error has risen, |2p - 1| times.
 
-    Added to a preference loss, it is the supervised term of RPO (`rpo_alpha` in TRL). A preference loss is content
-    where both errors rise as long as the rejected image's rises more; this keeps the denoiser on what is drawn.
+    Of a tie none is preferred. Half of it is the change of the negative log-likelihood of each value of the preferred
+    image under normal errors whose variance is fitted: the supervised term of RPO (`rpo_alpha` in TRL), in the same
+    units for every model, whatever its errors and beta. A preference loss is content where both errors rise as long
+    as the rejected image's rises more; this keeps the denoiser on what is drawn.
 
     Args:
-        errors: Errors of B pairs; without reference, the error itself is returned, which has the same gradient.
+        errors: Errors of B pairs; without reference, the logarithm of the error is returned, whose gradient is the
+            same.
         preference: P(chosen preferred to rejected), (B,) or a number.
         label_smoothing: As in `bradley_terry_loss`.
 
@@ -153,10 +156,14 @@ def preferred_change(errors: Errors, preference: Tensor | float, label_smoothing
         Regularizer (https://arxiv.org/abs/2405.16436).
     """
     target = _smooth(preference, label_smoothing, errors.chosen)
-    chosen, rejected = errors.chosen, errors.rejected
+    chosen, rejected = _log(errors.chosen), _log(errors.rejected)
     if errors.reference_chosen is not None and errors.reference_rejected is not None:
-        chosen, rejected = chosen - errors.reference_chosen, rejected - errors.reference_rejected
+        chosen, rejected = chosen - _log(errors.reference_chosen), rejected - _log(errors.reference_rejected)
     return (2 * target - 1).abs() * torch.where(target >= 0.5, chosen, rejected)
+
+
+def _log(errors: Tensor) -> Tensor:
+    return errors.clamp(min=torch.finfo(errors.dtype).tiny).log()
 
 
 LOSSES: dict[str, Callable[[Errors, Tensor | float, float, float], Tensor]] = {

@@ -74,7 +74,7 @@ class PairLoss:
         values = losses.LOSSES[self.args.loss_type](pair, preference, beta, smoothing)
         if not self.args.rpo_alpha:
             return values
-        return values + self.args.rpo_alpha * beta / 2 * losses.preferred_change(pair, preference, smoothing)
+        return values + self.args.rpo_alpha * losses.preferred_change(pair, preference, smoothing)
 
     def _kto(self, errors: torch.Tensor, reference: torch.Tensor, batch: Batch, beta: float) -> torch.Tensor:
         # All processes' images share a baseline: the mean of clamped means would be another number.

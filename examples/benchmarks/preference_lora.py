@@ -52,6 +52,7 @@ from unseen import UNSEEN, House
 PAIRS = 64
 LORA = {  # for every run below, where it does not say otherwise
     "bf16": False,  # alike on every machine
+    "rpo_alpha": 0.0,  # the preference alone, so that losses can be compared
     "learning_rate": 1e-3,
     "max_steps": 120,
     "per_device_train_batch_size": 16,

@@ -177,13 +177,36 @@ def test_a_pair_does_not_depend_on_its_batch(name: str) -> None:
 
 
 def test_preferred_change_by_hand() -> None:
-    """The chosen image's error rose by 0.5 - 0.2 = 0.3, the rejected one's fell by 0.6 - 0.5 = 0.1."""
-    errors = Errors(*(double(*4 * [value]) for value in (0.5, 0.5, 0.2, 0.6)))
-    torch.testing.assert_close(preferred_change(errors, PREFERENCES), double(0.3, -0.1, 0.0, 0.15))
+    """The chosen image's error is e times as large, that of the rejected one divided by e squared."""
+    e = math.e
+    errors = Errors(*(double(*4 * [value]) for value in (0.2 * e, 0.6 / e**2, 0.2, 0.6)))
+    torch.testing.assert_close(preferred_change(errors, PREFERENCES), double(1.0, -2.0, 0.0, 0.5))
     # A fifth of the labels taken to be wrong: 0.8, 0.2, 0.5 and 0.65.
-    torch.testing.assert_close(preferred_change(errors, PREFERENCES, 0.2), double(0.18, -0.06, 0.0, 0.09))
+    torch.testing.assert_close(preferred_change(errors, PREFERENCES, 0.2), double(0.6, -1.2, 0.0, 0.3))
     without = replace(errors, reference_chosen=None, reference_rejected=None)
-    torch.testing.assert_close(preferred_change(without, PREFERENCES), double(0.5, 0.5, 0.0, 0.25))
+    chosen, rejected = math.log(0.2) + 1, math.log(0.6) - 2
+    torch.testing.assert_close(preferred_change(without, PREFERENCES), double(chosen, rejected, 0.0, chosen / 2))
+
+
+def test_preferred_change_is_a_likelihood() -> None:
+    """Half of it is the change of the negative log-likelihood of a value, as torch's own loss has it."""
+    target = torch.zeros(1, 64, dtype=torch.double)
+    values = [torch.randn(1, 64, dtype=torch.double) * size for size in (0.7, 1.3)]
+    errors = [value.square().mean(1) for value in values]
+    likelihoods = [
+        torch.nn.functional.gaussian_nll_loss(value, target, error[:, None].expand_as(value))
+        for value, error in zip(values, errors, strict=True)
+    ]
+    other = double(1.0)
+    change = preferred_change(Errors(errors[0], other, errors[1], other), 1.0)
+    torch.testing.assert_close(change / 2, (likelihoods[0] - likelihoods[1])[None])
+
+
+def test_preferred_change_does_not_depend_on_the_size_of_errors() -> None:
+    """A network whose errors are all a thousand times as large is pulled no harder."""
+    errors = random_errors()
+    larger = Errors(*(1000 * getattr(errors, field) for field in errors.__dataclass_fields__))
+    torch.testing.assert_close(preferred_change(larger, 0.9), preferred_change(errors, 0.9))
 
 
 def test_exchanged_images_and_labels_have_the_same_preferred_change() -> None:
