@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bt_hf import push_adapter
 from bt_hf.hub.card_sections import plain_line
+from bt_hf.hub.pairs import publishable_pairs
 from bt_hf.hub.privacy import check_text, plain_picture
 from hub_published import BASE, TASTE
 from hub_server import Hub
@@ -265,3 +266,16 @@ def test_pairs_go_out_as_columns_of_the_contract(
     assert b"secret" not in json.dumps({str(k): str(v) for k, v in (table.schema.metadata or {}).items()}).encode()
     assert not any(Image.open(io.BytesIO(cell["bytes"])).getexif() for cell in stored)
     assert b"secret" not in hub.everything()
+
+
+def test_clips_are_published_as_first_frames_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    clip = io.BytesIO()
+    frames[0].save(clip, "PNG", save_all=True, append_images=frames[1:])
+    still = io.BytesIO()
+    frames[1].save(still, "PNG")
+    rows = {"prompt": ["a"], "chosen": [{"bytes": clip.getvalue()}], "rejected": [{"bytes": still.getvalue()}]}
+    features = Features({"prompt": Value("string"), "chosen": ImageColumn(), "rejected": ImageColumn()})
+    published = publishable_pairs(Dataset.from_dict(rows, features=features))[0]
+    assert published["chosen"].n_frames == 1 and published["chosen"].getpixel((0, 0)) == (255, 0, 0)
+    assert "1 images of `pairs` are clips, of which the first frames are published" in caplog.text
