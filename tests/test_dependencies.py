@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Extras that each part of bt_hf may import from, beside the dependencies: the others do without.
-OPTIONAL = {"plots": ["plots"], "diffusion": ["diffusion"], "cli": ["diffusion"], "studio": ["studio"]}
+OPTIONAL = {
+    "plots": ["plots"],
+    "diffusion": ["diffusion"],
+    "cli": ["diffusion"],
+    "reward": ["search"],
+    "studio": ["studio"],
+}
 # Tools that `make floor` does without: no version of theirs meets a user.
 TOOLS = {
     *("build", "mypy", "ruff", "resvg-py", "mkdocs", "mkdocs-material", "mkdocstrings", "sentence-transformers"),

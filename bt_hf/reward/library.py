@@ -40,9 +40,9 @@ class Found:
 class ImageLibrary:
     """Embeddings of many images, with and without the adapter.
 
-    A library of `INDEXED_FROM` images or more is searched by FAISS, if that is installed (`pip install faiss-cpu`): an
-    exact index of inner products, which finds the same images in less time. It is built in memory at the first search
-    and holds a copy of the base's embeddings; saved folders are the same with and without it.
+    A library of `INDEXED_FROM` images or more is searched by FAISS, if that is installed: `pip install
+    'bt-hf[search]'`. Its exact index of inner products finds the same images in less time; it is built in memory at
+    the first search and holds a copy of the base's embeddings; saved folders are the same with and without it.
 
     Args:
         names: M names, such as file names.
