@@ -16,7 +16,7 @@ _POSITIVE = (
     "undesirable_weight",
 )
 # Chosen on training prompts of the emoji domain: a larger one keeps more of the captions, and learns less of a style.
-RPO_ALPHA = 1.5
+RPO_ALPHA = 0.5
 
 
 @dataclass

@@ -418,9 +418,10 @@ def guided(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) ->
     """Go from clicks only, by pairs of the pipeline's own drawings and by the reward's gradient."""
     nothing = {"drawing": None, "seconds": None}
     found: dict[str, list[dict[str, Any]]] = {"before": [studio.before(report, 0) | nothing] * len(tastes)}
-    found["**guided by the reward, from bare prompts**"] = [
-        report.run(f"{taste}, guided", partial(by_gradient, studio, taste)) for taste in tastes
-    ]
+    for name, options in {"": {}, ", anchor_weight=2": {"anchor_weight": 2.0}}.items():
+        found[f"**guided by the reward, from bare prompts{name}**"] = [
+            report.run(f"{taste}, guided{name}", partial(by_gradient, studio, taste, **options)) for taste in tastes
+        ]
     found["pairs drawn from prompts that name styles, too"] = [
         from_drawings(studio, report, taste, NAMED) for taste in tastes
     ]
@@ -468,10 +469,12 @@ def from_drawings(studio: Studio, report: Report, taste: str, templates: Sequenc
     return report.run(f"{taste}, {len(templates)} templates", measure)
 
 
-def by_gradient(studio: Studio, taste: str) -> dict[str, Any]:
+def by_gradient(studio: Studio, taste: str, **options: Any) -> dict[str, Any]:
     """Return the judgement after a LoRA that a reward of 64 clicks has guided, with CPU `seconds` of the training."""
     pipeline, scorer = studio.pipeline(), reward(taste)
-    config = RewardLoRAConfig(f"{studio.cache.name}/run", cache_dir=studio.cache.name, **QUIET, **GUIDED)
+    config = RewardLoRAConfig(
+        f"{studio.cache.name}/run", cache_dir=studio.cache.name, **{**QUIET, **GUIDED, **options}
+    )
     trainer = RewardLoRATrainer(pipeline, config, scorer, prompts_to_draw())
     trainer.remove_callback(PrinterCallback)
     began = time.process_time()
