@@ -277,5 +277,6 @@ def test_clips_are_published_as_first_frames_and_it_says_so(caplog: pytest.LogCa
     rows = {"prompt": ["a"], "chosen": [{"bytes": clip.getvalue()}], "rejected": [{"bytes": still.getvalue()}]}
     features = Features({"prompt": Value("string"), "chosen": ImageColumn(), "rejected": ImageColumn()})
     published = publishable_pairs(Dataset.from_dict(rows, features=features))[0]
-    assert published["chosen"].n_frames == 1 and published["chosen"].getpixel((0, 0)) == (255, 0, 0)
+    assert published["chosen"].n_frames == 1
+    assert published["chosen"].getpixel((0, 0)) == (255, 0, 0)
     assert "1 images of `pairs` are clips, of which the first frames are published" in caplog.text
