@@ -36,7 +36,7 @@ from tiny_trainers import QUIET, adapter, logged
 pytest_plugins = ["hub_fixtures"]
 PROMPTS = ["a red apple", "a boat", "a house", "a bird"]
 LAST = {"gradient_steps": 1, "renoisings": 2}  # DRaFT-LV
-all_pipelines = pytest.mark.parametrize("name", PIPELINES)
+all_pipelines = pytest.mark.parametrize("name", [name for name in PIPELINES if not name.startswith("wan")])
 
 
 def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

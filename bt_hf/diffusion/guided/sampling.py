@@ -45,7 +45,7 @@ class Sampler:
         channels_last: Memory format of what a UNet is given.
 
     Raises:
-        ValueError: The pipeline draws videos or can't be stopped on the way, or its VAE overflows in its dtype.
+        ValueError: The pipeline can't be stopped on the way, or its VAE overflows in its dtype.
     """
 
     def __init__(
@@ -67,11 +67,6 @@ class Sampler:
             torch.channels_last if channels_last and family.denoiser == "unet" else torch.contiguous_format
         )
         pipeline = family.pipeline
-        if family.task != "text-to-image":
-            raise ValueError(
-                f"{type(pipeline).__name__} draws videos, and a reward judges images: train on pairs of clips or of "
-                "single frames with `PreferenceLoRATrainer` instead."
-            )
         known = inspect.signature(pipeline.__call__).parameters
         if not hasattr(type(pipeline), "interrupt") or "callback_on_step_end" not in known:
             raise ValueError(

@@ -96,6 +96,11 @@ class RewardLoRATrainer(LoRATrainer):
         self.data_digest = digest_rows(prompts)
         self.family, self.base_name = loading.load_family(model, args.dtype, args.quantization_config)
         self.pipeline = self.family.pipeline
+        if self.family.task != "text-to-image":
+            raise ValueError(
+                f"{type(self.pipeline).__name__} draws videos, and a reward judges images: train on pairs of clips or "
+                "of single frames with `PreferenceLoRATrainer` instead."
+            )
         self.size = loading.training_size(self.family, args.resolution)
         self.schedule = self.family.schedule(self.size)
         self.encoder = PairEncoder(self.family, DiffusionCollator(self.size), False, args.device)
