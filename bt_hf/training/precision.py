@@ -1,8 +1,11 @@
 """Precision that a device computes in fastest."""
 
+import os
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from transformers import TrainingArguments
 
 
 def multiplies_bfloat16(use_cpu: bool = False) -> bool:
@@ -22,3 +25,15 @@ def multiplies_bfloat16(use_cpu: bool = False) -> bool:
     # PyTorch 2.6 has no list of capabilities yet; float32 is right there as well.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def take_precision(args: TrainingArguments) -> None:
+    """Let accelerate compute in the precision of `args`, whatever an earlier training of this process computed in.
+
+    accelerate keeps one precision for a process, and refuses another: a reward in float32 and then a preference LoRA
+    in bfloat16, whose configs were made before either, would not start.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = "bf16" if args.bf16 else "fp16" if args.fp16 else launched
+    if is_initialized() and not args.deepspeed and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()

@@ -26,6 +26,7 @@ from bt_hf.data.rows import as_stored
 from bt_hf.training.adapters import check_names, saved_shapes
 from bt_hf.training.dataloaders import eval_dataloader, train_dataloader, without_weight
 from bt_hf.training.first_step import FirstStep
+from bt_hf.training.precision import take_precision
 from bt_hf.training.publishing import PublishingTrainer
 from bt_hf.training.resume import Position, check_same_adapter, find_checkpoint
 from bt_hf.training.sharding import wrap_by_layer
@@ -58,6 +59,7 @@ class PreferenceTrainer(PublishingTrainer):
         self._padding_batch: dict[str, Any] | None = None
         self._user_metrics = compute_metrics
         check_run(kwargs["args"], kwargs.get("eval_dataset"), kwargs.get("optimizers", (None,))[0])
+        take_precision(kwargs["args"])
         super().__init__(compute_metrics=self._compute_metrics, **kwargs)
         self.label_names = ["preference", "weight"]  # gathered by the evaluation loop, beside the margins
         self.add_callback(Position())

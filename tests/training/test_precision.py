@@ -1,12 +1,17 @@
 """bfloat16 by itself where a device has it, and never against what was asked for."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from bt_hf import PreferenceLoRAConfig
+from bt_hf import BradleyTerryConfig, BradleyTerryTrainer, PreferenceLoRAConfig, PreferenceLoRATrainer
 from bt_hf.training.precision import multiplies_bfloat16
+from tiny_models import build as build_clip
+from tiny_models import red_pairs
+from tiny_pipelines import SIZE
+from tiny_pipelines import build as build_pipeline
 from tiny_trainers import adapter, make
 
 
@@ -63,3 +68,24 @@ def test_a_lora_trained_in_bfloat16_by_itself_is_one_of_float32(
     for name, value in weights["chosen"].items():
         assert torch.equal(value, weights["asked"][name])
     assert any(not torch.equal(value, weights["float32"][name]) for name, value in weights["chosen"].items())
+
+
+@pytest.mark.parametrize("configs", ["reward first", "drawing first"])
+@pytest.mark.parametrize("trainings", ["reward first", "drawing first"])
+def test_trainings_of_two_precisions_follow_one_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configs: str, trainings: str
+) -> None:
+    """Both configs are made before either trainer, as a script with its options at the top does."""
+    has(monkeypatch, True)
+    options = {"report_to": "none", "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    kinds = {"reward": BradleyTerryConfig, "drawing": partial(PreferenceLoRAConfig, resolution=SIZE[0])}
+    names = list(kinds) if configs == "reward first" else list(kinds)[::-1]
+    args = {name: kinds[name](str(tmp_path / name), **options) for name in names}
+    for name in list(kinds) if trainings == "reward first" else list(kinds)[::-1]:
+        if name == "reward":
+            model, processor = build_clip()
+            trainer = BradleyTerryTrainer(model, args[name], red_pairs(4), processing_class=processor)
+        else:
+            trainer = PreferenceLoRATrainer(build_pipeline("sd"), args[name], train_dataset=red_pairs(4))
+        assert trainer.accelerator.mixed_precision == ("no" if name == "reward" else "bf16")
+        trainer.train()
