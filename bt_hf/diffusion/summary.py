@@ -1,7 +1,7 @@
 """Sum a training up in one sentence: whether it learnt, what it cost, and whether to go on."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +14,23 @@ DRIFT = 0.02  # rise of the error of preferred images, as a share of the base's,
 
 
 class Summary(TrainerCallback):
-    """Log the sentence at the end of a training.
+    """Log a sentence at the end of a training.
+
+    Args:
+        summarise: Makes it from the log's entries and the number of steps; `None` where nothing was measured.
 
     Attributes:
         said: The sentence; `None` before the end, and where nothing was measured.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, summarise: Callable[[Sequence[Mapping[str, float]], int], str | None]) -> None:
+        self.summarise = summarise
         self.said: str | None = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.said = summarise(state.log_history, state.global_step)
+        self.said = self.summarise(state.log_history, state.global_step)
         if self.said is not None and state.is_world_process_zero:
             logger.info(self.said)
 

@@ -26,7 +26,7 @@ from bt_hf.diffusion.pair_loss import PairLoss, by_preference, error_changes
 from bt_hf.diffusion.quantization import check_unsharded
 from bt_hf.diffusion.rate import MarginRate
 from bt_hf.diffusion.reference import Reference, samples_come_again
-from bt_hf.diffusion.summary import Summary
+from bt_hf.diffusion.summary import Summary, summarise
 from bt_hf.diffusion.validation_images import Validation
 from bt_hf.hub.facts import digest_rows
 from bt_hf.metrics import preference_metrics
@@ -134,7 +134,7 @@ class PreferenceLoRATrainer(LoRATrainer):
         )
         self.add_callback(BeginCallback(self._begin))
         self.add_callback(against_base(self))
-        self.summary = Summary()
+        self.summary = Summary(summarise)
         self.add_callback(self.summary)
         self.guards = make_guards(args, eval_dataset) if args.guards else []
         own_schedule = optimizers == (None, None) and not self.is_deepspeed_enabled

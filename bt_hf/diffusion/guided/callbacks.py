@@ -1,18 +1,15 @@
 """Guard against reward hacking, and the sentence at the end of a guided training."""
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from bt_hf.diffusion.callbacks import Guard
-
-logger = logging.getLogger(__name__)
 
 _MEMORY = 10  # steps over which the mean distance forgets
 _FILE = "anchor.json"  # in each checkpoint
@@ -61,24 +58,6 @@ class AnchorGuard(Guard):
         file = Path(checkpoint) / _FILE
         if file.is_file():
             self._sum, self._weight, self.said = json.loads(file.read_text(encoding="utf-8"))
-
-
-class GuidedSummary(TrainerCallback):
-    """Log a sentence at the end of a training: how far reward and distance from the base have come.
-
-    Attributes:
-        said: The sentence; `None` before the end, and where nothing was logged.
-    """
-
-    def __init__(self) -> None:
-        self.said: str | None = None
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.said = summarise(state.log_history, state.global_step)
-        if self.said is not None and state.is_world_process_zero:
-            logger.info(self.said)
 
 
 def summarise(history: Sequence[Mapping[str, float]], steps: int) -> str | None:

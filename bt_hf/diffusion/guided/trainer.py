@@ -16,13 +16,14 @@ from bt_hf.diffusion.callbacks import BeginCallback, CollapseGuard
 from bt_hf.diffusion.collator import Batch, DiffusionCollator
 from bt_hf.diffusion.encoder import PairEncoder
 from bt_hf.diffusion.errors import seeded_generator
-from bt_hf.diffusion.guided.callbacks import AnchorGuard, GuidedSummary
+from bt_hf.diffusion.guided.callbacks import AnchorGuard, summarise
 from bt_hf.diffusion.guided.card import guided_facts, write_guided_card
 from bt_hf.diffusion.guided.config import RewardLoRAConfig
 from bt_hf.diffusion.guided.prompts import Prompts, cache_prompts, list_prompts
 from bt_hf.diffusion.guided.rewards import Reward, RewardScale, check_reward, values_and_gradients
 from bt_hf.diffusion.guided.sampling import Sampler, Unfinished
 from bt_hf.diffusion.lora_trainer import LoRATrainer
+from bt_hf.diffusion.summary import Summary
 from bt_hf.diffusion.validation_images import Validation
 from bt_hf.hub.facts import digest_rows
 from bt_hf.training.arguments import check_arguments
@@ -132,7 +133,7 @@ class RewardLoRATrainer(LoRATrainer):
             )
         self.scale: RewardScale | None = None
         self.add_callback(BeginCallback(self._begin))
-        self.summary = GuidedSummary()
+        self.summary = Summary(summarise)
         self.add_callback(self.summary)
         self.anchor_guard = AnchorGuard(args.max_anchor or float("inf"), self.accelerator.gather)
         self.guards = [self.anchor_guard, CollapseGuard()] if args.guards else []
