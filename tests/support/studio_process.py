@@ -88,12 +88,17 @@ class Studios:
 
 
 def end(pid: int, how: int = signal.SIGKILL) -> None:
-    """End a server that `Studios` has started, and wait until the system has taken its files and port back."""
-    place = Path(f"/proc/{pid}")
+    """End a server that `Studios` has started, and wait until the system has taken its files and port back.
+
+    An interrupt just as a server starts may be lost on the way from Python's handler to that of uvicorn: like a person
+    at a terminal, this sends another one.
+    """
+    place, again = Path(f"/proc/{pid}"), 0.0
     try:
-        if b"studio_process.py" in (place / "cmdline").read_bytes():
-            os.kill(pid, how)
         while b"studio_process.py" in (place / "cmdline").read_bytes():
+            if time.monotonic() > again:
+                os.kill(pid, how)
+                again = time.monotonic() + 10
             time.sleep(0.005)
     except (FileNotFoundError, ProcessLookupError):
         pass
