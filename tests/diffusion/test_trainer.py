@@ -146,7 +146,7 @@ def test_the_defaults_learn_in_every_family(family: str, tmp_path: Path) -> None
     Not so the loss of random UNets, whose margins swing at the rate that they get in so few steps.
     """
     pairs = red_pairs(8)
-    options = {"learning_rate": None, "warmup_steps": 2, "max_steps": 12, "num_eval_noise_samples": 2}
+    options = {"learning_rate": None, "warmup_steps": 2, "max_steps": 40, "num_eval_noise_samples": 2}
     trainer = make(tmp_path, family, pairs=pairs, evaluation=pairs, **options)
     assert trainer.args.rpo_alpha > 0
     before = trainer.evaluate()
