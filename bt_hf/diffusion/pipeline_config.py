@@ -55,7 +55,8 @@ class PipelineConfig(PreferenceConfig):
         default=None, metadata={"help": "Side of the square that images are cropped to; by default the model's own."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where that file goes; by default beside the cache of datasets."}
+        default=None,
+        metadata={"help": "Folder of the cache of encoded images and prompts; by default beside that of datasets."},
     )
     channels_last: bool = field(
         default=True,

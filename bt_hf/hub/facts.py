@@ -289,6 +289,7 @@ def schedule_options(trainer: Trainer, rows: str = "pairs") -> dict[str, Option]
         "gradient accumulation": args.gradient_accumulation_steps,
         "peak learning rate": args.learning_rate,
         "schedule": SchedulerType(args.lr_scheduler_type).value,
+        "mixed precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else None,
     }
 
 

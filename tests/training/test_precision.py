@@ -63,6 +63,8 @@ def test_a_lora_trained_in_bfloat16_by_itself_is_one_of_float32(
         trainer.train()
         trainer.save_model()
         weights[name] = adapter(tmp_path / name / "out")
+        card = (tmp_path / name / "out" / "README.md").read_text()
+        assert ("mixed precision" in card and "bfloat16" in card) == (name != "float32")
     assert "Computing in bfloat16" in caplog.text
     assert all(value.dtype == torch.float32 for value in weights["chosen"].values())
     for name, value in weights["chosen"].items():
