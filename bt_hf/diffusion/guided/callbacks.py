@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from bt_hf.diffusion.callbacks import Guard
 
 _MEMORY = 10  # steps over which the mean distance forgets
+_LITTLE = 0.5  # spreads of the base's rewards, up to which a gain may be chance
 _FILE = "anchor.json"  # in each checkpoint
 
 
@@ -71,6 +72,8 @@ def summarise(history: Sequence[Mapping[str, float]], steps: int) -> str | None:
         >>> base = {"step": 0, "reward_base": 1.0, "reward_spread": 0.5}
         >>> summarise([base, {"step": 90, "reward": 2.0, "anchor": 0.01}], 90)
         'Reward 1 -> 2 (+2.0 spreads of the base), at a distance of 0.01 from the base.'
+        >>> summarise([base, {"step": 90, "reward": 0.9, "anchor": 0.01}], 90).partition("; ")[2]
+        'it has learnt little: more steps or a smaller `anchor_weight` may help.'
     """
     base = next((entry for entry in history if "reward_base" in entry), None)
     found = [entry for entry in history if "reward" in entry]
@@ -79,7 +82,8 @@ def summarise(history: Sequence[Mapping[str, float]], steps: int) -> str | None:
     recent = [entry for entry in found if entry["step"] > 0.8 * steps] or found[-1:]
     reward, anchor = (float(np.mean([entry[name] for entry in recent])) for name in ("reward", "anchor"))
     gain = (reward - base["reward_base"]) / base["reward_spread"]
+    advice = "" if gain > _LITTLE else "; it has learnt little: more steps or a smaller `anchor_weight` may help"
     return (
         f"Reward {base['reward_base']:.3g} -> {reward:.3g} ({gain:+.1f} spreads of the base), at a distance of "
-        f"{anchor:.2g} from the base."
+        f"{anchor:.2g} from the base{advice}."
     )
