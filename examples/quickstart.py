@@ -37,7 +37,7 @@ from bt_hf.plots import (
     plot_reliability,
     plot_training_curve,
 )
-from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, fast_precision, load_emoji
 from judge import JUDGE_FOLDER, Judge
 from taste import preference_pairs
 
@@ -151,7 +151,7 @@ def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
     # Turned up, it asks for the taste before the caption: all drawings of a prompt show the same thing.
     scorer = PreferenceScorer.from_pretrained(args.output_dir)
     scorer.set_scale(8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_precision():
         pairs = generate_preference_pairs(
             str(DIFFUSION_FOLDER),
             prompts,
@@ -189,7 +189,7 @@ def learn_to_draw(args: argparse.Namespace, folder: Path) -> None:
         pipeline.set_progress_bar_config(disable=True)
         if name == "after":
             pipeline.load_lora_weights(folder)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             images = pipeline(held_out, generator=torch.Generator().manual_seed(0), **DRAWING).images
         found = judge.style_probabilities(images).argmax(1)
         shares[name] = [(found == index).float().mean().item() for index in range(len(STYLES))]

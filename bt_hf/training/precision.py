@@ -1,11 +1,14 @@
 """Precision that a device computes in fastest."""
 
+import logging
 import os
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def multiplies_bfloat16(use_cpu: bool = False) -> bool:
@@ -35,5 +38,7 @@ def take_precision(args: TrainingArguments) -> None:
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = "bf16" if args.bf16 else "fp16" if args.fp16 else launched
+    if wanted == "bf16" and args.device.type == "cpu" and not multiplies_bfloat16(use_cpu=True):
+        logger.warning("This CPU emulates bfloat16, which is many times slower than float32: leave `bf16` out here.")
     if is_initialized() and not args.deepspeed and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()

@@ -43,7 +43,7 @@ from bt_hf import (
     generate_preference_pairs,
 )
 from bt_hf.cli.lora import unpair
-from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, fast_precision, load_emoji
 from judge import JUDGE_FOLDER, Judge
 from results import Report, make_parser
 from taste import preference_pairs
@@ -66,7 +66,7 @@ GUIDED = {  # chosen on training prompts
     "num_inference_steps": 10,
     "gradient_steps": 6,
     "guidance_scale": 3.0,
-    "bf16": True,
+    "bf16": False,
 }
 NAMED = ["{prompt}", *(f"{{prompt}}, {style}" for style in STYLE_NAMES.values())]
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "height": 64, "width": 64}
@@ -120,7 +120,7 @@ class Studio:
         for start in range(0, len(prompts), 48):
             chunk = prompts[start : start + 48]
             generators = [torch.Generator().manual_seed(10_000 * seed + start + i) for i in range(len(chunk))]
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_precision():
                 images += pipeline(chunk, generator=generators, **DRAWING).images
         return images
 
@@ -451,7 +451,7 @@ def from_drawings(studio: Studio, report: Report, taste: str, templates: Sequenc
 
     def measure() -> dict[str, Any]:
         scorer, began = reward(taste), time.process_time()
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             pairs = generate_preference_pairs(
                 studio.pipeline(),
                 prompts_to_draw(),

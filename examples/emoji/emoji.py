@@ -6,7 +6,10 @@
 import json
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
+
+from bt_hf.training.precision import multiplies_bfloat16
 
 FOLDER = Path(__file__).parent
 STYLES = ("noto", "twemoji", "fluent", "fluent_3d", "mono")
@@ -36,3 +39,11 @@ def load_emoji(split: str | None = None) -> Dataset:
     concepts = set(splits[split] if split else sum(splits.values(), []))
     keys = zip(emoji["concept"], map(STYLES.index, emoji["style"]), range(len(emoji)), strict=True)
     return emoji.select([row for concept, _, row in sorted(keys) if concept in concepts])
+
+
+def fast_precision() -> torch.autocast:
+    """Return a context that computes in bfloat16 if the CPU multiplies in it natively, and else in float32.
+
+    A CPU that emulates bfloat16 is many times slower in it.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(use_cpu=True))

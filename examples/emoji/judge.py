@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
-from emoji import DIFFUSION_FOLDER, FOLDER, STYLES
+from emoji import DIFFUSION_FOLDER, FOLDER, STYLES, fast_precision
 from pretrain_clip import EmojiCorpus, augment
 
 JUDGE_FOLDER = FOLDER / "judge"
@@ -248,7 +248,7 @@ def train(corpus: EmojiCorpus, steps: int, concepts: int, learning_rate: float) 
         pixels = some(0.6, augment(pixels), pixels)
         pixels = some(0.75, degrade(pixels), pixels)
         texts = [corpus.bare_caption(concept) for concept in range(len(corpus))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             style, images = model(pixels)
             captions = model.embed_captions(texts)
         style_loss = F.cross_entropy(style.float(), styles)

@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from emoji import CLIP_FOLDER, STYLE_NAMES, STYLES, load_emoji
+from emoji import CLIP_FOLDER, STYLE_NAMES, STYLES, fast_precision, load_emoji
 
 CONTEXT_LENGTH = 32
 # The first template of each list is the one that the figures below are measured with.
@@ -204,7 +204,7 @@ def pretrain(
         texts = [corpus.bare_caption(concept) for concept in drawn]
         texts += [corpus.styled_caption(concept, style) for concept in batch for style in range(len(STYLES))]
         tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             output = model(pixel_values=pixels, **tokens)
             scale = model.logit_scale.exp().clamp(max=100).sqrt()
             images, captions = output.image_embeds * scale, output.text_embeds * scale

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, get_cosine_schedule_with_warmup, set_seed
 
-from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, load_emoji
+from emoji import CLIP_FOLDER, DIFFUSION_FOLDER, STYLE_NAMES, STYLES, fast_precision, load_emoji
 from pretrain_clip import EmojiCorpus, augment
 
 LATENT_CHANNELS = 8
@@ -113,7 +113,7 @@ def pretrain_vae(
     for step in progress:
         batch = augment(pixels[torch.randint(len(pixels), (batch_size,))].float() / 255) * 2 - 1
         batch = batch.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             posterior = model.encode(batch).latent_dist
             decoded = model.decode(posterior.sample()).sample.float()
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
@@ -141,7 +141,7 @@ def encode_corpus(vae: AutoencoderKL, corpus: EmojiCorpus, copies: int) -> torch
         for chunk in pixels.split(256):
             images = chunk.float() / 255
             images = images if copy == 0 else augment(images)
-            with torch.autocast("cpu", torch.bfloat16):
+            with fast_precision():
                 moved.append(vae.encode(images * 2 - 1).latent_dist.parameters.float())
         latents.append(torch.cat(moved))
     return torch.stack(latents)
@@ -239,7 +239,7 @@ def sample_sheet(folder: Path, path: Path, guidance_scale: float = 3.0) -> None:
     images = []
     for start in range(0, len(prompts), 33):
         generator = torch.Generator().manual_seed(start)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             images += pipeline(
                 prompts[start : start + 33],
                 num_inference_steps=25,

@@ -40,7 +40,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
 
 from captions import Captions, Drawings
-from emoji import STYLES, load_emoji
+from emoji import STYLES, fast_precision, load_emoji
 from evaluate_base import BASE, Encoder, evaluate, report
 from pretrain_clip import train_tokenizer
 from tower import WIDTH, compute_features, fetch_package, image_processor, load_tower
@@ -173,7 +173,7 @@ class Pretraining:
         own = len(rows)
         rows += random.sample(range(len(self.features)), OTHERS)
         same_name, fits = self.captions.fitting(of, list(told), rows)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_precision():
             embedded = self.model.embed_texts(tokens, self.tokenizer.pad_token_id)
             # All drawings of a step lose the same features, which is far cheaper.
             kept = F.dropout(torch.ones(self.features.shape[1]), 0.1).bfloat16()

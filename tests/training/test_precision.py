@@ -91,3 +91,17 @@ def test_trainings_of_two_precisions_follow_one_another(
             trainer = PreferenceLoRATrainer(build_pipeline("sd"), args[name], train_dataset=red_pairs(4))
         assert trainer.accelerator.mixed_precision == ("no" if name == "reward" else "bf16")
         trainer.train()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("asked", ["the config", "the launcher", "nobody"])
+def test_bfloat16_that_the_cpu_emulates_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, native: bool, asked: str
+) -> None:
+    monkeypatch.setattr("bt_hf.training.precision.multiplies_bfloat16", lambda use_cpu: native)
+    if asked == "the launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    model, processor = build_clip()
+    args = BradleyTerryConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=asked == "the config")
+    BradleyTerryTrainer(model, args, red_pairs(4), processing_class=processor)
+    assert ("emulates bfloat16" in caplog.text) == (asked != "nobody" and not native)
