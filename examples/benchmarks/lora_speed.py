@@ -6,9 +6,10 @@
 The pipeline is random and of the layout of Stable Diffusion: a UNet of 71 M parameters, images of 256 px, 4 pairs a
 step, a LoRA of rank 8. The first row stands for a training script such as diffusers' own for Diffusion-DPO: the
 formula of the paper in float32, with images and prompts encoded at every step (`straight_loop` of `lora_step.py`).
-Every row below keeps what the rows above it have brought. They take turns of a few steps, and medians are compared.
-What is spent once, before the first step or in it, is printed by itself, with how long it takes to earn it back. Each
-part writes `docs/results/lora_speed_PART.json`.
+Every row below keeps what the rows above it have brought, that of bf16 only where the device multiplies in it
+natively; the other parts are in bf16 only there. Rows take turns of a few steps, and medians are compared. What is spent once,
+before the first step or in it, is printed by itself, with how long it takes to earn it back. Each part writes
+`docs/results/lora_speed_PART.json`.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def things(
     }
     chosen: dict[str, Any] = {}
     for name, more in rows.items():
-        if not ("torch_compile" in more and args.no_compile):
+        left_out = args.no_compile and "torch_compile" in more or more.get("bf16") and not timing.BF16
+        if not left_out:
             chosen = chosen | more
             builds[name] = partial(train, model, pairs, scratch, **options(**chosen))
     turns, building = timing.build(builds)
@@ -101,7 +103,7 @@ def once(
     costs = [
         ("encoding, against the straight loop", encoding, ENCODED, STRAIGHT),
         (f"errors of the base for {DRAWS} noise samples, against new noise", errors, KNOWN, above[KNOWN]),
-        ("both, and channels-last and bf16, against the straight loop", encoding + errors, KNOWN, STRAIGHT),
+        ("both, and the other rows up to there, against the straight loop", encoding + errors, KNOWN, STRAIGHT),
     ]
     if COMPILED in turns:
         costs.append(("compiling", turns[COMPILED].first - seconds[COMPILED], COMPILED, above[COMPILED]))
@@ -138,27 +140,27 @@ def sweep(
 def batch(report: Report, model: Path, scratch: Path, args: argparse.Namespace) -> None:
     """Compare pairs a step."""
     counts = {f"{count} pairs a step": count for count in (1, 4, 16)}
-    rows = {name: {"pairs": count, "bf16": True} for name, count in counts.items()}
-    sweep(report, model, scratch, args, "Pairs a step, bf16", rows, counts)
+    rows = {name: {"pairs": count, "bf16": timing.BF16} for name, count in counts.items()}
+    sweep(report, model, scratch, args, f"Pairs a step, {timing.PRECISION}", rows, counts)
 
 
 def size(report: Report, model: Path, scratch: Path, args: argparse.Namespace) -> None:
     """Compare resolutions."""
-    rows = {f"{side} px": {"pairs": 2, "bf16": True, "resolution": side} for side in (128, 256, 384)}
-    sweep(report, model, scratch, args, "Resolution, 2 pairs a step, bf16", rows, 2, "256 px")
+    rows = {f"{side} px": {"pairs": 2, "bf16": timing.BF16, "resolution": side} for side in (128, 256, 384)}
+    sweep(report, model, scratch, args, f"Resolution, 2 pairs a step, {timing.PRECISION}", rows, 2, "256 px")
 
 
 def rank(report: Report, model: Path, scratch: Path, args: argparse.Namespace) -> None:
     """Compare ranks of the LoRA."""
-    rows = {f"rank {value}": {"bf16": True, "lora_r": value} for value in (4, 8, 32, 128)}
-    sweep(report, model, scratch, args, f"Rank, {PAIRS} pairs a step, bf16", rows, reference="rank 8")
+    rows = {f"rank {value}": {"bf16": timing.BF16, "lora_r": value} for value in (4, 8, 32, 128)}
+    sweep(report, model, scratch, args, f"Rank, {PAIRS} pairs a step, {timing.PRECISION}", rows, reference="rank 8")
 
 
 def arguments(report: Report, model: Path, scratch: Path, args: argparse.Namespace) -> None:
     """Compare options of TrainingArguments, each alone: most of them save memory, not time."""
     rows: dict[str, dict[str, Any]] = {
         "the trainer's defaults, fp32": {},
-        "bf16": {"bf16": True},
+        **({"bf16": {"bf16": True}} if timing.BF16 else {}),
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "optim adamw_torch (not fused)": {"optim": "adamw_torch"},
         "optim adafactor": {"optim": "adafactor"},

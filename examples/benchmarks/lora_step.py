@@ -362,7 +362,7 @@ def main() -> None:
             if options.memory:
                 compare_memory(report, options.model)
             else:
-                for bf16 in (False, True):
+                for bf16 in (False, True) if timing.BF16 else (False,):
                     compare(report, options.model, bf16)
 
 

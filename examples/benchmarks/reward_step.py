@@ -153,7 +153,7 @@ def arguments(report: Report, args: argparse.Namespace) -> None:
     pairs = preference_pairs("fluent", STEPS * BATCH)
     alone: dict[str, dict[str, Any]] = {
         f"{name}, the trainer's defaults, fp32": {},
-        "bf16": {"bf16": True},
+        **({"bf16": {"bf16": True}} if timing.BF16 else {}),
         "gradient_checkpointing": {"gradient_checkpointing": True},
         "torch_compile": {"torch_compile": True},
         "optim adamw_torch (not fused)": {"optim": "adamw_torch"},
