@@ -7,9 +7,9 @@ The pipeline is random and of the layout of Stable Diffusion: a UNet of 71 M par
 step, a LoRA of rank 8. The first row stands for a training script such as diffusers' own for Diffusion-DPO: the
 formula of the paper in float32, with images and prompts encoded at every step (`straight_loop` of `lora_step.py`).
 Every row below keeps what the rows above it have brought, that of bf16 only where the device multiplies in it
-natively; the other parts are in bf16 only there. Rows take turns of a few steps, and medians are compared. What is spent once,
-before the first step or in it, is printed by itself, with how long it takes to earn it back. Each part writes
-`docs/results/lora_speed_PART.json`.
+natively; the other parts are in bf16 only there. Rows take turns of a few steps, and medians are compared. What is
+spent once, before the first step or in it, is printed by itself, with how long it takes to earn it back. Each part
+writes `docs/results/lora_speed_PART.json`.
 """
 
 import argparse
