@@ -76,7 +76,6 @@ PART_TASTES = {
     "beta": SOME,
     "draws": ("fluent", "mono"),
     "rate": ("mono",),
-    "guided": SOME[1:],
     "frontier": SOME,
 }  # others: all five
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
@@ -244,7 +243,7 @@ def main() -> None:
         "--tastes",
         nargs="+",
         choices=STYLES,
-        help="by default all five; of losses, beta, draws, rate, guided and frontier fewer",
+        help="by default all five; of losses, beta, draws, rate and frontier fewer",
     )
     parser.add_argument("--seeds", type=int, default=3, help="people for each taste in part taste; the others ask one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")
@@ -418,10 +417,9 @@ def guided(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) ->
     """Go from clicks only, by pairs of the pipeline's own drawings and by the reward's gradient."""
     nothing = {"drawing": None, "seconds": None}
     found: dict[str, list[dict[str, Any]]] = {"before": [studio.before(report, 0) | nothing] * len(tastes)}
-    for name, options in {"": {}, ", anchor_weight=2": {"anchor_weight": 2.0}}.items():
-        found[f"**guided by the reward, from bare prompts{name}**"] = [
-            report.run(f"{taste}, guided{name}", partial(by_gradient, studio, taste, **options)) for taste in tastes
-        ]
+    found["**guided by the reward, from bare prompts**"] = [
+        report.run(f"{taste}, guided", partial(by_gradient, studio, taste)) for taste in tastes
+    ]
     found["pairs drawn from prompts that name styles, too"] = [
         from_drawings(studio, report, taste, NAMED) for taste in tastes
     ]
@@ -469,12 +467,10 @@ def from_drawings(studio: Studio, report: Report, taste: str, templates: Sequenc
     return report.run(f"{taste}, {len(templates)} templates", measure)
 
 
-def by_gradient(studio: Studio, taste: str, **options: Any) -> dict[str, Any]:
+def by_gradient(studio: Studio, taste: str) -> dict[str, Any]:
     """Return the judgement after a LoRA that a reward of 64 clicks has guided, with CPU `seconds` of the training."""
     pipeline, scorer = studio.pipeline(), reward(taste)
-    config = RewardLoRAConfig(
-        f"{studio.cache.name}/run", cache_dir=studio.cache.name, **{**QUIET, **GUIDED, **options}
-    )
+    config = RewardLoRAConfig(f"{studio.cache.name}/run", cache_dir=studio.cache.name, **QUIET, **GUIDED)
     trainer = RewardLoRATrainer(pipeline, config, scorer, prompts_to_draw())
     trainer.remove_callback(PrinterCallback)
     began = time.process_time()
