@@ -27,8 +27,8 @@ class PipelineConfig(PreferenceConfig):
     max_steps: int = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Optimizer steps: 400 by default from pairs and 200 guided by a reward, unless `num_train_epochs` is "
-            "given."
+            "help": "Optimizer steps, by default 400 from pairs and 200 guided by a reward, unless `num_train_epochs` "
+            "is given."
         },
     )
     num_train_epochs: float = field(  # type: ignore[assignment]
