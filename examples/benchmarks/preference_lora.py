@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from transformers.trainer_callback import PrinterCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "emoji"))
+import lora_speed
 import timing
 from bt_hf import (
     BradleyTerryConfig,
@@ -76,6 +77,7 @@ PART_TASTES = {
     "beta": SOME,
     "draws": ("fluent", "mono"),
     "rate": ("mono",),
+    "larger": ("fluent_3d",),
     "frontier": SOME,
 }  # others: all five
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
@@ -395,6 +397,37 @@ def unseen(studio: Studio, name: str) -> list[float]:
     return [*shares, ceiling, *captions]
 
 
+def larger(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Train with the defaults on the random network of lora_speed.py: do they diverge at another size?"""
+
+    def measure() -> list[list[float]]:
+        with tempfile.TemporaryDirectory() as folder:
+            lora_speed.save_pipeline(Path(folder))
+            options = QUIET | {
+                "logging_strategy": "steps",
+                "resolution": lora_speed.SIZE,
+                "max_steps": 40,
+                "bf16": False,
+            }
+            config = PreferenceLoRAConfig(f"{folder}/run", cache_dir=f"{folder}/cache", **options)
+            trainer = PreferenceLoRATrainer(folder, config, train_dataset=preference_pairs(tastes[0], PAIRS))
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "margin" in entry]
+        return [
+            [
+                *(entry[name] for name in ("step", "loss", "margin")),
+                100 * entry["winner_error_change"] / entry["winner_error_base"],
+                entry["learning_rate"],
+            ]
+            for entry in logs
+        ]
+
+    rows = [(f"step {step}", *values) for step, *values in report.run(f"{tastes[0]}, 71 M", measure)]
+    columns = ["loss", "margin", "error of preferred images, % above the base's", "learning rate"]
+    report.table("log", "40 steps with the defaults on a random UNet of 71 M parameters", columns, rows, ".3g")
+
+
 def loop(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
     """Go from clicks only: 64 clicks -> reward -> pairs of the pipeline's own drawings -> LoRA."""
     found: dict[str, list[dict[str, Any]]] = {"before": [studio.before(report, 0)] * len(tastes)}
@@ -502,6 +535,7 @@ PARTS: dict[str, Callable[[Studio, Report, Sequence[str], int], None]] = {
     "guided": guided,
     "defaults": defaults,
     "frontier": frontier,
+    "larger": larger,
 }
 
 
