@@ -178,4 +178,5 @@ def serve(studio: Studio, listening: socket.socket, browser: bool, say: Callable
     try:
         uvicorn.Server(config).run(sockets=[listening])
     finally:
+        say("Closing, once the work in the background has come to a stop; Ctrl-C again does not wait for it.")
         studio.close()

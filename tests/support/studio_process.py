@@ -90,8 +90,8 @@ class Studios:
 def end(pid: int, how: int = signal.SIGKILL) -> None:
     """End a server that `Studios` has started, and wait until the system has taken its files and port back.
 
-    An interrupt just as a server starts may be lost on the way from Python's handler to that of uvicorn: like a person
-    at a terminal, this sends another one.
+    Interrupted as it begins, a server first waits for its background work, on a busy machine for long: like a person
+    at a terminal, this then sends another interrupt.
     """
     place, again = Path(f"/proc/{pid}"), 0.0
     try:
