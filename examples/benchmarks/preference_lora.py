@@ -78,6 +78,7 @@ PART_TASTES = {
     "draws": ("fluent", "mono"),
     "rate": ("mono",),
     "larger": ("fluent_3d",),
+    "guided": SOME[1:],
     "frontier": SOME,
 }  # others: all five
 QUIET = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
@@ -245,7 +246,7 @@ def main() -> None:
         "--tastes",
         nargs="+",
         choices=STYLES,
-        help="by default all five; of losses, beta, draws, rate and frontier fewer",
+        help="by default all five; of losses, beta, draws, rate, guided and frontier fewer",
     )
     parser.add_argument("--seeds", type=int, default=3, help="people for each taste in part taste; the others ask one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")
@@ -450,9 +451,10 @@ def guided(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) ->
     """Go from clicks only, by pairs of the pipeline's own drawings and by the reward's gradient."""
     nothing = {"drawing": None, "seconds": None}
     found: dict[str, list[dict[str, Any]]] = {"before": [studio.before(report, 0) | nothing] * len(tastes)}
-    found["**guided by the reward, from bare prompts**"] = [
-        report.run(f"{taste}, guided", partial(by_gradient, studio, taste)) for taste in tastes
-    ]
+    for name, options in {"": {}, ", anchor_weight=2": {"anchor_weight": 2.0}}.items():
+        found[f"**guided by the reward, from bare prompts{name}**"] = [
+            report.run(f"{taste}, guided{name}", partial(by_gradient, studio, taste, **options)) for taste in tastes
+        ]
     found["pairs drawn from prompts that name styles, too"] = [
         from_drawings(studio, report, taste, NAMED) for taste in tastes
     ]
@@ -464,6 +466,19 @@ def guided(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) ->
     title = "From clicks to images, with and without drawn pairs: share of the preferred style"
     columns = [*STYLES, "mean", "caption", "both", "CPU seconds of drawing", "of training"]
     report.table("styles", title, columns, rows, [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f", ".0f", ".0f"])
+
+
+def clicks(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
+    """Go from clicks only, by the reward's gradient: all tastes."""
+    before = [studio.before(report, 0)] * len(tastes)
+    after = [report.run(f"{taste}, guided", partial(by_gradient, studio, taste)) for taste in tastes]
+    rows = []
+    for split in studio.prompts:
+        rows.append(tastes_row(f"{SPLIT_NAMES[split]} prompts, before", before, tastes, split))
+        rows.append(tastes_row(f"**{SPLIT_NAMES[split]} prompts, after**", after, tastes, split))
+    title = "From 64 clicks, guided by the reward: share of the preferred style"
+    formats = [*[".2f"] * (len(STYLES) + 1), ".3f", ".2f"]
+    report.table("styles", title, [*STYLES, "mean", "caption", "both"], rows, formats)
 
 
 def costs(results: Sequence[Mapping[str, float]]) -> list[float | None]:
@@ -500,10 +515,12 @@ def from_drawings(studio: Studio, report: Report, taste: str, templates: Sequenc
     return report.run(f"{taste}, {len(templates)} templates", measure)
 
 
-def by_gradient(studio: Studio, taste: str) -> dict[str, Any]:
+def by_gradient(studio: Studio, taste: str, **options: Any) -> dict[str, Any]:
     """Return the judgement after a LoRA that a reward of 64 clicks has guided, with CPU `seconds` of the training."""
     pipeline, scorer = studio.pipeline(), reward(taste)
-    config = RewardLoRAConfig(f"{studio.cache.name}/run", cache_dir=studio.cache.name, **QUIET, **GUIDED)
+    config = RewardLoRAConfig(
+        f"{studio.cache.name}/run", cache_dir=studio.cache.name, **{**QUIET, **GUIDED, **options}
+    )
     trainer = RewardLoRATrainer(pipeline, config, scorer, prompts_to_draw())
     trainer.remove_callback(PrinterCallback)
     began = time.process_time()
@@ -533,6 +550,7 @@ PARTS: dict[str, Callable[[Studio, Report, Sequence[str], int], None]] = {
     "draws": draws,
     "loop": loop,
     "guided": guided,
+    "clicks": clicks,
     "defaults": defaults,
     "frontier": frontier,
     "larger": larger,
