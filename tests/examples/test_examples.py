@@ -1,5 +1,6 @@
 """The embedded default: what its data promise, what its base can see, and that the demo runs."""
 
+import ast
 import json
 import runpy
 import sys
@@ -87,6 +88,26 @@ def test_pipeline_of_the_emoji_domain_draws_in_the_style_that_is_named() -> None
     images = pipeline(prompts, generator=torch.Generator().manual_seed(0), **options).images
     styles = Judge.from_pretrained(JUDGE_FOLDER).eval().style_probabilities(images).argmax(1)
     assert (styles == 4).float().mean() > 0.7  # bare captions: about a fifth
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_drawing_is_in_bfloat16_only_where_that_is_fast(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    import torch
+
+    import emoji
+
+    monkeypatch.setattr(emoji, "multiplies_bfloat16", lambda use_cpu: native)
+    with emoji.fast_precision():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if native else torch.float32)
+
+
+def test_no_example_computes_in_bfloat16_whatever_the_cpu() -> None:
+    """Each context of mixed precision is told when it is on."""
+    for script in EXAMPLES.rglob("*.py"):
+        for call in ast.walk(ast.parse(script.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "autocast":
+                assert "enabled" in {word.arg for word in call.keywords}, f"{script}, line {call.lineno}"
 
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
