@@ -1,7 +1,7 @@
 """Options of `PreferenceLoRATrainer`."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from bt_hf.diffusion.pipeline_config import PipelineConfig, check_positive, positive
 from bt_hf.training.config import PreferenceConfig
@@ -15,9 +15,8 @@ _POSITIVE = (
     "desirable_weight",
     "undesirable_weight",
 )
-# Chosen on training prompts of the emoji domain, with the steps below: a larger one keeps more of the captions, and
-# learns less of a style. 200 steps with twice of it draw less of a style, for as many captions.
-RPO_ALPHA = 0.25
+# Chosen on training prompts of the emoji domain: a larger one keeps more of the captions, and learns less of a style.
+RPO_ALPHA = 0.5
 
 
 @dataclass
@@ -40,7 +39,6 @@ class PreferenceLoRAConfig(PipelineConfig):
         'dpo'
     """
 
-    default_steps: ClassVar[int] = 400
     # None only stands for an option that is not given: `__post_init__` replaces it.
     learning_rate: float = field(  # type: ignore[assignment]
         default=None,

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from bt_hf.diffusion.quantization import read_quantization
 from bt_hf.training.config import PreferenceConfig
@@ -22,14 +22,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class PipelineConfig(PreferenceConfig):
     """`PreferenceConfig` with the pipeline's numbers and size, the cache of its encoders, and validation images."""
 
-    default_steps: ClassVar[int] = 200
     # None only stands for an option that is not given: `__post_init__` replaces it.
     max_steps: int = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Optimizer steps, by default 400 from pairs and 200 guided by a reward, unless `num_train_epochs` "
-            "is given."
-        },
+        default=None, metadata={"help": "Optimizer steps: 200 by default, unless `num_train_epochs` is given."}
     )
     num_train_epochs: float = field(  # type: ignore[assignment]
         default=None, metadata={"help": "How often each row is seen, if `max_steps` is not given."}
@@ -85,7 +80,7 @@ class PipelineConfig(PreferenceConfig):
     def __post_init__(self) -> None:
         self.warn_of_two_lengths()
         if self.max_steps is None:
-            self.max_steps = self.default_steps if self.num_train_epochs is None else -1
+            self.max_steps = 200 if self.num_train_epochs is None else -1
         if self.num_train_epochs is None:
             self.num_train_epochs = 3.0  # as in `TrainingArguments`
         if isinstance(self.validation_prompts, str):  # one prompt, and not its letters

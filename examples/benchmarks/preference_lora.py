@@ -343,7 +343,7 @@ def beta(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> N
 
 
 def rate(studio: Studio, report: Report, tastes: Sequence[str], seeds: int) -> None:
-    """Compare learning rates at 200 steps of 4 pairs."""
+    """Compare learning rates at the trainer's own 200 steps of 4 pairs."""
     own = {"max_steps": 200, "per_device_train_batch_size": 4}
     methods = {"**found by itself (default)**": own | {"learning_rate": None}}
     methods |= {f"learning rate {value:g}": own | {"learning_rate": value} for value in (1e-3, 1e-4)}
