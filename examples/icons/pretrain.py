@@ -176,8 +176,8 @@ class Pretraining:
         with fast_precision():
             embedded = self.model.embed_texts(tokens, self.tokenizer.pad_token_id)
             # All drawings of a step lose the same features, which is far cheaper.
-            kept = F.dropout(torch.ones(self.features.shape[1]), 0.1).bfloat16()
-            images = self.model.embed_scaled(self.features[rows] * kept)
+            kept = F.dropout(torch.ones(self.features.shape[1]), 0.1)
+            images = self.model.embed_scaled(self.features[rows].float() * kept)
         logits = self.model.logit_scale.exp() * embedded @ images.T  # (captions, rows)
         back, back_fits, back_name = logits.T[:own], fits.T[:own], same_name.T[:own]
         within = contrast_within(logits[:, :own], fits[:, :own], same_name[:, :own])
