@@ -4,6 +4,7 @@ import errno
 import socket
 import webbrowser
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,8 +176,8 @@ def serve(studio: Studio, listening: socket.socket, browser: bool, say: Callable
     say(f"The studio is open: {studio.guard.address}")
     if browser:
         webbrowser.open(studio.guard.address)
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        say("Closing, once the work in the background has come to a stop; Ctrl-C again does not wait for it.")
-        studio.close()
+    with closing(studio):  # also where nobody can be told any more
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            say("Closing, once the work in the background has come to a stop; Ctrl-C again does not wait for it.")

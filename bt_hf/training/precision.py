@@ -39,6 +39,9 @@ def take_precision(args: TrainingArguments) -> None:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = "bf16" if args.bf16 else "fp16" if args.fp16 else launched
     if wanted == "bf16" and args.device.type == "cpu" and not multiplies_bfloat16(use_cpu=True):
-        logger.warning("This CPU emulates bfloat16, which is many times slower than float32: leave `bf16` out here.")
+        logger.warning(
+            "This CPU emulates bfloat16, which is many times slower than float32: leave out `bf16`, or the launcher's "
+            "mixed precision."
+        )
     if is_initialized() and not args.deepspeed and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()

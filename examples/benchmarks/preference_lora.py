@@ -246,7 +246,7 @@ def main() -> None:
         "--tastes",
         nargs="+",
         choices=STYLES,
-        help="by default all five; of losses, beta, draws, rate, guided and frontier fewer",
+        help="by default all five; of losses, beta, draws, rate, guided, frontier and larger fewer",
     )
     parser.add_argument("--seeds", type=int, default=3, help="people for each taste in part taste; the others ask one")
     parser.add_argument("--prompts", type=int, default=96, help="drawn for each split")

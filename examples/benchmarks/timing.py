@@ -19,7 +19,7 @@ from bt_hf.training.precision import multiplies_bfloat16
 from results import Report
 
 DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
-BF16 = multiplies_bfloat16(use_cpu=DEVICE.type == "cpu")  # a CPU that emulates it takes minutes a step
+BF16 = multiplies_bfloat16(use_cpu=DEVICE.type == "cpu")  # a CPU that emulates it is many times slower
 PRECISION = "bf16" if BF16 else "fp32"
 Turn = Callable[[], list[float]]  # runs a few steps; returns the seconds of each but the first
 Build = Callable[[], Turn]

@@ -8,11 +8,14 @@ import threading
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
 
 from bt_hf import load_preference_pairs
 from bt_hf.data.clicks import read_clicks
+from bt_hf.studio import server
 from studio_page import Client, write_images
 from studio_process import Studios, end
 
@@ -30,6 +33,22 @@ def studios() -> Iterator[Studios]:
 @pytest.fixture(autouse=True)
 def images(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 2, 24)
+
+
+def test_a_studio_is_closed_also_where_nobody_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of its output may be gone, as in `bt-hf studio | head -1`."""
+    monkeypatch.setattr(server, "build_app", lambda desk, guard: None)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    closed = []
+    studio = SimpleNamespace(desk=None, guard=SimpleNamespace(address="x"), close=lambda: closed.append(True))
+
+    def say(text: str) -> None:
+        if text.startswith("Closing"):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        server.serve(studio, None, False, say)
+    assert closed == [True]
 
 
 def test_killed_at_random_moments_no_confirmed_click_is_lost(studios: Studios, tmp_path: Path) -> None:
